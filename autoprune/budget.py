@@ -1,0 +1,405 @@
+"""Compute budgets, and the exact solver that turns a retention curve into visual tokens per layer.
+
+n_l is the number of visual tokens that ENTER decoder layer l = 0..L-1. Token and ratio budgets are
+spent exactly, FLOPs and KV budgets are never exceeded and left with less than the price of one more
+token in any layer.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .apportion import (
+    SMALLEST_WEIGHT,
+    round_to_total,
+    round_within_cost,
+    solve_last_first,
+    water_fill,
+)
+from .cost import DecoderCost
+from .limits import Limits, bounds, rows
+
+Kind = Literal["tokens", "ratio", "flops", "kv_bytes"]
+Counted = Literal["entering", "leaving"]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_DECIMALS = {"tokens": 4, "ratio": 8, "flops": 8}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much compute a prompt may use; build it with one of the four constructors.
+
+    Raises:
+        ValueError: the value is no number, not finite, not positive, or a share above 1.
+    """
+
+    kind: Kind
+    value: float
+    counted: Counted = "entering"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("tokens", "ratio", "flops", "kv_bytes"):
+            raise ValueError(f"kind must be tokens, ratio, flops or kv_bytes, got {self.kind!r}")
+        if self.counted not in ("entering", "leaving"):
+            raise ValueError(f'counted must be "entering" or "leaving", got {self.counted!r}')
+        if self.counted == "leaving" and self.kind != "tokens":
+            raise ValueError('counted="leaving" applies to Budget.tokens only')
+        object.__setattr__(self, "value", _checked(self.kind, self.value))
+
+    @classmethod
+    def tokens(cls, mean: float, counted: Counted = "entering") -> Budget:
+        """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean), halves
+        rounded up.
+
+        "entering" counts what enters each layer, which is what FLOPs and the KV cache see.
+        "leaving" counts what each layer hands on (n_1 .. n_{L-1}, and n_{L-1} once more, as nothing
+        is cut after the last layer); what enters layer 0 is not counted. A mean of N or more prunes
+        nothing.
+        """
+        return cls("tokens", mean, counted)
+
+    @classmethod
+    def ratio(cls, share: float) -> Budget:
+        """Mean visual tokens entering a layer as a share of N, in (0, 1]; the sum is round(L *
+        share * N) exactly.
+        """
+        return cls("ratio", share)
+
+    @classmethod
+    def flops(cls, share: float) -> Budget:
+        """Share, in (0, 1], of the unpruned decoder's prefill FLOPs, text included
+        (`DecoderCost.prefill_flops`).
+        """
+        return cls("flops", share)
+
+    @classmethod
+    def kv_bytes(cls, size: int) -> Budget:
+        """Bytes that the keys and values of one prompt may occupy after prefill, text and visual,
+        all layers.
+        """
+        return cls("kv_bytes", size)
+
+    @classmethod
+    def of(cls, value: Budget | float) -> Budget:
+        """A Budget as it is; a number x as `Budget.tokens(x)`."""
+        return value if isinstance(value, Budget) else cls.tokens(value)
+
+    def __str__(self) -> str:
+        if self.kind == "tokens":
+            return f"{self.value:g} visual tokens per layer (mean {self.counted})"
+        if self.kind == "ratio":
+            return f"{100 * self.value:g} % of the visual tokens"
+        if self.kind == "flops":
+            return f"{100 * self.value:g} % of the prefill FLOPs"
+        return f"{self.value:,} bytes of KV cache"
+
+    @property
+    def expression(self) -> str:
+        """The call that builds this budget, as one would type it."""
+        value = f"{self.value:_}" if self.kind == "kv_bytes" else f"{self.value:.10g}"
+        leaving = ', counted="leaving"' if self.counted == "leaving" else ""
+        return f"Budget.{self.kind}({value}{leaving})"
+
+
+class InfeasibleBudget(ValueError):
+    """No schedule can meet the budget.
+
+    Attributes:
+        asked: the budget that was given.
+        smallest: the smallest budget of the same kind that works; None if the asked one is too
+            large to be spent.
+    """
+
+    def __init__(self, message: str, asked: Budget, smallest: Budget | None = None) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.smallest = smallest
+
+
+def solve_schedule(
+    weights: ArrayLike,
+    num_visual: ArrayLike,
+    budget: Budget | float,
+    cost: DecoderCost | None = None,
+    num_text: ArrayLike = 0,
+    fixed: ArrayLike | None = None,
+    floors: ArrayLike = 1,
+    caps: ArrayLike | None = None,
+) -> Ints:
+    """Visual tokens entering each layer: follows the curve, never increases with depth, spends
+    exactly the budget.
+
+    `n_l = clip(s w_l, floor_l, cap_l)` at the one scale s that spends the budget, rounded by
+    largest remainders (ties to the shallower layer). Curves that rise somewhere are replaced by
+    their running minimum, caps likewise, floors by their running maximum from the last layer up.
+    Rows are independent: the same in every batch, bit for bit.
+
+    Args:
+        weights: positive retention curve, `[batch, L]` or `[L]`; only its shape matters, not its
+            scale.
+        num_visual: N of each prompt, `[batch]` or scalar. A prompt with N = 0 gets zeros.
+        budget: see `Budget`; a number means `Budget.tokens`.
+        cost: the decoder's cost, needed for FLOPs and KV budgets.
+        num_text: tokens of each prompt that are not visual, `[batch]` or scalar (FLOPs and KV
+            budgets).
+        fixed: counts of the first F layers, decided already, `[batch, F]`; later layers stay at or
+            below the last.
+        floors: at least so many tokens in a layer, scalar, `[L]` or `[batch, L]`; a prompt with
+            fewer keeps all.
+        caps: at most so many tokens in a layer, scalar, `[L]` or `[batch, L]`.
+
+    Returns:
+        int64 `[batch, L]`.
+
+    Raises:
+        InfeasibleBudget: the floors and fixed layers cost more than the budget, or the caps do not
+            let it be spent.
+        ValueError: shapes or values that do not fit; floors above caps; a missing `cost`.
+    """
+    budget = Budget.of(budget)
+    visual, curve = rows(weights, num_visual)
+    limits = bounds(visual, curve.shape[1], num_text, fixed, floors, caps)
+    if budget.counted == "leaving" and limits.layers > 1 and limits.fixed.shape[1] == 0:
+        # What enters layer 0 is not counted, so nothing is gained by entering less.
+        limits = Limits(
+            visual, limits.text, limits.caps[:, :1], limits.floors[:, 1:], limits.caps[:, 1:]
+        )
+    curve = curve[:, limits.fixed.shape[1] :]
+    if budget.kind == "flops":
+        free = _spend_flops(curve, limits, budget, _needed(cost, budget))
+    elif budget.counted == "leaving":
+        free = _spend_leaving(curve, limits, budget)
+    else:
+        free = _spend_tokens(curve, limits, budget, cost)
+    return np.concatenate((limits.fixed, free), axis=1)
+
+
+def smallest_feasible(
+    budget: Budget | float,
+    num_layers: int,
+    num_visual: ArrayLike,
+    cost: DecoderCost | None = None,
+    num_text: ArrayLike = 0,
+    fixed: ArrayLike | None = None,
+    floors: ArrayLike = 1,
+    caps: ArrayLike | None = None,
+) -> Budget:
+    """The smallest budget of the given one's kind that `solve_schedule` accepts for all these
+    prompts.
+
+    Arguments and errors as for `solve_schedule`. Shares are rounded up in the eighth decimal, means
+    in the fourth.
+    """
+    visual = np.atleast_1d(np.asarray(num_visual, dtype=np.int64))
+    limits = bounds(visual, num_layers, num_text, fixed, floors, caps)
+    return _smallest(Budget.of(budget), limits, cost)
+
+
+def next_count_range(
+    budget: Budget | float,
+    num_layers: int,
+    num_visual: ArrayLike,
+    cost: DecoderCost | None = None,
+    num_text: ArrayLike = 0,
+    fixed: ArrayLike | None = None,
+    floors: ArrayLike = 1,
+    caps: ArrayLike | None = None,
+) -> tuple[Ints, Ints]:
+    """What the first layer that is not in `fixed` may take so that the layers after it can still
+    spend the budget.
+
+    The least is what the flattest schedule gives it (with less, tokens would be left over), the
+    most is what remains when every later layer stays at its floor. Arguments and errors as for
+    `solve_schedule`.
+
+    Returns:
+        (least, most), int64 `[batch]` each.
+    """
+    visual = np.atleast_1d(np.asarray(num_visual, dtype=np.int64))
+    layer = 0 if fixed is None else np.shape(fixed)[-1]
+    if layer >= num_layers:
+        raise ValueError(f"all {num_layers} layers are fixed already, so there is no next count")
+    steep = np.ones(num_layers)
+    steep[layer + 1 :] = SMALLEST_WEIGHT
+    ends = [
+        solve_schedule(curve, visual, budget, cost, num_text, fixed, floors, caps)[:, layer]
+        for curve in (np.ones(num_layers), steep)
+    ]
+    return ends[0], ends[1]
+
+
+def _checked(kind: Kind, value: Any) -> float:
+    """The value as float (int for bytes), or a ValueError that says what is wrong with it."""
+    name = f"Budget.{kind}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} expects a number, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} expects a finite number above 0, got {value!r}")
+    if kind in ("ratio", "flops") and number > 1:
+        raise ValueError(
+            f"{name} expects a share in (0, 1], got {value!r}; 1 prunes nothing, "
+            "and Budget.tokens takes a number of tokens"
+        )
+    if kind == "kv_bytes":
+        if not number.is_integer():
+            raise ValueError(f"{name} expects a whole number of bytes, got {value!r}")
+        return int(value)  # type: ignore[call-overload]
+    return number
+
+
+def _needed(cost: DecoderCost | None, budget: Budget) -> DecoderCost:
+    if cost is None:
+        raise ValueError(
+            f"a budget of {budget} needs the decoder's cost; "
+            "pass cost=DecoderCost.from_config(config)"
+        )
+    return cost
+
+
+def _asked_tokens(budget: Budget, limits: Limits, cost: DecoderCost | None) -> Ints:
+    """Visual tokens, summed over all layers, that the budget pays for; at most L * N."""
+    full = limits.layers * limits.visual
+    if budget.kind == "kv_bytes":
+        per_token = _needed(cost, budget).kv_bytes_per_token
+        affordable = (
+            min(int(budget.value) // per_token, np.iinfo(np.int64).max)
+            - limits.layers * limits.text
+        )
+        return np.minimum(affordable, full)
+    asked = limits.layers * budget.value * (limits.visual if budget.kind == "ratio" else 1)
+    return np.minimum(np.floor(asked + 0.5), full).astype(np.int64)
+
+
+def _spend_tokens(curve: Floats, limits: Limits, budget: Budget, cost: DecoderCost | None) -> Ints:
+    total = _asked_tokens(budget, limits, cost) - limits.fixed.sum(axis=1)
+    spendable = limits.caps.sum(axis=1)
+    if budget.kind == "kv_bytes":
+        total = np.minimum(total, spendable)
+    total = _affordable(total, limits.floors.sum(axis=1), budget, limits, cost)
+    if (total > spendable).any():
+        raise _unspendable(budget, limits, (limits.fixed.sum(axis=1) + spendable) / limits.layers)
+    return round_to_total(water_fill(curve, limits.floors, limits.caps, total), total)
+
+
+def _spend_leaving(curve: Floats, limits: Limits, budget: Budget) -> Ints:
+    prices, done = _leaving_prices(limits.layers), limits.fixed.shape[1]
+    spent = (prices[:done] * limits.fixed).sum(axis=1)
+    prices = prices[done:]
+    total = _asked_tokens(budget, limits, None) - spent
+    total = _affordable(total, (prices * limits.floors).sum(axis=1), budget, limits, None)
+    spendable = (prices * limits.caps).sum(axis=1)
+    if (total > spendable).any():
+        raise _unspendable(budget, limits, (spent + spendable) / limits.layers)
+    counts = solve_last_first(curve, limits.floors, limits.caps, total, prices)
+    if ((prices * counts).sum(axis=1) != total).any():
+        raise _unspendable(budget, limits, None)
+    return counts
+
+
+def _leaving_prices(layers: int) -> Ints:
+    """How often each n_l occurs among the counts that leave layers 0..L-1."""
+    prices = np.ones(layers, dtype=np.int64)
+    if layers > 1:
+        prices[0], prices[-1] = 0, 2
+    return prices
+
+
+def _spend_flops(curve: Floats, limits: Limits, budget: Budget, cost: DecoderCost) -> Ints:
+    share, free_layers = budget.value, limits.floors.shape[1]
+    full = limits.layers * cost.layer_flops(limits.visual + limits.text)
+    allowed = full if share == 1 else np.minimum(np.floor(share * full).astype(np.int64), full)
+    total = allowed - cost.layer_flops(limits.fixed + limits.text[:, None]).sum(axis=1)
+    total = total - free_layers * cost.layer_flops(limits.text)
+    # With t text tokens, a (n + t) + b (n + t)^2 is a constant plus (a + 2 b t) n + b n^2.
+    price = cost.linear_flops + 2 * cost.attention_flops * limits.text
+    square = cost.attention_flops
+
+    def spending(counts: Ints) -> Ints:
+        spent: Ints = price * counts.sum(axis=1) + square * (counts * counts).sum(axis=1)
+        return spent
+
+    total = _affordable(total, spending(limits.floors), budget, limits, cost)
+    total = np.minimum(total, spending(limits.caps))
+    real = water_fill(curve, limits.floors, limits.caps, total, price[:, None], float(square))
+    return round_within_cost(real, limits.floors, limits.caps, total, price, square)
+
+
+def _affordable(
+    total: Ints, least: Ints, budget: Budget, limits: Limits, cost: DecoderCost | None
+) -> Ints:
+    """`total`, after refusing rows whose floors cost more; prompts without visual tokens spend
+    nothing.
+    """
+    empty = limits.visual == 0
+    if ((total < least) & ~empty).any():
+        raise _too_small(budget, limits, cost)
+    return np.where(empty, 0, total)
+
+
+def _too_small(budget: Budget, limits: Limits, cost: DecoderCost | None) -> InfeasibleBudget:
+    smallest = _smallest(budget, limits, cost)
+    message = (
+        f"a budget of {budget} is infeasible: the layers that are already decided and the least "
+        "that every other layer must keep cost more; the smallest feasible budget here is "
+        f"{smallest.expression} ({smallest})"
+    )
+    way_out = "raise the budget to that"
+    without_first_layers = _smallest(budget, limits.reopened(), cost)
+    if without_first_layers.value <= budget.value:
+        way_out += (
+            ', or prune before the decoder too (first_cut="pre_llm"), so that layer 0 does not see '
+            f"every visual token: down to {without_first_layers.expression}"
+        )
+    return InfeasibleBudget(f"{message}; {way_out}", budget, smallest)
+
+
+def _unspendable(budget: Budget, limits: Limits, most: Floats | None) -> InfeasibleBudget:
+    reason = (
+        "no schedule of these layers has exactly that sum"
+        if most is None
+        else f"caps and decided layers allow at most {most.min():g} visual tokens per layer"
+    )
+    return InfeasibleBudget(
+        f"a budget of {budget} cannot be spent exactly over {limits.layers} layers: {reason}; "
+        "lower the budget, or raise the caps or the earlier cuts",
+        budget,
+    )
+
+
+def _smallest(budget: Budget, limits: Limits, cost: DecoderCost | None) -> Budget:
+    present = limits.visual > 0
+    if not present.any():
+        raise ValueError("no prompt has visual tokens, so there is no smallest budget")
+    counts, visual, text = limits.cheapest[present], limits.visual[present], limits.text[present]
+    if budget.kind == "kv_bytes":
+        return Budget.kv_bytes(max(1, int(_needed(cost, budget).kv_bytes(counts, text).max())))
+    unit = 10 ** _DECIMALS[budget.kind]
+    if budget.kind == "flops":
+        cost = _needed(cost, budget)
+        full = limits.layers * cost.layer_flops(visual + text)
+        need = cost.prefill_flops(counts, text)
+        steps = max(1, math.ceil((need / full).max() * unit))
+        while (np.floor(steps / unit * full) < need).any() and steps < unit:
+            steps += 1
+        return Budget.flops(min(1.0, steps / unit))
+    prices = _leaving_prices(limits.layers) if budget.counted == "leaving" else np.int64(1)
+    sums = np.maximum((prices * counts).sum(axis=1), 1)
+    per_layer = sums / limits.layers / (visual if budget.kind == "ratio" else 1)
+    value = math.ceil(per_layer.max() * unit) / unit
+    return (
+        Budget.ratio(min(1.0, value))
+        if budget.kind == "ratio"
+        else Budget.tokens(value, budget.counted)
+    )

@@ -1,0 +1,230 @@
+"""FLOPs and KV-cache bytes of a decoder as a function of the visual tokens that enter each layer.
+
+Conventions: a multiply-add counts as 2 FLOPs. Causal attention is counted as the full n x n
+product, as FLOP counters and profilers do. Norms, activations, rotary embeddings, softmax,
+embedding look-up and the pruning itself are not counted (together well below one per cent). Weight
+tying shares the lm_head's storage and leaves its FLOPs unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PLAIN_MLP_MODEL_TYPES = frozenset(
+    {
+        "bloom", "codegen", "falcon", "fuyu", "git", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
+        "gptj", "mpt", "nemotron", "opt", "persimmon", "phi", "starcoder2",
+    }
+)  # fmt: skip
+"""Text model types with a two-matrix MLP; every other type is taken as gated (gate, up and down
+projection).
+"""
+
+
+@dataclass(frozen=True)
+class DecoderCost:
+    """Dimensions of a decoder that decide its FLOPs and KV bytes.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim: of the decoder's attention; kv_heads < heads is
+            GQA.
+        intermediate: MLP width that one token passes through (for mixtures of experts, of its
+            active experts).
+        gated_mlp: True for gate/up/down (SwiGLU and relatives), False for up/down.
+        vocab_size: rows of the lm_head.
+        dtype_bytes: bytes per cached element (2 for float16 and bfloat16).
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    gated_mlp: bool = True
+    vocab_size: int = 0
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "layers",
+            "hidden",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "intermediate",
+            "dtype_bytes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_config(cls, config: Any, dtype_bytes: int = 2) -> DecoderCost:
+        """Reads a decoder's dimensions from a transformers-like config, by attribute names only.
+
+        Args:
+            config: a text config, or a composite config that holds one (`get_text_config()` or
+                `text_config`).
+            dtype_bytes: bytes per element of the KV cache.
+
+        Raises:
+            ValueError: an attribute that decides the cost is missing; the message names it.
+        """
+        text = _text_config(config)
+        hidden = _read(text, "hidden_size", "n_embd", "d_model")
+        heads = _read(text, "num_attention_heads", "n_head")
+        return cls(
+            layers=_read(text, "num_hidden_layers", "n_layer"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=_read(text, "num_key_value_heads", default=heads),
+            head_dim=_read(text, "head_dim", default=hidden // heads),
+            intermediate=_active_intermediate(text, hidden),
+            gated_mlp=getattr(text, "model_type", None) not in PLAIN_MLP_MODEL_TYPES,
+            vocab_size=_read(text, "vocab_size", default=0),
+            dtype_bytes=dtype_bytes,
+        )
+
+    @property
+    def linear_flops(self) -> int:
+        """FLOPs per token and layer of the projections and the MLP."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        mlp = (3 if self.gated_mlp else 2) * self.hidden * self.intermediate
+        return 2 * (attention + mlp)
+
+    @property
+    def attention_flops(self) -> int:
+        """FLOPs per query-key pair and layer: the scores and the weighted sum of values."""
+        return 4 * self.heads * self.head_dim
+
+    @property
+    def lm_head_flops(self) -> int:
+        """FLOPs of the logits of one position."""
+        return 2 * self.hidden * self.vocab_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token occupies in one layer's cache."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    def layer_flops(self, tokens: ArrayLike) -> Any:
+        """FLOPs of one layer's prefill over `tokens` positions, text included; same shape, exact
+        integers.
+        """
+        n = np.asarray(tokens, dtype=np.int64)
+        flops = self.linear_flops * n + self.attention_flops * n * n
+        return int(flops) if flops.ndim == 0 else flops
+
+    def prefill_flops(
+        self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0, lm_head: bool = False
+    ) -> Any:
+        """Decoder prefill FLOPs of a prompt, text included.
+
+        Args:
+            visual_per_layer: visual tokens entering each layer, `[L]` or `[batch, L]`.
+            num_text: other tokens of the prompt (before and after the image), scalar or `[batch]`.
+            lm_head: adds the logits of one position. Off by default, as in `Budget.flops`.
+
+        Returns:
+            int for `[L]`, int64 `[batch]` for `[batch, L]`.
+
+        Raises:
+            ValueError: `visual_per_layer` does not have one entry per layer.
+        """
+        tokens = self._tokens(visual_per_layer, num_text)
+        return _per_prompt(
+            self.layer_flops(tokens).sum(axis=-1) + (self.lm_head_flops if lm_head else 0)
+        )
+
+    def decode_flops(
+        self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0, lm_head: bool = False
+    ) -> Any:
+        """FLOPs of one generated token that attends to the cached tokens and to itself; arguments
+        as above.
+
+        `num_text` counts every cached position that is not visual, tokens generated so far
+        included.
+        """
+        keys = self._tokens(visual_per_layer, num_text) + 1
+        flops = (self.linear_flops + self.attention_flops * keys).sum(axis=-1)
+        return _per_prompt(flops + (self.lm_head_flops if lm_head else 0))
+
+    def kv_bytes(self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0) -> Any:
+        """Bytes of keys and values after prefill, text included; arguments as above."""
+        return _per_prompt(
+            self._tokens(visual_per_layer, num_text).sum(axis=-1) * self.kv_bytes_per_token
+        )
+
+    def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
+        visual = np.asarray(visual_per_layer, dtype=np.int64)
+        if visual.ndim not in (1, 2) or visual.shape[-1] != self.layers:
+            raise ValueError(
+                f"visual_per_layer must be [{self.layers}] or [batch, {self.layers}], "
+                f"one count per layer, got shape {list(visual.shape)}"
+            )
+        return visual + np.asarray(num_text, dtype=np.int64)[..., None]
+
+
+def released_prefill_macs(tokens_per_layer: ArrayLike, hidden: int, intermediate: int) -> Any:
+    """The released AutoPrune code's prefill counter: `sum_l 4 n d^2 + 2 n^2 d + 3 n d m`, in
+    multiply-accumulates.
+
+    It equals half of `DecoderCost.prefill_flops` for multi-head attention with a gated MLP.
+
+    Args:
+        tokens_per_layer: tokens entering each layer, text included, `[L]` or `[batch, L]`.
+        hidden: d.
+        intermediate: m, the MLP width.
+    """
+    n = np.asarray(tokens_per_layer, dtype=np.int64)
+    return _per_prompt(
+        (4 * n * hidden**2 + 2 * n * n * hidden + 3 * n * hidden * intermediate).sum(axis=-1)
+    )
+
+
+def _per_prompt(values: Any) -> Any:
+    return int(values) if np.ndim(values) == 0 else values
+
+
+def _text_config(config: Any) -> Any:
+    """The decoder's own config of a composite model, or the config itself."""
+    if hasattr(config, "get_text_config"):
+        try:
+            return config.get_text_config(decoder=True)
+        except TypeError:  # the argument is younger than the method
+            return config.get_text_config()
+    return getattr(config, "text_config", None) or config
+
+
+def _read(config: Any, *names: str, default: int | None = None) -> int:
+    """The first of these attributes that is set; a ValueError names them when none is and there is
+    no default.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    if default is None:
+        raise ValueError(
+            f"{type(config).__name__} has no {' or '.join(names)}; pass the decoder's text config, "
+            "or build DecoderCost from its dimensions"
+        )
+    return default
+
+
+def _active_intermediate(config: Any, hidden: int) -> int:
+    """MLP width one token passes through: of all its active experts in a mixture of experts (router
+    not counted).
+    """
+    dense = _read(
+        config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden
+    )
+    experts = _read(config, "num_experts_per_tok", default=0)
+    if not experts:
+        return dense
+    shared = _read(config, "shared_expert_intermediate_size", default=0)
+    return experts * _read(config, "moe_intermediate_size", default=dense) + shared

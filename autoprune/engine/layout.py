@@ -1,0 +1,168 @@
+"""Where the visual and text tokens of a batch are, and how the batch shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..method import Selection
+
+TEXT, MERGED, PADDING = -1, -2, -3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prompts of one prefill as they came: S columns, padded left or right.
+
+    real: bool [batch, S], False for padding; visual: bool [batch, S]. Both numpy, on the host.
+    """
+
+    real: np.ndarray
+    visual: np.ndarray
+
+    @property
+    def num_visual(self) -> list[int]:
+        return self.visual.sum(axis=1).tolist()
+
+    @property
+    def num_text(self) -> list[int]:
+        return (self.real & ~self.visual).sum(axis=1).tolist()
+
+    def text_columns(self, rows: str) -> list[np.ndarray]:
+        """Columns of the query rows that may score a prompt's visual tokens.
+
+        "text": all text after the last visual token; "last": the prompt's last token. A prompt that
+        ends with its picture is scored by its last token; one without picture by nothing.
+        """
+        found = []
+        for real, visual in zip(self.real, self.visual, strict=True):
+            seen = np.flatnonzero(visual)
+            if not seen.size:
+                found.append(seen)
+                continue
+            columns = np.flatnonzero(real)
+            after = columns[columns > seen[-1]]
+            found.append(after if rows == "text" and after.size else columns[-1:])
+        return found
+
+
+@dataclass
+class Tokens:
+    """The tokens present at one depth, padded on the left to a common length n.
+
+    column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
+    visual: LongTensor [batch, n], index 0..N-1 of an original visual token, else TEXT, MERGED or PADDING.
+    lengths, counts: real tokens and visual tokens of each prompt (host).
+    padded: whether any prompt is shorter than n.
+    """
+
+    column: torch.Tensor
+    visual: torch.Tensor
+    lengths: list[int]
+    counts: list[int]
+    padded: bool
+    _slots: torch.Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, layout: Layout, device: torch.device) -> Tokens:
+        real, visual = layout.real, layout.visual
+        column = np.where(real, np.arange(real.shape[1]), -1)
+        index = np.where(visual, visual.cumsum(axis=1) - 1, np.where(real, TEXT, PADDING))
+        return cls(
+            column=torch.from_numpy(column).to(device),
+            visual=torch.from_numpy(index).to(device),
+            lengths=real.sum(axis=1).tolist(),
+            counts=layout.num_visual,
+            padded=not real.all(),
+        )
+
+    @property
+    def width(self) -> int:
+        return self.column.shape[1]
+
+    def slots(self) -> torch.Tensor:
+        """Positions of the visual tokens in the padded sequence, [batch, max(counts)], ascending.
+
+        Entries beyond a prompt's count are padding and point anywhere.
+        """
+        if self._slots is None:
+            is_visual = (self.visual >= 0) | (self.visual == MERGED)
+            order = is_visual.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+            self._slots = order[:, : max(self.counts)]
+        return self._slots
+
+    def slot_mask(self) -> torch.Tensor:
+        """bool [batch, max(counts)], False beyond a prompt's own count."""
+        return length_mask(self.counts, max(self.counts), self.column.device)
+
+    def after(self, selection: Selection) -> tuple[Tokens, torch.Tensor]:
+        """The tokens after a cut, and where each comes from.
+
+        Returns:
+            The new tokens, and LongTensor [batch, n'] of sources: positions in this sequence, or
+            width + i for merged token i. Sources of padding point anywhere.
+        """
+        slots, kept, merged = self.slots(), selection.kept, selection.merged
+        # Even sort keys for columns leave the odd ones for merged tokens that go between two columns.
+        is_visual = (self.visual >= 0) | (self.visual == MERGED)
+        key = torch.where(is_visual, -1, self.column * 2)
+        survivors = slots.gather(1, kept.clamp(min=0))
+        key = _scatter_real(key, survivors, self.column.gather(1, survivors) * 2, kept >= 0)
+        column, visual = self.column, self.visual
+        counts = list(selection.counts)
+        if merged is not None:
+            extra_key, extra_column = self._place(merged)
+            key = torch.cat([key, extra_key], dim=1)
+            column = torch.cat([column, extra_column], dim=1)
+            visual = torch.cat([visual, torch.full_like(extra_column, MERGED)], dim=1)
+            counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
+        lengths = [
+            n - old + new for n, old, new in zip(self.lengths, self.counts, counts, strict=True)
+        ]
+        width = max(lengths)
+        source = key.argsort(dim=1, stable=True)[:, key.shape[1] - width :]
+        padded = min(lengths) < width
+        column, visual = column.gather(1, source), visual.gather(1, source)
+        if padded:
+            first = width - torch.as_tensor(lengths).to(column.device)
+            filler = torch.arange(width, device=column.device) < first[:, None]
+            column, visual = column.masked_fill(filler, -1), visual.masked_fill(filler, PADDING)
+        return Tokens(column, visual, lengths, counts, padded), source
+
+    def _place(self, merged) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = self.slots()
+        real = length_mask(merged.counts, merged.hidden.shape[1], slots.device)
+        if merged.place is None:
+            last = torch.as_tensor([max(n - 1, 0) for n in self.counts]).to(slots.device)
+            slot = slots.gather(1, last[:, None]).expand(-1, merged.hidden.shape[1])
+            offset = 1
+        else:
+            slot = slots.gather(1, merged.place.clamp(min=0))
+            offset = 0
+        column = self.column.gather(1, slot)
+        return torch.where(real, column * 2 + offset, -1), column
+
+
+def _scatter_real(key, index, values, real):
+    """Scatter `values` into `key` where `real`; other entries must not overwrite anything."""
+    spare = torch.full_like(key[:, :1], -1)
+    index = torch.where(real, index, key.shape[1])
+    return torch.cat([key, spare], dim=1).scatter(1, index, values)[:, :-1]
+
+
+def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor:
+    """bool [batch, width]: the first `lengths[b]` entries of row b."""
+    limit = torch.as_tensor(list(lengths)).to(device)
+    return torch.arange(width, device=device) < limit[:, None]
+
+
+def pad_rows(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
+    """Stack rows of different lengths, filled at the end."""
+    width = max((len(row) for row in rows), default=0)
+    out = np.full((len(rows), width), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

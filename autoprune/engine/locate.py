@@ -1,0 +1,114 @@
+"""Find the parts of a vision-language model by transformers' own conventions, without a table of families."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..cost import DecoderCost
+from ..errors import UnsupportedError
+
+LAYER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Located:
+    """The parts of one model that pruning touches.
+
+    base: the module that merges image features into the prompt (it sees `input_ids`).
+    text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
+    attentions: the attention module of each decoder layer.
+    vision: the vision tower; visual_ids: token ids that stand for image or video features.
+    """
+
+    base: nn.Module
+    text: nn.Module
+    layers: list[nn.Module]
+    attentions: list[nn.Module]
+    vision: nn.Module
+    visual_ids: tuple[int, ...]
+    cost: DecoderCost
+
+    @property
+    def implementation(self) -> str:
+        """The decoder's attention backend: "sdpa", "eager", ..."""
+        return self.text.config._attn_implementation
+
+
+def locate(model: nn.Module) -> Located:
+    """Locate the decoder, its layers and the vision tower of `model`.
+
+    Raises:
+        UnsupportedError: `model` is no vision-language model whose decoder follows the conventions of
+            transformers 5.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a transformers model: pass what "
+            "AutoModelForImageTextToText.from_pretrained returns"
+        )
+    visual_ids = tuple(
+        token
+        for name in ("image_token_id", "image_token_index", "video_token_id")
+        if isinstance(token := getattr(config, name, None), int)
+    )
+    base = model.base_model
+    vision = model.get_encoder(modality="image") if visual_ids else None
+    if vision is None or vision is model or vision is base:
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a vision-language model (no image token and vision tower "
+            "found); load it with AutoModelForImageTextToText"
+        )
+    text = model.get_decoder()
+    layers = _layers(text)
+    return Located(
+        base=base,
+        text=text,
+        layers=layers,
+        attentions=[_attention(layer) for layer in layers],
+        vision=vision,
+        visual_ids=tuple(dict.fromkeys(visual_ids)),
+        cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
+    )
+
+
+def _layers(text: nn.Module) -> list[nn.Module]:
+    depth = getattr(text.config, "num_hidden_layers", None)
+    stacks = [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(stacks) != 1:
+        raise UnsupportedError(
+            f"{type(text).__name__} has {len(stacks)} lists of {depth} layers where one was expected; "
+            "this decoder is not supported"
+        )
+    layers = list(stacks[0])
+    parameters = inspect.signature(layers[0].forward).parameters
+    known = LAYER_ARGUMENTS & set(parameters)
+    if "attention_mask" not in known or "past_key_values" not in known:
+        raise UnsupportedError(
+            f"{type(layers[0]).__name__} does not take attention_mask and past_key_values like the "
+            "decoder layers of transformers 5; this decoder is not supported"
+        )
+    return layers
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+            return module
+    raise UnsupportedError(f"{type(layer).__name__} has no causal self-attention; it is not supported")
+
+
+def _element_size(text: nn.Module) -> int:
+    dtype = getattr(text, "dtype", None) or torch.get_default_dtype()
+    return dtype.itemsize
+
+
+def is_cache_static(cache: object) -> bool:
+    """Whether any layer of a transformers cache has a fixed size."""
+    return any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", []))

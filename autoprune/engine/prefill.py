@@ -1,0 +1,286 @@
+"""One prefill: observe, ask the method, cut, and carry masks and positions along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..method import Needs, Observation, PromptState, Selection
+from .cache import PrunedCache, Stage
+from .layout import Layout, Tokens, length_mask, pad_rows
+from .masks import causal_mask, gather_mask
+from .tap import row_attention
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+    from .vision import VisionScores
+
+# Arguments of decoder layers that follow the sequence but are sliced here, or are known not to matter.
+HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+
+
+@dataclass
+class CutRecord:
+    """What one cut left, for the trace: device tensors, read later."""
+
+    layer: int
+    visual: torch.Tensor
+    counts: list[int]
+
+
+class Prefill:
+    """State of one forward over the prompts. Lives on the forward's own context, never on the method."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        layout: Layout,
+        state: PromptState,
+        device: torch.device,
+        cache: Any,
+        vision: VisionScores | None,
+    ):
+        self.method = attachment.method
+        self.located = attachment.located
+        self.layout, self.state, self.cache = layout, state, cache
+        self.tokens = Tokens.of(layout, device)
+        self.stages = [Stage(0, self.tokens)]
+        self.records: list[CutRecord] = []
+        self.vision = self._by_prompt(vision, device)
+        self.armed: Needs | None = None
+        self.attention: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._slices: dict[tuple, tuple[Any, Any]] = {}
+        self.method.begin(state)
+
+    def _by_prompt(self, vision: VisionScores | None, device: torch.device):
+        counts = self.layout.num_visual
+        scores, padding = vision.per_prompt(counts) if vision is not None else ([], None)
+        if not scores:
+            return None, None
+        stack = torch.nn.utils.rnn.pad_sequence
+        scores = stack(scores, batch_first=True, padding_value=float("nan")).to(device)
+        if padding is not None:
+            padding = stack(padding, batch_first=True).to(device)
+        return scores, padding
+
+    # One decoder layer ------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
+        needs = self.armed if index else self.method.needs(0, self.state)
+        if needs is not None:
+            hidden = self._cut(index, needs, args[0])
+            args = (hidden, *args[1:])
+        self.attention = None
+        last = index + 1 == len(self.located.layers)
+        self.armed = None if last else self.method.needs(index + 1, self.state)
+        if len(self.stages) > 1:
+            kwargs = self._fit(index, args[0], kwargs)
+        return args, kwargs
+
+    def observe(self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs) -> None:
+        """Compute the attention rows that the next cut asked for."""
+        if self.armed is None or self.armed.rows is None:
+            return
+        slots, text_mask = self._rows(self.armed.rows)
+        rows = query.gather(2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        width = self.tokens.width
+        blocked, bias = self._row_mask(attention_mask, slots, width)
+        attention = row_attention(rows, key[:, :, :width], scaling, blocked, bias, softcap)
+        visual = self.tokens.slots()[:, None, None, :].expand(*attention.shape[:3], -1)
+        self.attention = attention.gather(3, visual), text_mask
+
+    def _rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the scoring rows are in the present sequence, [batch, rows], and which are real."""
+        columns = self.layout.text_columns(rows)
+        device = self.tokens.column.device
+        counts = [len(c) for c in columns]
+        wanted = self._memo(("rows", rows), None, lambda: torch.from_numpy(pad_rows(columns, 0)).to(device))
+        if len(self.stages) == 1:
+            slots = wanted
+        else:
+            # Columns ascend behind the padding (-1), so a search finds each row's place.
+            slots = torch.searchsorted(self.tokens.column, wanted).clamp(max=self.tokens.width - 1)
+        return slots, length_mask(counts, wanted.shape[1], device)
+
+    def _row_mask(self, mask: Any, slots: torch.Tensor, width: int):
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            rows = mask.expand(slots.shape[0], -1, -1, -1)[..., :width]
+            index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
+            rows = rows.gather(2, index)
+            return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
+        order = torch.arange(width, device=slots.device)
+        blocked = order[None, None, :] > slots[:, :, None]
+        if self.tokens.padded:
+            blocked = blocked | (self.tokens.column < 0)[:, None, :]
+        return blocked[:, None], None
+
+    # A cut ------------------------------------------------------------------------------------------
+
+    def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
+        selection = self.method.select(self._observation(index, needs, hidden), self.state)
+        if selection is None or self._keeps_all(selection):
+            return hidden
+        self._check(index, selection)
+        self.tokens, source = self.tokens.after(selection)
+        if selection.merged is not None:
+            hidden = torch.cat([hidden, selection.merged.hidden.to(hidden.dtype)], dim=1)
+        hidden = hidden.gather(1, source.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2]))
+        self.stages.append(Stage(index, self.tokens))
+        self.records.append(CutRecord(index, self.tokens.visual, self.tokens.counts))
+        return hidden
+
+    def _observation(self, index: int, needs: Needs, hidden: torch.Tensor) -> Observation:
+        tokens = self.tokens
+        slots, mask = tokens.slots(), tokens.slot_mask()
+        visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
+        attention, text_mask = self.attention or (None, None)
+        if needs.rows is not None and attention is None:
+            raise UnsupportedError(
+                f"the attention of decoder layer {index - 1} was not seen: "
+                f"attention backend {self.located.implementation!r} is not one of eager, sdpa, flash"
+            )
+        seen = Observation(index, list(tokens.counts), visual, mask, attention, text_mask)
+        seen.hidden = lambda: hidden.gather(
+            1, slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
+        )
+        scores, padding = self.vision
+        if needs.vision and scores is not None:
+            original = visual.clamp(min=0)
+            seen.vision_scores = scores.gather(1, original).masked_fill(visual < 0, float("nan"))
+            if padding is not None:
+                seen.vision_padding = padding.gather(1, original) & (visual >= 0)
+        return seen
+
+    def _keeps_all(self, selection: Selection) -> bool:
+        return selection.merged is None and list(selection.counts) == self.tokens.counts
+
+    def _check(self, index: int, selection: Selection) -> None:
+        for prompt, (new, old) in enumerate(zip(selection.counts, self.tokens.counts, strict=True)):
+            if not 0 <= new <= old:
+                raise ValueError(
+                    f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
+                    f"at cut {index}; a cut can only keep between 0 and all of them"
+                )
+
+    # What the layers receive ------------------------------------------------------------------------
+
+    def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+        kwargs = dict(kwargs)
+        self._guard(kwargs)
+        mask = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = self._memo(
+            ("mask", self._key_length(index)), mask, lambda: self._mask(mask, self._key_length(index), hidden)
+        )
+        embeddings = kwargs.get("position_embeddings")
+        if embeddings is not None:
+            kwargs["position_embeddings"] = self._memo(
+                "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
+            )
+        ids = kwargs.get("position_ids")
+        if ids is not None:
+            kwargs["position_ids"] = self._memo("ids", ids, lambda: self._position_ids(ids))
+        return kwargs
+
+    def _memo(self, kind: Any, source: Any, make):
+        """Layers between two cuts receive the same objects, so each is sliced once."""
+        key = (len(self.stages), kind, id(source))
+        if key not in self._slices:
+            self._slices[key] = (source, make())
+        return self._slices[key][1]
+
+    def _key_length(self, index: int) -> int:
+        layers = getattr(self.cache, "layers", ())
+        if index < len(layers) and hasattr(layers[index], "max_cache_len"):
+            return layers[index].max_cache_len
+        return self.tokens.width
+
+    def _mask(self, mask: Any, key_length: int, hidden: torch.Tensor) -> Any:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            return (self.tokens.column >= 0).to(mask.dtype) if self.tokens.padded else None
+        if mask is None and "flash" in self.located.implementation:
+            return (self.tokens.column >= 0).to(torch.long) if self.tokens.padded else None
+        if mask is None or self.method.positions == "compacted":
+            if mask is None and not self.tokens.padded:
+                return None
+            return causal_mask(self.tokens, mask, key_length)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            return gather_mask(mask, self.tokens, key_length)
+        raise UnsupportedError(
+            f"attention masks of type {type(mask).__name__} are not supported; "
+            "use attn_implementation 'sdpa', 'eager' or 'flash_attention_2'"
+        )
+
+    def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
+        if self.method.positions == "compacted":
+            return self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+        return tuple(_take(part, self.tokens.column, dim=-2) for part in embeddings)
+
+    def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        if "flash" in self.located.implementation and ids.shape[-2] == 1:
+            # Gaps in the positions would look like several packed sequences to flash attention.
+            return torch.arange(self.tokens.width, device=ids.device)[None].expand_as(ids[..., : self.tokens.width])
+        if self.method.positions == "compacted":
+            return compacted_positions(self.tokens)
+        return _take(ids[..., None], self.tokens.column, dim=-2)[..., 0]
+
+    def _guard(self, kwargs: dict) -> None:
+        length = self.layout.real.shape[1]
+        for name, value in kwargs.items():
+            if name in HANDLED or not isinstance(value, torch.Tensor):
+                continue
+            if length in value.shape[1:]:
+                raise UnsupportedError(
+                    f"decoder layers of {type(self.located.text).__name__} take {name!r} of shape "
+                    f"{list(value.shape)}, which follows the sequence and cannot be cut; "
+                    "this decoder is not supported"
+                )
+
+    # The end ----------------------------------------------------------------------------------------
+
+    def finish(self, output: Any) -> Any:
+        """Put the remaining tokens' states back to their columns and remember the cut on the cache."""
+        if len(self.stages) == 1:
+            return output
+        output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.tokens)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(
+                self._restore(states, self._entering(min(i, len(self.located.layers) - 1)))
+                for i, states in enumerate(output["hidden_states"])
+            )
+        if self.cache is not None:
+            PrunedCache.remember(self)
+        return output
+
+    def stage_of(self, layer: int) -> Stage:
+        return next(stage for stage in reversed(self.stages) if stage.first_layer <= layer)
+
+    def _entering(self, layer: int) -> Tokens:
+        return self.stage_of(layer).tokens
+
+    def _restore(self, states: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        length = self.layout.real.shape[1]
+        if states.shape[1] == length:
+            return states
+        from_prompt = (tokens.column >= 0) & (tokens.visual != -2)
+        column = torch.where(from_prompt, tokens.column, length).to(states.device)
+        full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
+        return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
+
+
+def compacted_positions(tokens: Tokens) -> torch.Tensor:
+    """Positions 0, 1, ... over the real tokens of each prompt, [batch, n]."""
+    return ((tokens.column >= 0).cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _take(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.Tensor:
+    """Entries of `values` [..., batch or 1, S, features] at `column` [batch, n]."""
+    column = column.clamp(min=0).to(values.device)
+    if values.shape[dim - 1] == 1 and column.shape[0] == 1:
+        return values.index_select(values.ndim + dim, column[0])
+    values = values.expand(*values.shape[: dim - 1], column.shape[0], *values.shape[dim:])
+    index = column[..., None].expand(*values.shape[:dim], column.shape[1], values.shape[-1])
+    return values.gather(dim, index)

@@ -1,0 +1,107 @@
+"""See attention without changing it: shadow transformers' attention functions under their own names.
+
+The shadow calls the original and hands the query and key of tagged modules to whoever tagged them. A
+module that nobody tagged runs the original directly. The shadow is gone when the last tag is.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Observer = Callable[..., None]
+
+_lock = threading.Lock()
+_observers: dict[nn.Module, Observer] = {}
+_users: dict[str, int] = {}
+_covered: dict[str, Any] = {}
+
+
+def tag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None:
+    """Let `observer(module, query, key, attention_mask, **kwargs)` see each module's attention."""
+    with _lock:
+        for name in implementations:
+            if not _users.get(name):
+                local = ALL_ATTENTION_FUNCTIONS._local_mapping
+                _covered[name] = local.get(name)
+                ALL_ATTENTION_FUNCTIONS[name] = _shadow(name, ALL_ATTENTION_FUNCTIONS.get(name))
+            _users[name] = _users.get(name, 0) + 1
+        _observers.update(modules)
+
+
+def untag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None:
+    """Undo `tag`; the last one to leave restores the attention functions."""
+    with _lock:
+        for module in modules:
+            _observers.pop(module, None)
+        for name in implementations:
+            _users[name] -= 1
+            if not _users[name]:
+                del ALL_ATTENTION_FUNCTIONS[name]
+                if (previous := _covered.pop(name)) is not None:
+                    ALL_ATTENTION_FUNCTIONS[name] = previous
+
+
+def is_tagged(module: nn.Module) -> bool:
+    return module in _observers
+
+
+def _shadow(name: str, original: Callable | None) -> Callable:
+    def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
+        observer = _observers.get(module)
+        if observer is not None:
+            observer(module, query, key, attention_mask, **kwargs)
+        function = original or _eager(module)
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.__name__ = name
+    return attention
+
+
+def _eager(module: nn.Module) -> Callable:
+    """transformers does not register "eager": each modelling file has its own function of that name."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise RuntimeError(f"no eager_attention_forward beside {type(module).__name__}")
+
+
+def row_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None,
+    blocked: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of a few query rows over all keys, in float32.
+
+    Args:
+        query: [batch, heads, rows, head dim], rotated.
+        key: [batch, key heads, keys, head dim], rotated; heads is a multiple of key heads.
+        scaling: factor on the scores; None is 1 / sqrt(head dim).
+        blocked: bool [batch or 1, 1, rows, keys], True where a row must not look.
+        bias: additive mask of the same shape.
+        softcap: logit cap of Gemma 2.
+
+    Returns:
+        [batch, heads, rows, keys].
+    """
+    batch, heads, rows, width = query.shape
+    groups = key.shape[1]
+    scores = query.reshape(batch, groups, heads // groups * rows, width) @ key.transpose(-1, -2)
+    scores = scores.view(batch, heads, rows, -1).float() * (scaling or width**-0.5)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1)

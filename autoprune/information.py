@@ -1,0 +1,105 @@
+"""Mutual information between text and visual tokens, read from an attention block.
+
+The text-to-visual attention of one head, `attention[text, visual]`, is taken as an unnormalised
+joint distribution of "which text token asks" and "which visual token answers". Its mutual
+information measures how much the place that is looked at depends on the token that looks: large for
+a prompt that addresses many places, zero when all text tokens look alike. AutoPrune (NeurIPS 2025)
+turns it into the slope of the retention curve.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+RELEASED_EPSILON = 1e-6
+
+
+def mutual_information(
+    attention: Tensor, text_mask: Tensor | None = None, visual_mask: Tensor | None = None
+) -> Tensor:
+    """Mutual information in bits of each head's text-to-visual attention.
+
+    With p the block divided by its sum, p_i and p_j its marginals: `I = sum_ij p_ij log2(p_ij /
+    (p_i p_j))`, where 0 log 0 = 0 (AutoPrune, normalised joint of the paper). The value lies in [0,
+    log2 min(text, visual)] and depends neither on the attention's overall mass nor on the order of
+    tokens. A block without any mass gives 0.
+
+    Args:
+        attention: non-negative weights `[..., heads, text, visual]`, or `[text, visual]` for a
+            single block.
+        text_mask: bool `[..., text]`, False for rows to leave out (padding); None keeps all.
+        visual_mask: bool `[..., visual]`, False for columns to leave out; None keeps all.
+
+    Returns:
+        Bits, `[..., heads]`, float32 (float64 if `attention` is float64).
+
+    Raises:
+        ValueError: `attention` has fewer than two dimensions, or a mask does not fit it or is not
+            bool.
+    """
+    if attention.dim() < 2:
+        raise ValueError(
+            f"attention must be [..., text, visual], got {attention.dim()} dimension(s); "
+            "pass the attention weights themselves, not their mean over text or visual tokens"
+        )
+    block = attention if attention.dtype == torch.float64 else attention.float()
+    if text_mask is not None:
+        block = block.where(_fit_mask(text_mask, attention, "text_mask", -2), 0.0)
+    if visual_mask is not None:
+        block = block.where(_fit_mask(visual_mask, attention, "visual_mask", -1), 0.0)
+
+    mass = block.sum(dim=(-2, -1), keepdim=True)
+    joint = block / torch.where(mass > 0, mass, 1.0)
+    text_marginal = joint.sum(dim=-1, keepdim=True)
+    visual_marginal = joint.sum(dim=-2, keepdim=True)
+    # The smallest normal number stands in for a product that underflows; such pairs weigh < 1e-18.
+    independent = (text_marginal * visual_marginal).clamp_min(torch.finfo(joint.dtype).tiny)
+    nats = torch.special.xlogy(joint, joint / independent).sum(dim=(-2, -1))
+    return (nats / math.log(2.0)).clamp_min(0.0)
+
+
+def released_mutual_information(attention: Tensor) -> Tensor:
+    """The released AutoPrune code's estimate, per head, in bits and in the tensor's own dtype.
+
+    With `q = attention / T` for T text rows and `m_j = sum_i q_ij`: `sum_ij q_ij log2(max(q_ij /
+    (m_j / T + 1e-6), 1e-6))`. Rows are not renormalised over the visual columns and the text prior
+    is uniform, so the value grows with the attention mass on the image and is slightly negative for
+    identical rows.
+
+    Args:
+        attention: softmax weights `[..., text, visual]`.
+
+    Returns:
+        `[...]`, one value per block.
+
+    Raises:
+        ValueError: `attention` has fewer than two dimensions or no text row.
+    """
+    if attention.dim() < 2 or attention.shape[-2] == 0:
+        raise ValueError(
+            "attention must be [..., text, visual] with at least one text row, "
+            f"got {list(attention.shape)}; place text after the image"
+        )
+    num_text = attention.shape[-2]
+    joint = attention / num_text
+    visual_marginal = joint.sum(dim=-2, keepdim=True)
+    ratio = joint / (visual_marginal / num_text + RELEASED_EPSILON)
+    return (joint * torch.log2(ratio.clamp_min(RELEASED_EPSILON))).sum(dim=(-2, -1))
+
+
+def _fit_mask(mask: Tensor, attention: Tensor, name: str, dim: int) -> Tensor:
+    """Shapes `mask [..., tokens]` so that it broadcasts against `attention [..., heads, text,
+    visual]`.
+    """
+    expected = (*attention.shape[:-3], attention.shape[dim])
+    if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+        raise ValueError(
+            f"{name} must be a bool tensor of shape {list(expected)} for attention of shape "
+            f"{list(attention.shape)}, got {mask.dtype} {list(mask.shape)}; True marks tokens to use"
+        )
+    if attention.dim() > 2:
+        mask = mask.unsqueeze(-2)
+    return mask.unsqueeze(-1 if dim == -2 else -2)

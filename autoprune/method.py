@@ -1,0 +1,183 @@
+"""The contract between a pruning method and the engine.
+
+A method is a frozen dataclass of settings. It says which cuts it may make and what it needs to see for
+each (`needs`), and answers each cut with a `Selection` (`select`). It never touches a hook, a mask or a
+cache: the engine does the locating, tapping, gathering, batching and recording for every method alike.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from .budget import Budget
+from .cost import DecoderCost
+
+if TYPE_CHECKING:
+    from .engine.attach import Attachment
+
+Rows = Literal["text", "last"]
+Positions = Literal["original", "compacted"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a method may know of the model it is attached to."""
+
+    num_layers: int
+    cost: DecoderCost
+    has_vision_scores: bool
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one prefill, in batch order: host numbers only."""
+
+    num_visual: Sequence[int]
+    num_text: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.num_visual)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method must see to decide one cut.
+
+    rows: query rows of the attention in the layer before the cut: every text token after the last
+        visual one ("text"), or only the prompt's last token ("last"); None for no attention.
+    vision: scores from the vision tower, where the model gives them.
+    hidden: hidden states of the visual tokens at the cut.
+    """
+
+    rows: Rows | None = None
+    vision: bool = False
+    hidden: bool = False
+
+
+@dataclass
+class Observation:
+    """What the engine saw for one cut. V is the largest number of visual tokens in the batch.
+
+    counts: visual tokens of each prompt that are present before the cut, merged ones included.
+    index: LongTensor [batch, V], original visual index 0..N-1; -2 for a merged token, -1 for padding.
+    mask: BoolTensor [batch, V], False for padding.
+    attention: float32 [batch, heads, text, V], softmax over every key the row can see, then cut to the
+        visual columns (so that a row sums to at most 1); None if not asked for.
+    text_mask: BoolTensor [batch, text], False for padding rows.
+    vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
+    vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
+    hidden: callable giving the visual tokens' hidden states [batch, V, hidden size].
+    """
+
+    cut: int
+    counts: list[int]
+    index: torch.Tensor
+    mask: torch.Tensor
+    attention: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    vision_scores: torch.Tensor | None = None
+    vision_padding: torch.Tensor | None = None
+    hidden: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Tokens made from dropped ones.
+
+    hidden: [batch, M, hidden size].
+    counts: merged tokens of each prompt; the rest of the M is padding.
+    place: LongTensor [batch, M], positions (0..V-1, in the current visual order) that the merged tokens
+        take over; None puts them behind the last visual token, as the released AutoPrune does.
+    """
+
+    hidden: torch.Tensor
+    counts: list[int]
+    place: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What survives a cut.
+
+    kept: LongTensor [batch, K], positions (0..V-1) in the current visual order, ascending; -1 is padding.
+    counts: how many of them are real, per prompt.
+    """
+
+    kept: torch.Tensor
+    counts: list[int]
+    merged: Merged | None = None
+
+
+@dataclass
+class PromptState:
+    """What one prefill carries from cut to cut; a method may keep its own things in `notes`.
+
+    schedule: the planned visual tokens entering each layer, one list per prompt, once it is known.
+    mutual_information: bits, one float per prompt, once it is known.
+    """
+
+    shape: ModelShape
+    prompts: Prompts
+    schedule: list[list[int]] | None = None
+    mutual_information: list[float] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(abc.ABC):
+    """A way to prune visual tokens under a budget.
+
+    `with method(model) as trace:` prunes everything the model runs inside the block and records it;
+    `method.attach(model)` does the same until `detach()` is called on what it returns.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    budget: Budget
+    positions: Positions = "original"
+
+    def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional for a method
+        """Raise ValueError if this method cannot run on such a model."""
+
+    def begin(self, state: PromptState) -> None:  # noqa: B027 - optional for a method
+        """Called once per prefill, before the first layer: plan what can be planned already."""
+
+    @abc.abstractmethod
+    def needs(self, cut: int, state: PromptState) -> Needs | None:
+        """What must be seen for this cut; None if nothing is cut here. Asked once per cut, in order."""
+
+    @abc.abstractmethod
+    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+        """Decide the cut; None keeps everything."""
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        *,
+        visual_mask: torch.Tensor | None = None,
+        vision_scores: torch.Tensor | None = None,
+    ) -> Attachment:
+        """Prepare pruning of `model`; enter the result as a context manager to switch it on.
+
+        Args:
+            model: a vision-language model of transformers, in eval mode.
+            visual_mask: bool [batch, length], which positions of the prompt are visual. Only needed
+                when the model is called with `inputs_embeds` instead of `input_ids`.
+            vision_scores: float [batch, N] or [total visual tokens], scores to use instead of the
+                vision tower's own.
+
+        Raises:
+            UnsupportedError: the model is no vision-language model this library can prune.
+            ValueError: the method cannot work on this model, or its budget is infeasible.
+        """
+        from .engine.attach import Attachment
+
+        return Attachment(self, model, visual_mask=visual_mask, vision_scores=vision_scores)
+
+    def attach(self, model: torch.nn.Module, **options: Any) -> Attachment:
+        """Switch pruning on until `detach()` is called on the returned handle."""
+        return self(model, **options).attach()

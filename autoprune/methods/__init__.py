@@ -1,0 +1,36 @@
+"""The pruning methods, by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ..budget import Budget
+from ..method import Method
+from .autoprune import AutoPrune
+from .autoprune_reference import AutoPruneReference
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (AutoPrune, AutoPruneReference)}
+
+
+def list_methods() -> list[str]:
+    """Names of all methods, as `create` takes them."""
+    return list(METHODS)
+
+
+def create(name: str, budget: Budget | float, **options: Any) -> Method:
+    """Build a method by name: `create("autoprune", budget=64, k0=0.3)`.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"there is no method {name!r}; {hint}choose one of {', '.join(METHODS)}")
+    cls = METHODS[name]
+    known = [field for field in cls.__dataclass_fields__ if field != "budget"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")
+    return cls(budget=budget, **options)

@@ -1,0 +1,211 @@
+"""AutoPrune: each prompt's mutual information decides how its visual tokens thin out over depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from ..budget import Budget, solve_schedule
+from ..cost import DecoderCost
+from ..curves import get_curve
+from ..information import mutual_information
+from ..mergers import get_merger
+from ..method import Method, ModelShape, Needs, Observation, Positions, Prompts, PromptState, Selection
+from ..scorers import as_shares, text_attention, vision_attention
+
+REFERENCE_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class AutoPrune(Method):
+    """Complexity-adaptive pruning under an exact budget (AutoPrune, NeurIPS 2025).
+
+    After layer `mi_layer` the mutual information I (bits) between text and visual tokens sets the retention
+    curve over depth: slope max(k0 - gamma I, 0), midpoint x0 + beta I. The curve is normalised to the
+    budget, which every prompt spends exactly. An easy question (small I) narrows early, a hard one keeps
+    looking longer; both cost the same.
+
+    The first cut, after layer 0, ranks tokens by the vision tower's attention plus the text's attention
+    (the text's alone where the tower gives no scores); all later cuts rank by the text's attention in the
+    layer that just ran. Differs from the released code: see `AutoPruneReference`.
+
+    Args:
+        budget: a `Budget`, or the mean number of visual tokens entering a layer.
+        k0, gamma: slope without information, and how much one bit flattens it; stated for 32 layers.
+        x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
+        curve: retention family, see `autoprune.curves.CURVES`.
+        mi_layer: index of the layer whose attention is measured.
+        first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
+            decoder, which makes budgets feasible that could not even pay for layer 0.
+        text_weight: weight of the text's attention against the vision tower's in the first cut, both
+            scaled to sum to 1.
+        merger: what becomes of dropped tokens after the first cut: None discards them, "dpc_knn"
+            recycles the best of them as cluster means, inside the budget.
+        positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+
+    name: ClassVar[str] = "autoprune"
+    paper: ClassVar[str] = "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
+
+    budget: Budget | float = 64
+    k0: float = 0.4
+    gamma: float = 0.3
+    x0: float = 15.0
+    beta: float = 0.3
+    curve: str = "logistic"
+    mi_layer: int = 1
+    first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
+    text_weight: float = 1.0
+    merger: str | None = None
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget.of(self.budget))
+        get_curve(self.curve)
+        get_merger(self.merger)
+        for name in ("k0", "gamma", "x0", "beta", "text_weight"):
+            value = getattr(self, name)
+            if not np.isfinite(value) or (name in ("k0", "text_weight") and value < 0):
+                raise ValueError(f"{name} must be a finite number (k0, text_weight >= 0), got {value!r}")
+        if self.mi_layer < 0:
+            raise ValueError(f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer}")
+        for name, allowed in (
+            ("first_cut", ("after_layer_0", "pre_llm")),
+            ("positions", ("original", "compacted")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    # The policy -------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        num_layers: int,
+        num_visual: int,
+        mutual_information: float,
+        num_text: int = 0,
+        cost: DecoderCost | None = None,
+    ) -> list[int]:
+        """The schedule n_0..n_{L-1} of one prompt, without a model.
+
+        Args:
+            num_layers: L.
+            num_visual: N.
+            mutual_information: I in bits.
+            num_text: other tokens of the prompt; matters for FLOPs and KV budgets only.
+            cost: the decoder's cost, for FLOPs and KV budgets.
+
+        Raises:
+            InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
+        """
+        prompts = Prompts([num_visual], [num_text])
+        prior = self._prior(num_layers, prompts, cost)
+        return self._posterior(num_layers, prompts, cost, prior, [mutual_information])[0].tolist()
+
+    def retention(self, num_layers: int, information: Sequence[float]) -> np.ndarray:
+        """The curve before normalisation, [prompts, L], for each prompt's mutual information in bits."""
+        bits = np.asarray(information, dtype=np.float64)
+        slope = np.maximum(self.k0 - self.gamma * bits, 0.0) * (REFERENCE_DEPTH / num_layers)
+        midpoint = (self.x0 + self.beta * bits) * (num_layers / REFERENCE_DEPTH)
+        return get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
+
+    def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
+        """The schedule of a prompt without information: it decides the layers up to the measurement."""
+        decided = None
+        if self.first_cut == "after_layer_0":
+            decided = np.asarray(prompts.num_visual)[:, None]
+        return self._solve(num_layers, prompts, cost, [0.0] * len(prompts), decided)
+
+    def _posterior(
+        self,
+        num_layers: int,
+        prompts: Prompts,
+        cost: DecoderCost | None,
+        prior: np.ndarray,
+        information: Sequence[float],
+    ) -> np.ndarray:
+        decided = prior[:, : self.mi_layer + 1]
+        return self._solve(num_layers, prompts, cost, information, decided)
+
+    def _solve(
+        self,
+        num_layers: int,
+        prompts: Prompts,
+        cost: DecoderCost | None,
+        information: Sequence[float],
+        decided: np.ndarray | None,
+    ) -> np.ndarray:
+        return solve_schedule(
+            self.retention(num_layers, information),
+            prompts.num_visual,
+            self.budget,
+            cost=cost,
+            num_text=prompts.num_text,
+            fixed=decided,
+        )
+
+    # The contract with the engine -------------------------------------------------------------------
+
+    def check(self, shape: ModelShape) -> None:
+        if self.mi_layer >= shape.num_layers - 1:
+            raise ValueError(
+                f"mi_layer is {self.mi_layer}, but the model has {shape.num_layers} layers and nothing can "
+                f"be cut after the last; choose at most {shape.num_layers - 2}"
+            )
+        if self.first_cut == "pre_llm" and not shape.has_vision_scores:
+            raise ValueError(
+                "first_cut='pre_llm' ranks tokens by the vision tower, which gives no scores for this "
+                "model; use first_cut='after_layer_0' or pass vision_scores"
+            )
+
+    def begin(self, state: PromptState) -> None:
+        state.notes["plan"] = self._prior(state.shape.num_layers, state.prompts, state.shape.cost)
+
+    def needs(self, cut: int, state: PromptState) -> Needs | None:
+        plan = state.notes["plan"]
+        if cut == 0:
+            due = (plan[:, 0] < np.asarray(state.prompts.num_visual)).any()
+            return Needs(vision=True) if due else None
+        if cut == self.mi_layer + 1 or (plan[:, cut] < plan[:, cut - 1]).any():
+            return Needs(rows="text", vision=cut == 1 and self.first_cut == "after_layer_0")
+        return None
+
+    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+        if seen.cut == self.mi_layer + 1:
+            self._measure(seen, state)
+        counts = state.notes["plan"][:, seen.cut].tolist()
+        if counts == seen.counts:
+            return None
+        merge = get_merger(self.merger if seen.cut > 1 else None)
+        return merge(seen, self._scores(seen), counts)
+
+    def _measure(self, seen: Observation, state: PromptState) -> None:
+        per_head = mutual_information(seen.attention, seen.text_mask, seen.mask)
+        bits = per_head.mean(dim=1).tolist()
+        shape, prior = state.shape, state.notes["plan"]
+        plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)
+        state.mutual_information = bits
+        state.notes["plan"] = plan
+        state.schedule = plan.tolist()
+
+    def _scores(self, seen: Observation) -> torch.Tensor:
+        if seen.cut == 0:
+            scores = vision_attention(seen)
+            if scores is None:
+                raise ValueError(
+                    "first_cut='pre_llm' needs the vision tower's scores, but the picture features were "
+                    "not computed inside the context; pass vision_scores, or let the model see the pixels"
+                )
+            return scores
+        text = text_attention(seen)
+        vision = vision_attention(seen) if seen.cut == 1 else None
+        if vision is None:
+            return text
+        return as_shares(vision, seen.mask) + self.text_weight * as_shares(text, seen.mask)

@@ -1,0 +1,201 @@
+"""Pictures of what was kept: patches at several depths, and schedules over depth."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .trace import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = (33, 37, 41)
+FAINT = (108, 117, 125)
+PAPER = (255, 255, 255)
+GAP = 12
+_VEIL = 0.80
+_COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#495057")
+
+
+def kept_patches(
+    image: Image.Image,
+    sample: Sample,
+    grid: tuple[int, int] | None = None,
+    layers: Sequence[int] | None = None,
+    size: int = 220,
+    title: str = "",
+) -> Image.Image:
+    """The whole picture beside what is left of it at several depths.
+
+    Dropped patches are veiled, the border between kept and dropped ones is drawn. Merged tokens stand for
+    many patches and are counted in the caption only.
+
+    Args:
+        image: the picture as the model saw it: resized, cropped or padded in the same way.
+        sample: the prompt's record, `trace.samples[i]`.
+        grid: rows and columns of visual tokens, row-major; default: a square of `sample.num_visual`.
+        layers: depths to show; default: `default_layers`.
+        size: longer side of one panel, in pixels.
+        title: a line above the panels.
+
+    Raises:
+        ValueError: the grid does not hold the prompt's visual tokens, or there is no such layer.
+    """
+    rows, columns = square_grid(sample.num_visual) if grid is None else grid
+    if rows * columns != sample.num_visual:
+        raise ValueError(
+            f"a grid of {rows} x {columns} patches does not hold {sample.num_visual} visual tokens; "
+            "pass the grid of this model"
+        )
+    depth = len(sample.kept)
+    layers = default_layers(depth) if layers is None else layers
+    if any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(f"layers must be between 0 and {depth - 1}, got {list(layers)}")
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    full = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    panels = [(full, f"all {sample.num_visual} patches")]
+    for layer in layers:
+        kept = np.zeros(rows * columns, dtype=bool)
+        kept[sample.kept[layer].numpy()] = True
+        panels.append((_veiled(full, kept.reshape(rows, columns)), _caption(sample, layer)))
+    return _row(panels, title)
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """Entering layer 1, the middle and the last layer."""
+    return sorted({min(1, num_layers - 1), num_layers // 2, num_layers - 1})
+
+
+def square_grid(num_visual: int) -> tuple[int, int]:
+    """Rows and columns of a square of patches; a ValueError if it is none."""
+    side = math.isqrt(num_visual)
+    if num_visual == 0 or side * side != num_visual:
+        raise ValueError(f"{num_visual} visual tokens are no square of patches; pass grid=(rows, columns)")
+    return side, side
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other, left-aligned."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
+def to_png(picture: Image.Image | Figure) -> bytes:
+    """A picture of either function, encoded."""
+    buffer = io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(buffer, format="PNG")
+    else:
+        picture.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def plot_schedule(
+    schedules: Sequence[Sequence[int]], labels: Sequence[str], budget: float | None = None
+) -> Figure:
+    """Visual tokens entering each layer, one line per schedule, on a logarithmic scale.
+
+    Args:
+        schedules: n_0..n_{L-1} of each line.
+        labels: one per schedule.
+        budget: mean tokens per layer, drawn as a dotted line.
+
+    Raises:
+        ImportError: matplotlib is missing; it comes with `pip install autoprune[demo]`.
+        ValueError: nothing to draw, or not one label per schedule.
+    """
+    if not schedules or len(schedules) != len(labels):
+        raise ValueError(f"got {len(schedules)} schedules and {len(labels)} labels; give one label to each")
+    figure_class, formatter = _matplotlib()
+    figure = figure_class(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (schedule, label) in enumerate(zip(schedules, labels, strict=True)):
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.step(range(len(schedule)), schedule, where="mid", color=colour, linewidth=2, label=label)
+    if budget is not None:
+        axes.axhline(budget, color="#868e96", linewidth=1, linestyle=":", label=f"budget {budget:g}")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(formatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("visual tokens entering")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e9ecef")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install 'autoprune[demo]'"
+        ) from error
+    return Figure, FuncFormatter
+
+
+def _caption(sample: Sample, layer: int) -> str:
+    patches = len(sample.kept[layer])
+    merged = sample.tokens_per_layer[layer] - patches
+    return f"layer {layer}: {patches}" + (f" + {merged} merged" if merged else "")
+
+
+def _veiled(full: Image.Image, kept: np.ndarray) -> Image.Image:
+    """`full` with dropped patches of `kept` [rows, columns] veiled, and the border drawn."""
+    width, height = full.size
+    rows, columns = kept.shape
+    down = np.minimum(np.arange(height) * rows // height, rows - 1)
+    right = np.minimum(np.arange(width) * columns // width, columns - 1)
+    inside = kept[down[:, None], right[None, :]]
+    pixels = np.asarray(full, dtype=np.float32)
+    grey = pixels.mean(axis=2, keepdims=True)
+    pixels = np.where(inside[..., None], pixels, grey + _VEIL * (np.float32(PAPER) - grey))
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    _draw_border(picture, kept)
+    return picture
+
+
+def _draw_border(picture: Image.Image, kept: np.ndarray) -> None:
+    pen = ImageDraw.Draw(picture)
+    rows, columns = kept.shape
+    ring = np.pad(kept, 1)
+    x = [min(-(-picture.width * c // columns), picture.width - 1) for c in range(columns + 1)]
+    y = [min(-(-picture.height * r // rows), picture.height - 1) for r in range(rows + 1)]
+    for row, column in np.argwhere(ring[1:, 1:-1] != ring[:-1, 1:-1]):
+        pen.line([x[column], y[row], x[column + 1], y[row]], fill=INK, width=2)
+    for row, column in np.argwhere(ring[1:-1, 1:] != ring[1:-1, :-1]):
+        pen.line([x[column], y[row], x[column], y[row + 1]], fill=INK, width=2)
+
+
+def _row(panels: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
+    """Panels side by side, each above its caption."""
+    width, height = panels[0][0].size
+    heading, caption = _font(17), _font(14)
+    top = GAP + (28 if title else 0)
+    total = GAP + len(panels) * (width + GAP)
+    if title:
+        total = max(total, round(heading.getlength(title)) + 2 * GAP)
+    sheet = Image.new("RGB", (total, top + height + 24 + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), title, fill=INK, font=heading)
+    for index, (panel, text) in enumerate(panels):
+        left = GAP + index * (width + GAP)
+        sheet.paste(panel, (left, top))
+        pen.text((left, top + height + 4), text, fill=FAINT, font=caption)
+    return sheet
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)

@@ -1,0 +1,239 @@
+"""The slow, plain answer that pruning has to equal.
+
+Nothing is removed here. The unpruned model runs over the whole sequence, and a token that was
+dropped on entering layer l is hidden by an additive mask from every other token in layer l and in
+all later layers. Positions, sliding windows and bidirectional blocks stay those of the full
+sequence. Generated tokens are appended and computed anew, so no cache takes part either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, torch.Tensor]
+
+
+def oracle_logits(
+    model: nn.Module,
+    inputs: Inputs,
+    kept_columns: Sequence[torch.Tensor],
+    tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of the pruned model, computed by hiding.
+
+    Args:
+        inputs: arguments of a plain forward, left-padded if `tokens` are given.
+        kept_columns: for every layer a bool mask [batch, prompt length] over the padded columns of
+            the prompt: which tokens still exist on entering that layer (padding may be anything).
+        tokens: generated tokens [batch, steps], visible to everything behind them.
+
+    Returns:
+        [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
+        Without `tokens`, [batch, 1, vocabulary]; `oracle_forward` gives the logits of every column.
+    """
+    prompt = inputs["input_ids"].shape[1]
+    return oracle_forward(model, append(model, inputs, tokens), kept_columns)[:, prompt - 1 :]
+
+
+def plain_logits(
+    model: nn.Module, inputs: Inputs, tokens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The unpruned model's logits, in the shape of `oracle_logits`."""
+    prompt = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = model(**append(model, inputs, tokens), use_cache=False).logits
+    return logits[:, prompt - 1 :]
+
+
+def oracle_forward(
+    model: nn.Module, inputs: Inputs, kept_columns: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Logits [batch, length, vocabulary] of a plain forward in which dropped tokens are hidden."""
+    layers = model.get_decoder().layers
+    _check(kept_columns, len(layers), inputs["input_ids"])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_eager_decoder(model))
+        for layer, kept in zip(layers, kept_columns, strict=True):
+            hook = layer.register_forward_pre_hook(_hide(kept), with_kwargs=True)
+            stack.callback(hook.remove)
+        with torch.no_grad():
+            return model(**inputs, use_cache=False).logits
+
+
+def append(model: nn.Module, inputs: Inputs, tokens: torch.Tensor | None) -> Inputs:
+    """The same inputs with generated tokens [batch, steps] behind the prompt."""
+    if tokens is None or tokens.shape[1] == 0:
+        return dict(inputs)
+    grown = dict(inputs)
+    grown["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    ones = torch.ones_like(tokens)
+    grown["attention_mask"] = torch.cat([inputs["attention_mask"], ones], dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            # PaliGemma calls its bidirectional prefix 0 and what follows 1; elsewhere text is 0.
+            kind = 1 if model.config.model_type == "paligemma" else 0
+            grown[name] = torch.cat([inputs[name], torch.full_like(tokens, kind)], dim=1)
+    return grown
+
+
+def columns_from_trace(
+    samples: Sequence[Any], attention_mask: torch.Tensor, num_layers: int
+) -> list[torch.Tensor]:
+    """What a trace says was kept, as `kept_columns`: `num_layers` masks [batch, prompt length].
+
+    Args:
+        samples: one per prompt, with `visual_positions` (positions without padding) and, for every
+            layer, `kept[l]` (ascending indices into `visual_positions`).
+        attention_mask: [batch, prompt length], 0 on padding, on either side.
+    """
+    if len(samples) != len(attention_mask):
+        raise ValueError(f"{len(samples)} samples for a batch of {len(attention_mask)}")
+    columns = [attention_mask.bool().clone() for _ in range(num_layers)]
+    for row, sample in enumerate(samples):
+        real = attention_mask[row].nonzero().squeeze(1)
+        visual = real[sample.visual_positions]
+        if len(sample.kept) != num_layers:
+            raise ValueError(f"{len(sample.kept)} layers in the trace of {num_layers}")
+        for layer, kept in enumerate(sample.kept):
+            if len(kept) > 1 and not bool((kept[1:] > kept[:-1]).all()):
+                raise ValueError(f"kept[{layer}] of prompt {row} is not ascending: {kept}")
+            columns[layer][row, visual] = False
+            columns[layer][row, visual[kept]] = True
+    return columns
+
+
+@dataclass
+class Comparison:
+    """One method against the oracle. Step 0 is the prefill, the others are greedy decode steps.
+
+    generate, manual: largest absolute difference per step, through `model.generate` and through
+        plain forwards with a cache.
+    effect: per prompt, how far pruning moved the logits of the prefill.
+    samples: the trace of the generation.
+    """
+
+    generate: list[float]
+    manual: list[float]
+    effect: list[float]
+    samples: list[Any]
+    tokens: torch.Tensor
+
+    @property
+    def worst(self) -> float:
+        return max(self.generate + self.manual)
+
+
+def compare(model: nn.Module, inputs: Inputs, method: Any, steps: int = 3) -> Comparison:
+    """Prune with `method`, then compute the same logits the slow way."""
+    batch, layers = inputs["attention_mask"], len(model.get_decoder().layers)
+    with method(model) as trace:
+        logits, tokens = generate_logits(model, inputs, steps)
+        samples = list(trace.samples)
+    with method(model) as trace:
+        manual = manual_logits(model, inputs, tokens[:, :steps])
+        again = list(trace.samples)
+    expected = oracle_logits(
+        model, inputs, columns_from_trace(samples, batch, layers), tokens[:, :steps]
+    )
+    expected_again = oracle_logits(
+        model, inputs, columns_from_trace(again, batch, layers), tokens[:, :steps]
+    )
+    plain = plain_logits(model, inputs)
+    return Comparison(
+        generate=_per_step(logits, expected),
+        manual=_per_step(manual, expected_again),
+        effect=(expected[:, 0] - plain[:, 0]).abs().amax(dim=-1).tolist(),
+        samples=samples,
+        tokens=tokens,
+    )
+
+
+def generate_logits(
+    model: nn.Module, inputs: Inputs, steps: int, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy `generate`: logits [batch, steps + 1, vocabulary], tokens [batch, steps + 1]."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=steps + 1,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    prompt = inputs["input_ids"].shape[1]
+    return torch.stack(out.logits, dim=1), out.sequences[:, prompt:]
+
+
+def manual_logits(model: nn.Module, inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
+    """A hand-written decode loop along given tokens: [batch, steps + 1, vocabulary]."""
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        rows, mask = [out.logits[:, -1]], inputs["attention_mask"]
+        deltas = getattr(model.base_model, "rope_deltas", None)
+        for step in range(tokens.shape[1]):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = {}
+            if deltas is not None:  # the M-RoPE families cannot derive them from a padded mask
+                place = mask.sum(dim=1, keepdim=True) - 1 + deltas
+                positions = {"position_ids": place.expand(3, *place.shape)}
+            out = model(
+                input_ids=tokens[:, step : step + 1],
+                attention_mask=mask,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+                **positions,
+            )
+            rows.append(out.logits[:, -1])
+    return torch.stack(rows, dim=1)
+
+
+def _per_step(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    return (actual - expected).abs().amax(dim=(0, 2)).tolist()
+
+
+def _check(kept_columns: Sequence[torch.Tensor], layers: int, input_ids: torch.Tensor) -> None:
+    if len(kept_columns) != layers:
+        raise ValueError(f"kept_columns has {len(kept_columns)} entries for {layers} layers")
+    for layer in range(1, layers):
+        risen = kept_columns[layer] & ~kept_columns[layer - 1]
+        if risen.any():
+            raise ValueError(
+                f"tokens dropped before layer {layer} come back in it: {risen.nonzero()}"
+            )
+    if kept_columns[0].shape[1] > input_ids.shape[1]:
+        raise ValueError(f"{kept_columns[0].shape[1]} columns for a prompt of {input_ids.shape[1]}")
+
+
+@contextlib.contextmanager
+def _eager_decoder(model: nn.Module) -> Iterator[None]:
+    """Only eager attention always gets an explicit additive mask."""
+    config = model.get_decoder().config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _hide(kept: torch.Tensor) -> Any:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs["attention_mask"]
+        if mask is None or mask.ndim != 4 or mask.dtype == torch.bool:
+            raise RuntimeError("the oracle needs the explicit additive mask of eager attention")
+        length = mask.shape[-1]
+        hidden = torch.zeros(kept.shape[0], length, dtype=torch.bool)
+        hidden[:, : kept.shape[1]] = ~kept
+        # A dropped token still sees itself, which keeps its unused row finite.
+        blocked = hidden[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
+        mask = mask.expand(kept.shape[0], -1, -1, -1)
+        lowest = torch.finfo(mask.dtype).min
+        return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
+
+    return hook
