@@ -353,23 +353,22 @@ def _too_small(budget: Budget, limits: Limits, cost: DecoderCost | None) -> Infe
     message = (
         f"a budget of {budget} is infeasible: the layers that are already decided and the least "
         "that every other layer must keep cost more; the smallest feasible budget here is "
-        f"{smallest.expression} ({smallest})"
+        f"{smallest.expression}; raise the budget to that"
     )
-    way_out = "raise the budget to that"
-    without_first_layers = _smallest(budget, limits.reopened(), cost)
-    if without_first_layers.value <= budget.value:
-        way_out += (
-            ', or prune before the decoder too (first_cut="pre_llm"), so that layer 0 does not see '
-            f"every visual token: down to {without_first_layers.expression}"
+    undecided = _smallest(budget, limits.reopened(), cost)
+    if undecided.value < smallest.value:
+        message += (
+            ', or set first_cut="pre_llm", which prunes before layer 0 sees every visual token '
+            f"and is feasible down to {undecided.expression}"
         )
-    return InfeasibleBudget(f"{message}; {way_out}", budget, smallest)
+    return InfeasibleBudget(message, budget, smallest)
 
 
 def _unspendable(budget: Budget, limits: Limits, most: Floats | None) -> InfeasibleBudget:
     reason = (
         "no schedule of these layers has exactly that sum"
         if most is None
-        else f"caps and decided layers allow at most {most.min():g} visual tokens per layer"
+        else f"caps and decided layers allow at most {most.min():g} visual tokens a layer"
     )
     return InfeasibleBudget(
         f"a budget of {budget} cannot be spent exactly over {limits.layers} layers: {reason}; "

@@ -98,7 +98,7 @@ def _fit_mask(mask: Tensor, attention: Tensor, name: str, dim: int) -> Tensor:
     if mask.dtype != torch.bool or tuple(mask.shape) != expected:
         raise ValueError(
             f"{name} must be a bool tensor of shape {list(expected)} for attention of shape "
-            f"{list(attention.shape)}, got {mask.dtype} {list(mask.shape)}; True marks tokens to use"
+            f"{list(attention.shape)}, got {mask.dtype} {list(mask.shape)}; True marks used tokens"
         )
     if attention.dim() > 2:
         mask = mask.unsqueeze(-2)

@@ -170,7 +170,7 @@ def attention_rank(attention: Tensor, start: int, num_visual: int) -> Tensor:
     end = start + num_visual
     if end >= attention.shape[-2]:
         raise ValueError(
-            f"visual tokens {start}..{end - 1} of a sequence of {attention.shape[-2]} leave no text "
+            f"visual tokens {start}..{end - 1} of {attention.shape[-2]} positions leave no text "
             "row to score them; place the question after the image"
         )
     return attention[..., end:, start:end].mean(dim=-3).mean(dim=-2)

@@ -149,7 +149,7 @@ def _matplotlib() -> tuple[Any, Any]:
 def _caption(sample: Sample, layer: int) -> str:
     patches = len(sample.kept[layer])
     merged = sample.tokens_per_layer[layer] - patches
-    return f"layer {layer}: {patches}" + (f" + {merged} merged" if merged else "")
+    return f"into layer {layer}: {patches}" + (f" + {merged} merged" if merged else "")
 
 
 def _veiled(full: Image.Image, kept: np.ndarray) -> Image.Image:

@@ -55,15 +55,24 @@ def oracle_forward(
     model: nn.Module, inputs: Inputs, kept_columns: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of a plain forward in which dropped tokens are hidden."""
+    prompt = kept_columns[0].shape[1]
+    if prompt > inputs["input_ids"].shape[1]:
+        raise ValueError(f"{prompt} columns for a prompt of {inputs['input_ids'].shape[1]}")
+    with hiding(model, kept_columns), torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def hiding(model: nn.Module, kept_columns: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hide dropped tokens in every forward without a cache, `generate(use_cache=False)` included."""
     layers = model.get_decoder().layers
-    _check(kept_columns, len(layers), inputs["input_ids"])
+    _check(kept_columns, len(layers))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eager_decoder(model))
         for layer, kept in zip(layers, kept_columns, strict=True):
             hook = layer.register_forward_pre_hook(_hide(kept), with_kwargs=True)
             stack.callback(hook.remove)
-        with torch.no_grad():
-            return model(**inputs, use_cache=False).logits
+        yield
 
 
 def append(model: nn.Module, inputs: Inputs, tokens: torch.Tensor | None) -> Inputs:
@@ -170,34 +179,56 @@ def generate_logits(
     return torch.stack(out.logits, dim=1), out.sequences[:, prompt:]
 
 
-def manual_logits(model: nn.Module, inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
-    """A hand-written decode loop along given tokens: [batch, steps + 1, vocabulary]."""
-    with torch.no_grad():
-        out = model(**inputs, use_cache=True)
-        rows, mask = [out.logits[:, -1]], inputs["attention_mask"]
-        deltas = getattr(model.base_model, "rope_deltas", None)
-        for step in range(tokens.shape[1]):
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = {}
-            if deltas is not None:  # the M-RoPE families cannot derive them from a padded mask
-                place = mask.sum(dim=1, keepdim=True) - 1 + deltas
-                positions = {"position_ids": place.expand(3, *place.shape)}
-            out = model(
-                input_ids=tokens[:, step : step + 1],
-                attention_mask=mask,
-                past_key_values=out.past_key_values,
+def manual_logits(
+    model: nn.Module, inputs: Inputs, tokens: torch.Tensor, cache: Any = None
+) -> torch.Tensor:
+    """A hand-written decode loop along given tokens: [batch, steps + 1, vocabulary].
+
+    Without `cache` the model makes its own.
+    """
+    conversation = Conversation(model, inputs, cache)
+    rows = [conversation.logits[:, -1]]
+    rows += [
+        conversation.feed(tokens[:, step : step + 1])[:, -1] for step in range(tokens.shape[1])
+    ]
+    return torch.stack(rows, dim=1)
+
+
+class Conversation:
+    """Plain forwards on one cache: the prompt first, then whatever is fed."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, cache: Any = None):
+        self.model, self.mask = model, inputs["attention_mask"]
+        given = {} if cache is None else {"past_key_values": cache}
+        with torch.no_grad():
+            out = model(**inputs, use_cache=True, **given)
+        self.cache, self.logits = out.past_key_values, out.logits
+        self.deltas = getattr(model.base_model, "rope_deltas", None)
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, new, vocabulary] of new text tokens [batch, new]."""
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        positions = {}
+        if self.deltas is not None:  # the M-RoPE families cannot derive them from a padded mask
+            place = self.mask.cumsum(dim=1)[:, -tokens.shape[1] :] - 1 + self.deltas
+            positions = {"position_ids": place.expand(3, *place.shape)}
+        with torch.no_grad():
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
                 use_cache=True,
                 **positions,
             )
-            rows.append(out.logits[:, -1])
-    return torch.stack(rows, dim=1)
+        self.cache = out.past_key_values
+        return out.logits
 
 
 def _per_step(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:
     return (actual - expected).abs().amax(dim=(0, 2)).tolist()
 
 
-def _check(kept_columns: Sequence[torch.Tensor], layers: int, input_ids: torch.Tensor) -> None:
+def _check(kept_columns: Sequence[torch.Tensor], layers: int) -> None:
     if len(kept_columns) != layers:
         raise ValueError(f"kept_columns has {len(kept_columns)} entries for {layers} layers")
     for layer in range(1, layers):
@@ -206,8 +237,6 @@ def _check(kept_columns: Sequence[torch.Tensor], layers: int, input_ids: torch.T
             raise ValueError(
                 f"tokens dropped before layer {layer} come back in it: {risen.nonzero()}"
             )
-    if kept_columns[0].shape[1] > input_ids.shape[1]:
-        raise ValueError(f"{kept_columns[0].shape[1]} columns for a prompt of {input_ids.shape[1]}")
 
 
 @contextlib.contextmanager
@@ -227,12 +256,12 @@ def _hide(kept: torch.Tensor) -> Any:
         mask = kwargs["attention_mask"]
         if mask is None or mask.ndim != 4 or mask.dtype == torch.bool:
             raise RuntimeError("the oracle needs the explicit additive mask of eager attention")
-        length = mask.shape[-1]
-        hidden = torch.zeros(kept.shape[0], length, dtype=torch.bool)
-        hidden[:, : kept.shape[1]] = ~kept
+        length, copies = mask.shape[-1], args[0].shape[0] // kept.shape[0]
+        hidden = torch.zeros(kept.shape[0] * copies, length, dtype=torch.bool)
+        hidden[:, : kept.shape[1]] = ~kept.repeat_interleave(copies, dim=0)  # beams of a prompt
         # A dropped token still sees itself, which keeps its unused row finite.
         blocked = hidden[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
-        mask = mask.expand(kept.shape[0], -1, -1, -1)
+        mask = mask.expand(hidden.shape[0], -1, -1, -1)
         lowest = torch.finfo(mask.dtype).min
         return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
 

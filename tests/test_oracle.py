@@ -137,10 +137,9 @@ def test_padding_does_not_change_what_a_prompt_gets():
     batch = zoo.inputs("llava", model, "padded3")
     columns = dropping(model, batch, layer=2)
     together = oracle.oracle_logits(model, batch, columns)
-    for row in range(2):  # one picture each
+    for row in range(3):
         real = batch["attention_mask"][row].bool()
-        alone = {key: batch[key][row : row + 1, real] for key in ("input_ids", "attention_mask")}
-        alone["pixel_values"] = batch["pixel_values"][row : row + 1]
+        alone = zoo.inputs("llava", model, "padded3", only=row)
         own = [kept[row : row + 1, real] for kept in columns]
         expected = oracle.oracle_logits(model, alone, own)
         torch.testing.assert_close(together[row : row + 1], expected, atol=5e-5, rtol=0)
@@ -166,6 +165,17 @@ def test_columns_of_a_trace_skip_the_padding(side):
     expected = mask[1].bool()
     expected[place] = False
     assert torch.equal(entering_1[1], expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_generation_without_a_cache_can_be_hidden_from_too(name):
+    model = model_of(name, "sdpa")
+    batch = zoo.inputs(name, model, "padded3")
+    columns = dropping(model, batch, layer=2)
+    with oracle.hiding(model, columns):
+        logits, tokens = oracle.generate_logits(model, batch, steps=2, use_cache=False)
+    expected = oracle.oracle_logits(model, batch, columns, tokens[:, :2])
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
 
 
 def test_tokens_cannot_come_back():

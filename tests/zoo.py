@@ -73,8 +73,12 @@ def inputs(
     media: str = "image",
     padding_side: str = "left",
     seed: int = 0,
+    only: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of `model.generate` and `model.forward` for one of the batches of this module."""
+    """Arguments of `model.generate` and `model.forward` for one of the batches of this module.
+
+    `only` takes one prompt of the batch, unpadded and alone.
+    """
     family = FAMILIES[name]
     if media not in family.media:
         raise ValueError(f"{name} has no {media}; it has {family.media}")
@@ -92,11 +96,13 @@ def inputs(
         visuals = [make(w, generator) for w in which]
         prompts.append(_prompt(before, visuals, after, generator, family.image_first))
         payloads.append([visual.payload for visual in visuals])
+    if only is not None:
+        prompts, payloads = [prompts[only]], [payloads[only]]
     arguments = _pad(prompts, padding_side)
     if family.token_types:
         arguments[family.token_types] = _token_types(arguments["input_ids"], family, media)
     collate = family.collate or _concatenate
-    return arguments | collate(payloads)
+    return arguments | (collate(payloads) if any(payloads) else {})
 
 
 def visual_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

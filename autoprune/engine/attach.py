@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class Attachment:
             "attention_mask": kwargs.get("attention_mask"),
         }
 
-    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         local = self._local
         local.run = None
         prompt, local.prompt = getattr(local, "prompt", None), None
@@ -130,7 +131,7 @@ class Attachment:
         self._refuse(kwargs)
         embeds = kwargs.get("inputs_embeds")
         if prompt is None or embeds is None:
-            return
+            return None
         cache = kwargs.get("past_key_values")
         valid = prompt["attention_mask"]
         valid = valid if isinstance(valid, torch.Tensor) and valid.ndim == 2 else None
@@ -138,11 +139,18 @@ class Attachment:
             self._refuse_new_images(prompt)
             local.run = Decode(self, pruned, cache, embeds.shape[1], valid)
         elif cache is None or not self._length(cache):
-            local.run = self._prefill(prompt, embeds, cache)
+            deepstack = kwargs.get("deepstack_visual_embeds") or ()
+            local.run = self._prefill(prompt, embeds, cache, deepstack)
+            if local.run is not None and deepstack:
+                # The model would add these at full length; the layers' hooks add what is left of them.
+                return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
         elif embeds.shape[1] > 1:
             self._refuse_new_images(prompt)
+        return None
 
-    def _prefill(self, prompt: dict, embeds: torch.Tensor, cache: Any) -> Prefill | None:
+    def _prefill(
+        self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
+    ) -> Prefill | None:
         layout = self._layout(prompt, embeds)
         if layout is None:
             return None
@@ -153,7 +161,7 @@ class Attachment:
             self.trace.record(layout, state, [])
             return None
         self._refuse_for_pruning(cache)
-        return Prefill(self, layout, state, embeds.device, cache, vision)
+        return Prefill(self, layout, state, embeds.device, cache, vision, deepstack)
 
     def _layer_hook(self, index: int):
         def before_layer(module: nn.Module, args: tuple, kwargs: dict):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import UnsupportedError
@@ -42,6 +44,7 @@ class Prefill:
         device: torch.device,
         cache: Any,
         vision: VisionScores | None,
+        deepstack: Sequence[torch.Tensor] = (),
     ):
         self.method = attachment.method
         self.located = attachment.located
@@ -50,6 +53,7 @@ class Prefill:
         self.stages = [Stage(0, self.tokens)]
         self.records: list[CutRecord] = []
         self.vision = self._by_prompt(vision, device)
+        self.deepstack = deepstack
         self.armed: Needs | None = None
         self.attention: tuple[torch.Tensor, torch.Tensor] | None = None
         self._slices: dict[tuple, tuple[Any, Any]] = {}
@@ -70,6 +74,11 @@ class Prefill:
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
+        if self.cache is None:
+            # A plain forward makes its cache inside the decoder.
+            self.cache = kwargs.get("past_key_values")
+        if 0 < index <= len(self.deepstack):
+            args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         needs = self.armed if index else self.method.needs(0, self.state)
         if needs is not None:
             hidden = self._cut(index, needs, args[0])
@@ -80,6 +89,17 @@ class Prefill:
         if len(self.stages) > 1:
             kwargs = self._fit(index, args[0], kwargs)
         return args, kwargs
+
+    def _add_deepstack(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Add one level of deepstack features (flat over all visual tokens) to those still present.
+
+        The models do this at full length after a layer; here it waits for the next layer's hook.
+        """
+        first = np.cumsum([0, *self.layout.num_visual[:-1]])
+        row = self.tokens.visual.clamp(min=0) + torch.from_numpy(first).to(hidden.device)[:, None]
+        original = (self.tokens.visual >= 0)[..., None]
+        features = features.to(hidden.device, hidden.dtype)
+        return torch.where(original, hidden + features[row], hidden)
 
     def observe(self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs) -> None:
         """Compute the attention rows that the next cut asked for."""
