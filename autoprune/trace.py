@@ -162,12 +162,12 @@ def _sample(
         counts.append(present)
         kept.append(indices)
     cost = state.shape.cost
-    real = layout.real[prompt]
+    real = layout.real[prompt, : layout.length]
     information = state.mutual_information
     return Sample(
         num_visual=total,
         num_text=text,
-        visual_positions=torch.from_numpy(np.flatnonzero(layout.visual[prompt][real])),
+        visual_positions=torch.from_numpy(np.flatnonzero(layout.visual[prompt, : layout.length][real])),
         tokens_per_layer=counts,
         kept=kept,
         mutual_information=information[prompt] if information is not None and total else None,

@@ -64,7 +64,7 @@ def oracle_forward(
 
 @contextlib.contextmanager
 def hiding(model: nn.Module, kept_columns: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Hide dropped tokens in every forward without a cache, `generate(use_cache=False)` included."""
+    """Hide dropped tokens in forwards without a cache, `generate(use_cache=False)` included."""
     layers = model.get_decoder().layers
     _check(kept_columns, len(layers))
     with contextlib.ExitStack() as stack:

@@ -127,7 +127,9 @@ def randomise(model: nn.Module, seed: int) -> None:
                 lift = 0.5 if leaf in ("q_norm", "k_norm") else 0.0
                 parameter.add_(lift + normal(parameter, 0.1))
             elif "embed" in name and "patch" not in name:
-                parameter.copy_(normal(parameter, 1.0))
+                # Gemma multiplies its word embeddings by the root of the hidden size.
+                scaled = "embed_tokens" in name and "gemma" in model.get_decoder().config.model_type
+                parameter.copy_(normal(parameter, HIDDEN**-0.5 if scaled else 1.0))
             else:
                 fan_in = parameter[0].numel()
                 gain = {"q_proj": 2.0, "k_proj": 2.0, "qkv": 1.6, "lm_head": 5.0}.get(leaf, 1.0)

@@ -15,9 +15,9 @@ from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Trace
 from . import tap
-from .cache import Decode, PrunedCache
+from .cache import Decode, PrunedCache, is_static, sliding_window, static_step
 from .layout import Layout
-from .locate import is_cache_static, locate
+from .locate import locate
 from .prefill import Prefill
 from .vision import VisionScores, VisionTap
 
@@ -82,6 +82,8 @@ class Attachment:
         hook = {"with_kwargs": True}
         try:
             _attached.add(located.text)
+            if located.outer is not located.base:
+                self._handles.append(located.outer.register_forward_pre_hook(self._before_model, **hook))
             self._handles.append(located.base.register_forward_pre_hook(self._before_base, **hook))
             self._handles.append(located.text.register_forward_pre_hook(self._before_text, **hook))
             self._handles.append(located.text.register_forward_hook(self._after_text))
@@ -116,13 +118,25 @@ class Attachment:
 
     # Hooks ------------------------------------------------------------------------------------------
 
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
+        if torch.compiler.is_compiling():
+            return
+        asked = kwargs.get("logits_to_keep")
+        with_cache = kwargs.get("past_key_values") is not None
+        self._local.drafts = asked - 1 if with_cache and isinstance(asked, int) and asked > 1 else 0
+
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._local.prompt = {
             "input_ids": kwargs.get("input_ids", args[0] if args else None),
             "attention_mask": kwargs.get("attention_mask"),
         }
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if torch.compiler.is_compiling():
+            return None
         local = self._local
         local.run = None
         prompt, local.prompt = getattr(local, "prompt", None), None
@@ -139,6 +153,7 @@ class Attachment:
             self._refuse_new_images(prompt)
             local.run = Decode(self, pruned, cache, embeds.shape[1], valid)
         elif cache is None or not self._length(cache):
+            PrunedCache.forget(cache)
             deepstack = kwargs.get("deepstack_visual_embeds") or ()
             local.run = self._prefill(prompt, embeds, cache, deepstack)
             if local.run is not None and deepstack:
@@ -154,21 +169,32 @@ class Attachment:
         layout = self._layout(prompt, embeds)
         if layout is None:
             return None
-        vision = self._vision_scores(layout)
+        vision = self._vision_scores(prompt, layout)
         prompts = Prompts(layout.num_visual, layout.num_text)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
+            state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
             self.trace.record(layout, state, [])
             return None
-        self._refuse_for_pruning(cache)
+        self._refuse_for_pruning(cache, embeds.shape[1])
         return Prefill(self, layout, state, embeds.device, cache, vision, deepstack)
 
     def _layer_hook(self, index: int):
         def before_layer(module: nn.Module, args: tuple, kwargs: dict):
+            if torch.compiler.is_compiling():
+                return self._compiled_step(index, args, kwargs)
             run = getattr(self._local, "run", None)
             return None if run is None else run.before_layer(index, args, kwargs)
 
         return before_layer
+
+    def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
+        layers = getattr(kwargs.get("past_key_values"), "layers", ())
+        if index >= len(layers) or not is_static(layers[index]):
+            return None
+        kwargs = static_step(self.located, layers[index], args[0], kwargs)
+        return None if kwargs is None else (args, kwargs)
 
     def _observe(self, module, query, key, attention_mask, **kwargs) -> None:
         run = getattr(self._local, "run", None)
@@ -176,6 +202,8 @@ class Attachment:
             run.observe(module, query, key, attention_mask, **kwargs)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
         run, self._local.run = getattr(self._local, "run", None), None
         if not isinstance(run, Prefill):
             return None
@@ -199,7 +227,7 @@ class Attachment:
                 "pass method(model, visual_mask=...), bool [batch, length]"
             )
         real = _real_tokens(mask, batch, length)
-        return Layout(real, visual & real)
+        return Layout(real, visual & real, getattr(self._local, "drafts", 0))
 
     def _given_mask(self, batch: int, length: int) -> np.ndarray:
         mask = self.visual_mask
@@ -211,8 +239,8 @@ class Attachment:
             )
         return mask.bool().repeat_interleave(batch // mask.shape[0], dim=0).cpu().numpy()
 
-    def _vision_scores(self, layout: Layout) -> VisionScores | None:
-        collected = self.vision.take()
+    def _vision_scores(self, prompt: dict, layout: Layout) -> VisionScores | None:
+        collected = self.vision.take(prompt["input_ids"], layout.visual)
         if self.vision_scores is None:
             return collected
         scores = torch.as_tensor(self.vision_scores, dtype=torch.float32).flatten()
@@ -245,14 +273,19 @@ class Attachment:
         if "cache" in kwargs:
             raise UnsupportedError("continuous batching cannot be combined with pruning; use model.generate")
 
-    def _refuse_for_pruning(self, cache: Any) -> None:
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("a prefill inside torch.compile cannot be pruned; compile decoding only")
-        if cache is not None and is_cache_static(cache) and any(
-            getattr(layer, "is_sliding", False) for layer in cache.layers
-        ):
+    def _refuse_for_pruning(self, cache: Any, length: int) -> None:
+        layers = getattr(cache, "layers", ())
+        if any(is_static(layer) and getattr(layer, "is_sliding", False) for layer in layers):
             raise UnsupportedError(
                 "static caches of models with sliding layers cannot be pruned; use the default cache"
+            )
+
+        config = self.located.text.config
+        windows = {sliding_window(config, i) for i in range(self.shape.num_layers)} - {None}
+        if "flash" in self.located.implementation and windows and min(windows) < length:
+            raise UnsupportedError(
+                f"flash attention would count its sliding window of {min(windows)} in kept tokens, not in "
+                "positions; use attn_implementation='sdpa'"
             )
 
     def _refuse_new_images(self, prompt: dict) -> None:
@@ -267,7 +300,12 @@ class Attachment:
 
 
 def _real_tokens(mask: Any, batch: int, length: int) -> np.ndarray:
-    """bool [batch, length], False for padding, from a 2-D mask, a 4-D mask's last row, or none."""
+    """bool [batch, length], False for padding, from a 2-D mask, a 4-D mask's last row, or none.
+
+    Some families prepare one 4-D mask per type of layer before they are called.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor):
         return np.ones((batch, length), dtype=bool)
     if mask.ndim == 4:

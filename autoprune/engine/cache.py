@@ -14,9 +14,12 @@ from .masks import as_mask, decode_mask
 
 if TYPE_CHECKING:
     from .attach import Attachment
+    from .locate import Located
     from .prefill import Prefill
 
 ATTRIBUTE = "_autoprune"
+VALID = "_autoprune_valid"
+PADDING = "_autoprune_padding"
 
 
 @dataclass
@@ -34,38 +37,110 @@ class PrunedCache:
     prompt_length: columns of the padded prompt; new tokens get the columns behind it.
     stage_of_layer: for each layer, the tokens of the prompt that its cache holds.
     compacted: whether new tokens continue each layer's own compacted positions.
-    steps: new tokens so far, tracked for static caches, whose own count is on the device.
     has_gaps: whether a later turn brought padding of its own.
     """
 
     prompt_length: int
     stage_of_layer: list[Stage]
     compacted: bool
-    steps: int = 0
     has_gaps: bool = False
 
     @classmethod
     def remember(cls, prefill: Prefill) -> None:
         cache, depth = prefill.cache, len(prefill.located.layers)
-        stages = [prefill.stage_of(layer) for layer in range(depth)]
-        length = prefill.layout.real.shape[1]
+        drafts, length = prefill.layout.drafts, prefill.layout.length
+        stages = [
+            Stage(stage.first_layer, stage.tokens.without_last(drafts))
+            for stage in map(prefill.stage_of, range(depth))
+        ]
         setattr(cache, ATTRIBUTE, cls(length, stages, prefill.method.positions == "compacted"))
+        for layer, stage in zip(cache.layers, stages, strict=False):
+            if is_static(layer):
+                _mark_valid(layer, stage.tokens, prefill.method.positions == "compacted")
         if stages[0].tokens.width < length:
-            _keep_length(cache.layers[0], length - stages[0].tokens.width)
+            _report_length(cache.layers[0], length - stages[0].tokens.width)
 
     @classmethod
     def of(cls, cache: Any) -> PrunedCache | None:
         return getattr(cache, ATTRIBUTE, None)
 
+    @staticmethod
+    def forget(cache: Any) -> None:
+        """Before a new prefill: a cache may be used again after a reset."""
+        if cache is not None:
+            cache.__dict__.pop(ATTRIBUTE, None)
+            for layer in getattr(cache, "layers", ()):
+                layer.__dict__.pop(VALID, None)
+                layer.__dict__.pop(PADDING, None)
 
-def _keep_length(layer: Any, dropped: int) -> None:
+
+def is_static(layer: Any) -> bool:
+    """Whether a cache layer has a fixed size (its count of tokens is then a tensor on the device)."""
+    return hasattr(layer, "max_cache_len")
+
+
+def _mark_valid(layer: Any, tokens: Tokens, compacted: bool) -> None:
+    """Tell a static cache layer which of its slots hold real tokens; new tokens always are.
+
+    The tensor keeps its address and form whatever was kept, so that compiled decoding is not recompiled.
+    """
+    valid = torch.ones(tokens.column.shape[0], layer.max_cache_len, dtype=torch.bool)
+    valid = valid.to(tokens.column.device)
+    valid[:, : tokens.width] = tokens.column >= 0
+    torch._dynamo.mark_static_address(valid)
+    setattr(layer, VALID, valid)
+    if compacted:
+        padding = torch.as_tensor([tokens.width - n for n in tokens.lengths])
+        padding = padding.to(tokens.column.device)
+        torch._dynamo.mark_static_address(padding)
+        setattr(layer, PADDING, padding)
+
+
+def static_step(located: Located, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict | None:
+    """Layer arguments for new tokens on a pruned layer of a static cache; None if it was not pruned.
+
+    Reads nothing from the device, so it can be compiled.
+    """
+    valid = getattr(layer, VALID, None)
+    if valid is None:
+        return None
+    slots = torch.arange(valid.shape[1], device=valid.device)
+    queries = torch.arange(hidden.shape[1], device=valid.device)
+    last = layer.cumulative_length.to(valid.device) + queries
+    allowed = valid[:, None, None, :] & (slots[None, :] <= last[:, None])
+    kwargs = {**kwargs, "attention_mask": as_mask(allowed, kwargs.get("attention_mask"))}
+    padding = getattr(layer, PADDING, None)
+    if padding is not None:
+        kwargs["position_embeddings"] = located.text.rotary_emb(hidden, last - padding[:, None])
+    return kwargs
+
+
+def _report_length(layer: Any, dropped: int) -> None:
     """Let a cache layer that was cut before layer 0 report the length of the whole prompt.
 
-    Positions of new tokens are counted from layer 0's length.
+    Positions of new tokens are counted from layer 0's length. A reset ends it.
     """
     layer.dropped_tokens = dropped
-    plain = type(layer).get_seq_length
-    layer.get_seq_length = types.MethodType(lambda self: plain(self) + self.dropped_tokens, layer)
+    layer.get_seq_length = types.MethodType(_length_of_prompt, layer)
+    layer.reset = types.MethodType(_reset, layer)
+
+
+def _length_of_prompt(layer: Any) -> Any:
+    return type(layer).get_seq_length(layer) + layer.dropped_tokens
+
+
+def _reset(layer: Any) -> None:
+    for name in ("dropped_tokens", "get_seq_length", "reset"):
+        layer.__dict__.pop(name, None)
+    layer.reset()
+
+
+def sliding_window(config: Any, layer: int) -> int | None:
+    """The window of a decoder layer, in positions; None where it sees everything before it."""
+    types_of_layers = getattr(config, "layer_types", None)
+    if types_of_layers is not None and types_of_layers[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 class Decode:
@@ -81,9 +156,9 @@ class Decode:
     ):
         self.located, self.pruned, self.cache = attachment.located, pruned, cache
         self.queries = queries
-        seen = cache.get_seq_length()
-        self.past = seen - pruned.prompt_length if isinstance(seen, int) else pruned.steps
-        pruned.steps = self.past + queries
+        # A static cache counts on the device, and its layers need no count here.
+        static = is_static(cache.layers[0])
+        self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
         if queries > 1 and valid is not None:
             pruned.has_gaps = pruned.has_gaps or not bool(valid[:, -queries:].all())
         self.valid = valid.bool() if valid is not None and pruned.has_gaps else None
@@ -92,6 +167,8 @@ class Decode:
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         stage = self.pruned.stage_of_layer[index]
         layer = self.cache.layers[index]
+        if is_static(layer):
+            return args, static_step(self.located, layer, args[0], kwargs) or kwargs
         self._crop(layer, stage)
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")
@@ -102,54 +179,42 @@ class Decode:
         if self.pruned.compacted:
             key = ("rotary", stage.first_layer)
             if key not in self._made:
-                positions = self._positions(stage)
-                self._made[key] = self.located.text.rotary_emb(args[0], positions)
+                self._made[key] = self.located.text.rotary_emb(args[0], self._positions(stage))
             kwargs["position_embeddings"] = self._made[key]
         return args, kwargs
 
     def _crop(self, layer: Any, stage: Stage) -> None:
         """Drop rejected draft tokens that a cropped cache left behind in the shorter layers."""
         keys = getattr(layer, "keys", None)
-        if hasattr(layer, "max_cache_len") or getattr(layer, "is_sliding", False) or keys is None:
+        if getattr(layer, "is_sliding", False) or keys is None:
             return
         length = stage.tokens.width + self.past
         if keys.shape[-2] > length:
             layer.keys, layer.values = keys[..., :length, :], layer.values[..., :length, :]
 
     def _key_length(self, layer: Any, stage: Stage) -> int:
-        if hasattr(layer, "max_cache_len"):
-            return layer.max_cache_len
         if getattr(layer, "is_sliding", False):
             return layer.keys.shape[-2] + self.queries
         return stage.tokens.width + self.past + self.queries
 
     def _window(self, index: int) -> int | None:
-        config = self.located.text.config
-        types_ = getattr(config, "layer_types", None)
-        if types_ is None or types_[index] != "sliding_attention":
-            return None
-        return config.sliding_window
+        return sliding_window(self.located.text.config, index)
 
     def _mask(self, mask: Any, stage: Stage, layer: Any, window: int | None) -> Any:
-        tokens, length = stage.tokens, self._key_length(layer, stage)
-        needed = tokens.padded or self.queries > 1 or window is not None or self.valid is not None
-        static = hasattr(layer, "max_cache_len")
-        if not needed and not static:
+        tokens = stage.tokens
+        if not (tokens.padded or self.queries > 1 or window is not None or self.valid is not None):
             return None
-        device = tokens.column.device
-        first = self.pruned.prompt_length
+        first, device = self.pruned.prompt_length, tokens.column.device
         new = torch.arange(first, first + self.past + self.queries, device=device)
         column = torch.cat([tokens.column, new.expand(tokens.column.shape[0], -1)], dim=1)
-        if not static:
-            # A sliding layer has let its oldest tokens go.
-            column = column[:, column.shape[1] - length :]
+        # A sliding layer has let its oldest tokens go.
+        length = self._key_length(layer, stage)
+        column = column[:, column.shape[1] - length :]
         if "flash" in self.located.implementation:
             return self._flash_mask(column, window)
-        allowed = decode_mask(column, new[self.past :], window, self.valid, length)
-        like = mask if isinstance(mask, torch.Tensor) else None
-        if like is None and self.located.implementation == "eager":
-            like = layer.keys if getattr(layer, "keys", None) is not None else None
-        return as_mask(allowed, like)
+        if mask is None and self.located.implementation == "eager":
+            mask = layer.keys
+        return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
 
     def _flash_mask(self, column: torch.Tensor, window: int | None) -> torch.Tensor:
         if window is not None:
@@ -160,6 +225,7 @@ class Decode:
         return real.long()
 
     def _positions(self, stage: Stage) -> torch.Tensor:
-        device = stage.tokens.column.device
-        start = torch.as_tensor(stage.tokens.lengths).to(device) + self.past
+        tokens = stage.tokens
+        device = tokens.column.device
+        start = torch.as_tensor(tokens.lengths).to(device) + self.past
         return start[:, None] + torch.arange(self.queries, device=device)

@@ -18,10 +18,17 @@ class Layout:
     """The prompts of one prefill as they came: S columns, padded left or right.
 
     real: bool [batch, S], False for padding; visual: bool [batch, S]. Both numpy, on the host.
+    drafts: the last columns that are proposed continuations (assisted decoding), not prompt.
     """
 
     real: np.ndarray
     visual: np.ndarray
+    drafts: int = 0
+
+    @property
+    def length(self) -> int:
+        """Columns of the prompt itself."""
+        return self.real.shape[1] - self.drafts
 
     @property
     def num_visual(self) -> list[int]:
@@ -29,7 +36,7 @@ class Layout:
 
     @property
     def num_text(self) -> list[int]:
-        return (self.real & ~self.visual).sum(axis=1).tolist()
+        return (self.real & ~self.visual)[:, : self.length].sum(axis=1).tolist()
 
     def text_columns(self, rows: str) -> list[np.ndarray]:
         """Columns of the query rows that may score a prompt's visual tokens.
@@ -43,7 +50,7 @@ class Layout:
             if not seen.size:
                 found.append(seen)
                 continue
-            columns = np.flatnonzero(real)
+            columns = np.flatnonzero(real[: self.length])
             after = columns[columns > seen[-1]]
             found.append(after if rows == "text" and after.size else columns[-1:])
         return found
@@ -78,6 +85,13 @@ class Tokens:
             counts=layout.num_visual,
             padded=not real.all(),
         )
+
+    def without_last(self, drafts: int) -> Tokens:
+        """Without the last columns, which are text."""
+        if not drafts:
+            return self
+        end, lengths = self.width - drafts, [n - drafts for n in self.lengths]
+        return Tokens(self.column[:, :end], self.visual[:, :end], lengths, self.counts, self.padded)
 
     @property
     def width(self) -> int:

@@ -18,12 +18,13 @@ LAYER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "pas
 class Located:
     """The parts of one model that pruning touches.
 
-    base: the module that merges image features into the prompt (it sees `input_ids`).
+    outer: the model with its language-model head; base: the module that merges image features into the prompt (it sees `input_ids`).
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
     attentions: the attention module of each decoder layer.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
     """
 
+    outer: nn.Module
     base: nn.Module
     text: nn.Module
     layers: list[nn.Module]
@@ -68,6 +69,7 @@ def locate(model: nn.Module) -> Located:
     text = model.get_decoder()
     layers = _layers(text)
     return Located(
+        outer=model,
         base=base,
         text=text,
         layers=layers,
@@ -108,7 +110,3 @@ def _element_size(text: nn.Module) -> int:
     dtype = getattr(text, "dtype", None) or torch.get_default_dtype()
     return dtype.itemsize
 
-
-def is_cache_static(cache: object) -> bool:
-    """Whether any layer of a transformers cache has a fixed size."""
-    return any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", []))

@@ -1,12 +1,15 @@
 """Attention masks for shortened sequences: gathered at prefill, built at decoding.
 
 A mask is one of what transformers hands to a decoder layer: None (causal, nothing padded), a 4-D bool or
-additive tensor, or for flash attention the 2-D tensor of real tokens.
+additive tensor, the 2-D tensor of real tokens for flash attention, or the BlockMask of flex attention.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
 from .layout import Tokens
@@ -38,18 +41,36 @@ def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Te
     return _finish(mask, tokens, key_length)
 
 
-def causal_mask(tokens: Tokens, like: torch.Tensor | None, key_length: int) -> torch.Tensor:
-    """A causal mask over the remaining tokens in their order; bool, or additive like `like`."""
+def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> BlockMask:
+    """The model's own flex-attention mask, asked about the columns of the remaining tokens."""
     batch, width = tokens.column.shape
-    device = tokens.column.device
-    order = torch.arange(width, device=device)
+    real, column, old = tokens.column >= 0, tokens.column.clamp(min=0), mask.mask_mod
+
+    def kept_only(b, h, query, key):
+        inside = key < width
+        key = key.clamp(max=width - 1)
+        seen = old(b, h, column[b, query], column[b, key]) & real[b, key] & inside
+        return seen | (~real[b, query] & (query == key))
+
+    return create_block_mask(kept_only, batch, None, width, key_length, device=column.device)
+
+
+def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
+    """A causal mask over the remaining tokens in their order, in the form of the mask `like`."""
+    batch, width = tokens.column.shape
+    order = torch.arange(width, device=tokens.column.device)
     allowed = (order[None, :] <= order[:, None])[None, None].expand(batch, -1, -1, -1)
-    return _finish(as_mask(allowed, like), tokens, key_length)
+    return as_mask(_finish(allowed, tokens, key_length), like)
 
 
-def as_mask(allowed: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
-    """A bool tensor of allowed pairs in the form the attention backend takes."""
-    if like is None or like.dtype == torch.bool:
+def as_mask(allowed: torch.Tensor, like: Any) -> Any:
+    """A bool tensor of allowed pairs [batch, 1, queries, keys], in the form of the mask `like`."""
+    if isinstance(like, BlockMask):
+        return create_block_mask(
+            lambda b, h, query, key: allowed[b, 0, query, key],
+            allowed.shape[0], None, allowed.shape[2], allowed.shape[3], device=allowed.device,
+        )  # fmt: skip
+    if not isinstance(like, torch.Tensor) or like.dtype == torch.bool:
         return allowed
     zero = torch.zeros((), dtype=like.dtype, device=allowed.device)
     return torch.where(allowed, zero, torch.finfo(like.dtype).min)
@@ -73,7 +94,6 @@ def decode_mask(
     query_column: torch.Tensor,
     window: int | None,
     valid: torch.Tensor | None,
-    key_length: int,
 ) -> torch.Tensor:
     """bool [batch, 1, queries, keys]: which cached tokens new tokens may see.
 
@@ -82,7 +102,6 @@ def decode_mask(
         query_column: [queries], columns of the new tokens.
         window: sliding window in original positions, or None.
         valid: bool [batch, columns], the caller's own 2-D mask over all columns so far, or None.
-        key_length: keys the attention will be given.
     """
     keys = column[:, None, :]
     allowed = (keys >= 0) & (keys <= query_column[None, :, None])
@@ -90,7 +109,4 @@ def decode_mask(
         allowed = allowed & (keys > query_column[None, :, None] - window)
     if valid is not None:
         allowed = allowed & valid.gather(1, column.clamp(min=0))[:, None, :]
-    allowed = allowed[:, None]
-    if key_length > column.shape[1]:
-        allowed = pad(allowed, (0, key_length - column.shape[1]), value=False)
-    return allowed
+    return allowed[:, None]

@@ -11,9 +11,9 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Needs, Observation, PromptState, Selection
-from .cache import PrunedCache, Stage
+from .cache import PrunedCache, Stage, is_static
 from .layout import Layout, Tokens, length_mask, pad_rows
-from .masks import causal_mask, gather_mask
+from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
 from .tap import row_attention
 
 if TYPE_CHECKING:
@@ -127,12 +127,18 @@ class Prefill:
         return slots, length_mask(counts, wanted.shape[1], device)
 
     def _row_mask(self, mask: Any, slots: torch.Tensor, width: int):
+        """What the scoring rows may not see, as (blocked, bias) of `row_attention`."""
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             rows = mask.expand(slots.shape[0], -1, -1, -1)[..., :width]
             index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
             rows = rows.gather(2, index)
             return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
         order = torch.arange(width, device=slots.device)
+        if isinstance(mask, BlockMask):
+            batch = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+            zero = torch.zeros_like(batch)
+            allowed = mask.mask_mod(batch, zero, slots[:, :, None], order[None, None, :])
+            return ~allowed[:, None], None
         blocked = order[None, None, :] > slots[:, :, None]
         if self.tokens.padded:
             blocked = blocked | (self.tokens.column < 0)[:, None, :]
@@ -161,7 +167,7 @@ class Prefill:
         if needs.rows is not None and attention is None:
             raise UnsupportedError(
                 f"the attention of decoder layer {index - 1} was not seen: "
-                f"attention backend {self.located.implementation!r} is not one of eager, sdpa, flash"
+                f"the backend {self.located.implementation!r} does not go through transformers' attention functions"
             )
         seen = Observation(index, list(tokens.counts), visual, mask, attention, text_mask)
         seen.hidden = lambda: hidden.gather(
@@ -214,7 +220,7 @@ class Prefill:
 
     def _key_length(self, index: int) -> int:
         layers = getattr(self.cache, "layers", ())
-        if index < len(layers) and hasattr(layers[index], "max_cache_len"):
+        if index < len(layers) and is_static(layers[index]):
             return layers[index].max_cache_len
         return self.tokens.width
 
@@ -229,9 +235,11 @@ class Prefill:
             return causal_mask(self.tokens, mask, key_length)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             return gather_mask(mask, self.tokens, key_length)
+        if isinstance(mask, BlockMask):
+            return gather_block_mask(mask, self.tokens, key_length)
         raise UnsupportedError(
             f"attention masks of type {type(mask).__name__} are not supported; "
-            "use attn_implementation 'sdpa', 'eager' or 'flash_attention_2'"
+            "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"
         )
 
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
@@ -268,7 +276,7 @@ class Prefill:
         output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.tokens)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
-                self._restore(states, self._entering(min(i, len(self.located.layers) - 1)))
+                states if states is None else self._restore(states, self.stage_of(max(i - 1, 0)).tokens)
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:
@@ -276,14 +284,12 @@ class Prefill:
         return output
 
     def stage_of(self, layer: int) -> Stage:
+        """The tokens that layer `layer` ran on."""
         return next(stage for stage in reversed(self.stages) if stage.first_layer <= layer)
-
-    def _entering(self, layer: int) -> Tokens:
-        return self.stage_of(layer).tokens
 
     def _restore(self, states: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         length = self.layout.real.shape[1]
-        if states.shape[1] == length:
+        if tokens is self.stages[0].tokens:
             return states
         from_prompt = (tokens.column >= 0) & (tokens.visual != -2)
         column = torch.where(from_prompt, tokens.column, length).to(states.device)

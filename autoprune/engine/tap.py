@@ -48,14 +48,9 @@ def untag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None
                     ALL_ATTENTION_FUNCTIONS[name] = previous
 
 
-def is_tagged(module: nn.Module) -> bool:
-    return module in _observers
-
-
 def _shadow(name: str, original: Callable | None) -> Callable:
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
-        observer = _observers.get(module)
-        if observer is not None:
+        if not torch.compiler.is_compiling() and (observer := _observers.get(module)) is not None:
             observer(module, query, key, attention_mask, **kwargs)
         function = original or _eager(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)

@@ -1,31 +1,32 @@
 """Scores of visual tokens from the vision tower, in the order in which the decoder sees the tokens.
 
-The tower's attention is tapped in the block whose output the decoder receives. With a CLS token the score
-is the CLS row; without one it is the attention a patch receives from all patches. The model's own packing
-then carries the scores from patches to visual tokens.
+The tower's attention is tapped in the block whose output the decoder receives. With a CLS token the
+score is the CLS row; without one it is the attention that a patch receives within its picture. The
+model's own packing then carries the scores from patches to visual tokens.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from .tap import row_attention
+from .vision_maps import FAMILIES, setting, tower_depth
+from .vision_patches import cls_attention, padded_patches, received_attention
 
-ROWS_AT_ONCE = 256
+MEDIA = ("image", "video")
 
 
 @dataclass
 class VisionScores:
-    """Scores of all visual tokens of one modality, flat, in the order in which the model scatters them.
+    """Scores of the visual tokens of a batch, flat, prompt by prompt.
 
     scores: float32 [tokens], NaN for tokens without a patch. padding: bool [tokens] or None.
     """
@@ -33,63 +34,75 @@ class VisionScores:
     scores: torch.Tensor
     padding: torch.Tensor | None
 
-    def per_prompt(self, counts: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Split by prompt, repeating each prompt's scores where generation expanded the batch."""
+    def per_prompt(
+        self, counts: Sequence[int]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Split by prompt, repeating each prompt's scores where generation expanded the batch.
+
+        Returns:
+            Scores and padding of each prompt; no scores at all if they are not of these prompts.
+        """
         total, have = sum(counts), self.scores.shape[0]
-        if not have or total % have:
+        if not have or not total or total % have:
             return [], None
         repeats = total // have
-        own = counts[::repeats]
-        if repeats > 1 and [n for n in own for _ in range(repeats)] != counts:
+        own = list(counts[::repeats])
+        if [n for n in own for _ in range(repeats)] != list(counts):
             return [], None
-        scores = [part for part in self.scores.split(own) for _ in range(repeats)]
-        if self.padding is None:
-            return scores, None
-        return scores, [part for part in self.padding.split(own) for _ in range(repeats)]
+
+        def split(flat: torch.Tensor) -> list[torch.Tensor]:
+            return [part for part in flat.split(own) for _ in range(repeats)]
+
+        return split(self.scores), None if self.padding is None else split(self.padding)
 
 
-Mapper = Callable[[nn.Module, torch.Tensor, dict[str, Any]], torch.Tensor]
+def in_prompt_order(
+    image: VisionScores, video: VisionScores, is_video: Sequence[np.ndarray]
+) -> VisionScores:
+    """Merge the scores of both media. Families that take videos know of no padding.
+
+    Args:
+        image, video: the scores of each medium; the batch may have been expanded since.
+        is_video: bool [N] for each prompt, which of its visual tokens hold a video.
+    """
+    images, _ = image.per_prompt([int((~kind).sum()) for kind in is_video])
+    videos, _ = video.per_prompt([int(kind.sum()) for kind in is_video])
+    if not images or not videos:
+        # Only one medium is in these prompts; `per_prompt` will find out whether it fits.
+        return video if videos else image
+    merged = []
+    for first, second, kind in zip(images, videos, is_video, strict=True):
+        place = np.argsort(np.argsort(kind, kind="stable"))
+        merged.append(torch.cat([first, second])[torch.from_numpy(place).to(first.device)])
+    return VisionScores(torch.cat(merged), None)
 
 
-def _identity(base: nn.Module, patches: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    return patches.flatten()
+@dataclass
+class _Call:
+    """One computation of image or video features: its arguments, and its patches' scores so far."""
 
-
-def _any_resolution(base: nn.Module, patches: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """LLaVA-NeXT: crops are tiled, unpadded and given a newline per row; newlines become NaN."""
-    crops_of = sys.modules[type(base).__module__].image_size_to_num_patches
-    config, sizes = base.config, arguments["image_sizes"]
-    crops = [
-        crops_of(size, config.image_grid_pinpoints, config.vision_config.image_size) for size in sizes
-    ]
-    packed, _ = base.pack_image_features(
-        patches[..., None].split(crops),
-        sizes,
-        vision_feature_select_strategy=_setting(base, arguments, "vision_feature_select_strategy"),
-        image_newline=torch.full((1,), float("nan"), device=patches.device),
-    )
-    return torch.cat(list(packed)).flatten()
-
-
-MAPPERS: dict[str, Mapper] = {"llava": _identity, "llava_next": _any_resolution}
-
-
-def _setting(base: nn.Module, arguments: dict[str, Any], name: str) -> Any:
-    given = arguments.get(name)
-    return given if given is not None else getattr(base.config, name, None)
+    arguments: dict[str, Any]
+    patches: list[torch.Tensor] = field(default_factory=list)
 
 
 class VisionTap:
-    """Collects scores while a model computes its image features.
+    """Collects scores while a model computes its image and video features.
 
-    It wraps `get_image_features` on the instance (generation calls it ahead of the forward, a plain
-    forward inside it) and is undone by `remove`. What was collected waits, per thread, for `take`.
+    It wraps `get_image_features` and `get_video_features` on the instance (generation calls them
+    ahead of the forward, a plain forward inside it) and is undone by `remove`. What was collected
+    waits, per thread, for `take`. A family that is not in the table gives no scores.
     """
 
     def __init__(self, base: nn.Module, vision: nn.Module):
         self.base, self.vision = base, vision
-        self.mapper = MAPPERS.get(base.config.model_type)
-        self.attention = self._attention() if self.mapper else None
+        self.family = FAMILIES.get(base.config.model_type)
+        self.attention = self._attention()
+        self.has_cls = any(
+            getattr(module, name, None) is not None
+            for module in vision.modules()
+            for name in ("class_embedding", "cls_token")
+        )
+        self._covered: dict[str, Any] = {}
         self._local = threading.local()
 
     @property
@@ -97,101 +110,102 @@ class VisionTap:
         return self.attention is not None
 
     def install(self) -> None:
-        original = self.base.get_image_features
+        if self.available:
+            for medium in MEDIA:
+                if getattr(self.family, medium) is not None:
+                    self._wrap(medium)
+
+    def remove(self) -> None:
+        for name, covered in self._covered.items():
+            if covered is None:
+                delattr(self.base, name)
+            else:
+                setattr(self.base, name, covered)
+        self._covered = {}
+        self._local = threading.local()
+
+    def take(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionScores | None:
+        """The scores collected in this thread since the last call, in the order of the prompts.
+
+        Args:
+            input_ids: [batch, length]; tells videos from images where both were seen.
+            visual: bool [batch, length], the visual tokens.
+        """
+        ready, self._local.ready = getattr(self._local, "ready", None) or {}, None
+        if len(ready) < 2:
+            return next(iter(ready.values()), None)
+        if input_ids is None:
+            return None
+        is_video = input_ids.cpu().numpy() == self.base.config.video_token_id
+        rows = [kind[seen] for kind, seen in zip(is_video, visual, strict=True)]
+        return in_prompt_order(ready["image"], ready["video"], rows)
+
+    @torch.no_grad()
+    def observe(
+        self, module, query, key, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
+    ) -> None:
+        """Called with the tower's query and key, [images, heads, tokens, head dim]."""
+        call = getattr(self._local, "call", None)
+        if call is None:
+            return
+        strategy = setting(self.base, call.arguments, "vision_feature_select_strategy")
+        first = 1 if strategy == "default" else 0
+        if first and self.has_cls:
+            call.patches.append(cls_attention(query, key, scaling))
+            return
+        pictures = [(query, key)]
+        if cu_seq_lens_q is not None:
+            lengths = cu_seq_lens_q.diff().tolist()
+            pictures = list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
+        for queries, keys in pictures:
+            call.patches.append(
+                received_attention(queries, keys, scaling, attention_mask)[:, first:]
+            )
+
+    def _wrap(self, medium: str) -> None:
+        name = f"get_{medium}_features"
+        original = getattr(self.base, name)
         signature = inspect.signature(original)
 
         @wraps(original)
-        def get_image_features(*args, **kwargs):
-            arguments = signature.bind(*args, **kwargs).arguments
-            self._local.patches = []
+        def get_features(*args, **kwargs):
+            if getattr(self._local, "call", None) is not None:
+                # A video may be computed by way of the images.
+                return original(*args, **kwargs)
+            call = self._local.call = _Call(dict(signature.bind(*args, **kwargs).arguments))
             try:
                 features = original(*args, **kwargs)
-                self._local.ready = self._collect(arguments)
             finally:
-                self._local.patches = None
+                self._local.call = None
+            if call.patches:
+                ready = getattr(self._local, "ready", None) or {}
+                self._local.ready = {**ready, medium: self._map(medium, call)}
             return features
 
-        self.base.get_image_features = get_image_features
+        self._covered[name] = self.base.__dict__.get(name)
+        setattr(self.base, name, get_features)
 
-    def remove(self) -> None:
-        self.base.__dict__.pop("get_image_features", None)
-        self._local = threading.local()
-
-    def take(self) -> VisionScores | None:
-        """The scores collected in this thread since the last call."""
-        ready = getattr(self._local, "ready", None)
-        self._local.ready = None
-        return ready
-
-    def observe(self, module, query, key, attention_mask, scaling=None, **kwargs) -> None:
-        """Called with the tower's query and key, [images, heads, tokens, head dim]."""
-        patches = getattr(self._local, "patches", None)
-        if patches is None:
-            return
-        if self._has_cls():
-            cls = row_attention(query[:, :, :1], key, scaling)
-            patches.append(cls.mean(dim=1)[:, 0, 1:])
-            return
-        received = 0.0
-        for rows in query.split(ROWS_AT_ONCE, dim=2):
-            received = received + row_attention(rows, key, scaling).mean(dim=1).sum(dim=1)
-        patches.append(received / query.shape[2])
-
-    def _collect(self, arguments: dict[str, Any]) -> VisionScores | None:
-        patches = self._local.patches
-        if not patches:
-            return None
-        scores = torch.cat(patches)
-        padding = padded_patches(arguments.get("pixel_values"), scores.shape)
-        mapped = self.mapper(self.base, scores, arguments)
+    @torch.no_grad()
+    def _map(self, medium: str, call: _Call) -> VisionScores:
+        same_size = len({tuple(p.shape[1:]) for p in call.patches}) == 1
+        patches = torch.cat(call.patches if same_size else [p.flatten() for p in call.patches])
+        to_tokens, padding = getattr(self.family, medium), None
+        if self.family.squares:
+            padding = padded_patches(call.arguments.get("pixel_values"), patches.shape)
         if padding is not None:
-            padding = self.mapper(self.base, padding.float(), arguments) == 1
-        return VisionScores(mapped, padding)
-
-    def _has_cls(self) -> bool:
-        return getattr(self.base.config, "vision_feature_select_strategy", None) == "default"
+            # A token is padding if none of its patches is real.
+            padding = to_tokens(self.base, (~padding).float(), call.arguments) == 0
+        return VisionScores(to_tokens(self.base, patches, call.arguments), padding)
 
     def _attention(self) -> nn.Module | None:
-        config = self.base.config
-        depth = getattr(config.vision_config, "num_hidden_layers", None)
-        stacks = [m for m in self.vision.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if not stacks:
+        depth = tower_depth(self.base.config)
+        if self.family is None or depth is None:
             return None
-        layer = getattr(config, "vision_feature_layer", -1)
-        if not isinstance(layer, int):
-            layer = max(layer, key=lambda i: i % (depth + 1))
-        # hidden_states[0] is the embedding, so hidden_states[i] leaves block i - 1.
-        block = stacks[0][(layer % (depth + 1)) - 1]
-        return next((m for m in block.modules() if hasattr(m, "is_causal")), None)
-
-
-def padded_patches(pixels: Any, shape: torch.Size) -> torch.Tensor | None:
-    """Which patches lie wholly in the constant border that pads a picture to a square.
-
-    Args:
-        pixels: [images, 3, height, width].
-        shape: [images, patches], patches in row-major order of a square grid.
-
-    Returns:
-        bool [images, patches]; None if the pixels do not fit that description.
-    """
-    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
-        return None
-    side = round(shape[1] ** 0.5)
-    height, width = pixels.shape[-2:]
-    if pixels.shape[0] != shape[0] or side * side != shape[1] or height % side or width % side:
-        return None
-    rows = _border(pixels).view(len(pixels), side, height // side).all(dim=-1)
-    columns = _border(pixels.transpose(-1, -2)).view(len(pixels), side, width // side).all(dim=-1)
-    return (rows[:, :, None] | columns[:, None, :]).flatten(1)
-
-
-def _border(pixels: torch.Tensor) -> torch.Tensor:
-    """bool [images, height]: rows of one constant colour, unbroken from the top or bottom edge."""
-    flat = (pixels.amax(dim=-1) == pixels.amin(dim=-1)).all(dim=1)
-    colour = pixels[..., 0]
-    top = flat & (colour == colour[:, :, :1]).all(dim=1)
-    bottom = flat & (colour == colour[:, :, -1:]).all(dim=1)
-    top = top.to(torch.int8).cummin(dim=1).values.bool()
-    bottom = bottom.flip(1).to(torch.int8).cummin(dim=1).values.flip(1).bool()
-    return top | bottom
+        index = self.family.block(self.base.config)
+        modules = self.vision.modules()
+        blocks = next(
+            (m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth), None
+        )
+        if blocks is None or index < 0:
+            return None
+        return next((m for m in blocks[index].modules() if hasattr(m, "is_causal")), None)

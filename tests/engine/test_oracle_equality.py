@@ -1,0 +1,113 @@
+"""Every family, attention backend, padding and kind of picture against the slow oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from autoprune import AutoPrune, Budget
+from tests import oracle, zoo
+from tests.scattered import DEEP, PRE_LLM, Scattered
+
+TOLERANCE = 2e-4
+BATCHES = ["single", "padded3", "padded3_text"]
+SETTINGS = [
+    pytest.param(name, attention, media, id=f"{name}-{attention}-{media}")
+    for name, family in zoo.FAMILIES.items()
+    for attention in family.attentions
+    for media in family.media
+]
+METHODS = {
+    "autoprune": AutoPrune(budget=Budget.ratio(0.5)),
+    "deep": Scattered(DEEP),
+    "pre_llm": Scattered(PRE_LLM),
+}
+model_of = functools.cache(zoo.build)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
+def test_pruning_equals_the_oracle(name, attention, media, batch, method):
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, batch, media)
+    oracle.plain_logits(model, arguments)  # transformers installs hooks of its own on first use
+    hooks = hooks_of(model)
+    result = oracle.compare(model, arguments, METHODS[method], steps=3)
+    assert result.worst < TOLERANCE
+    for sample, effect in zip(result.samples, result.effect, strict=True):
+        if sample.tokens_per_layer[-1] < 0.5 * sample.num_visual:
+            assert effect > 1.0
+    assert hooks_of(model) == hooks
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
+def test_the_trace_says_what_the_prompts_hold_and_spends_the_budget(name, attention, media, batch):
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, batch, media)
+    visual = zoo.visual_mask(model, arguments["input_ids"])
+    with METHODS["autoprune"](model) as trace, torch.no_grad():
+        model(**arguments)
+    assert len(trace.samples) == len(visual)
+    for row, sample in enumerate(trace.samples):
+        real = arguments["attention_mask"][row].bool()
+        assert sample.visual_positions.tolist() == visual[row, real].nonzero()[:, 0].tolist()
+        assert sample.num_visual == visual[row].sum()
+        assert sum(sample.tokens_per_layer) == round(zoo.LAYERS * 0.5 * sample.num_visual)
+        assert [len(kept) for kept in sample.kept] == sample.tokens_per_layer
+        assert sorted(sample.tokens_per_layer, reverse=True) == sample.tokens_per_layer
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
+def test_a_budget_of_everything_is_the_plain_model_bit_for_bit(name, attention, media, batch):
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, batch, media)
+    plain, tokens = oracle.generate_logits(model, arguments, steps=2)
+    plain_by_hand = oracle.manual_logits(model, arguments, tokens[:, :2])
+    with AutoPrune(budget=1000)(model) as trace:
+        whole, same_tokens = oracle.generate_logits(model, arguments, steps=2)
+        by_hand = oracle.manual_logits(model, arguments, tokens[:, :2])
+    assert torch.equal(whole, plain)
+    assert torch.equal(same_tokens, tokens)
+    assert torch.equal(by_hand, plain_by_hand)
+    for sample in trace.samples:
+        assert sample.tokens_per_layer == [sample.num_visual] * zoo.LAYERS
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name):
+    model = model_of(name, "eager")
+    with METHODS["autoprune"](model) as trace, torch.no_grad():
+        model(**zoo.inputs(name, model, "padded3_text"))
+        for row in range(3):
+            model(**zoo.inputs(name, model, "padded3_text", only=row))
+    together, alone = trace.samples[:3], trace.samples[3:]
+    for first, second in zip(together, alone, strict=True):
+        assert first.mutual_information == pytest.approx(second.mutual_information, abs=1e-4)
+        assert first.tokens_per_layer == second.tokens_per_layer
+        assert [k.tolist() for k in first.kept] == [k.tolist() for k in second.kept]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_a_plain_forward_returns_the_oracles_rows_in_their_places(name, padding_side):
+    model = model_of(name, zoo.FAMILIES[name].attentions[0])
+    arguments = zoo.inputs(name, model, "padded3", padding_side=padding_side)
+    with METHODS["deep"](model) as trace, torch.no_grad():
+        actual = model(**arguments).logits
+    mask = arguments["attention_mask"]
+    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    expected = oracle.oracle_forward(model, arguments, columns)
+    alive = columns[-1] & mask.bool()
+    assert alive.sum() < mask.sum()
+    torch.testing.assert_close(actual[alive], expected[alive], atol=TOLERANCE, rtol=0)
+
+
+def hooks_of(model):
+    """Every forward hook on the model."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    return [getattr(module, kind).copy() for module in model.modules() for kind in kinds]
