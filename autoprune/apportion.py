@@ -8,6 +8,8 @@ do the results.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,14 +51,15 @@ def water_fill(
     """
     lower, upper = floors.astype(np.float64), caps.astype(np.float64)
     leaves_floor, meets_cap = lower / weights, upper / weights
-    levels = np.concatenate((leaves_floor, meets_cap), axis=1)
-    filled = levels[:, :, None] * weights[:, None, :]
-    np.maximum(filled, lower[:, None, :], out=filled)
-    np.minimum(filled, upper[:, None, :], out=filled)
-    costs = np.broadcast_to(np.asarray(linear, dtype=np.float64), lower.shape)
-    spent = _spending(filled, costs[:, None, :], quadratic)
-    level = np.where(spent <= total[:, None], levels, 0.0).max(axis=1, keepdims=True)
+    costs = np.atleast_2d(np.asarray(linear, dtype=np.float64))
 
+    def spent_at(levels: Floats) -> Floats:
+        filled = levels[:, :, None] * weights[:, None, :]
+        np.maximum(filled, lower[:, None, :], out=filled)
+        np.minimum(filled, upper[:, None, :], out=filled)
+        return _spending(filled, costs[:, None, :], quadratic)
+
+    level = _last_affordable(spent_at, np.concatenate((leaves_floor, meets_cap), axis=1), total)
     between = (leaves_floor <= level) & (meets_cap > level)
     settled = np.where(between, 0.0, np.where(meets_cap <= level, upper, lower))
     rest = np.maximum(total - _spending(settled, costs, quadratic), 0.0)
@@ -67,6 +70,22 @@ def water_fill(
     solved = 2.0 * rest / np.where(divisor > 0, divisor, 1.0)
     scale = np.where(divisor > 0, solved, level[:, 0])
     return np.minimum(np.maximum(scale[:, None] * weights, lower), upper)
+
+
+def _last_affordable(spent_at: Callable[[Floats], Floats], levels: Floats, total: Ints) -> Floats:
+    """The highest of `levels [batch, n]` that spends at most `total`, `[batch, 1]`; 0 if none does.
+
+    Looks at every sqrt(n)-th level first and then at those up to the next one: evaluating them all
+    at once would be the bulk of the solver's time on large batches.
+    """
+    if levels.shape[1] == 0:
+        return np.zeros((len(levels), 1))
+    levels = np.sort(levels, axis=1)
+    stride = math.isqrt(levels.shape[1])
+    start = (spent_at(levels[:, ::stride]) <= total[:, None]).sum(axis=1, keepdims=True) - 1
+    window = np.maximum(start, 0) * stride + np.arange(stride)
+    near = np.take_along_axis(levels, np.minimum(window, levels.shape[1] - 1), axis=1)
+    return np.where(spent_at(near) <= total[:, None], near, 0.0).max(axis=1, keepdims=True)
 
 
 def normalised(weights: Floats) -> Floats:

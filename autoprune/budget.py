@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .apportion import (
-    SMALLEST_WEIGHT,
     round_to_total,
     round_within_cost,
     solve_last_first,
@@ -56,8 +55,8 @@ class Budget:
 
     @classmethod
     def tokens(cls, mean: float, counted: Counted = "entering") -> Budget:
-        """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean), halves
-        rounded up.
+        """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean), which
+        rounds halves to even like Python's.
 
         "entering" counts what enters each layer, which is what FLOPs and the KV cache see.
         "leaving" counts what each layer hands on (n_1 .. n_{L-1}, and n_{L-1} once more, as nothing
@@ -174,7 +173,7 @@ def solve_schedule(
         )
     curve = curve[:, limits.fixed.shape[1] :]
     if budget.kind == "flops":
-        free = _spend_flops(curve, limits, budget, _needed(cost, budget))
+        free = _spend_flops(curve, limits, budget, _needed(cost, budget, limits))
     elif budget.counted == "leaving":
         free = _spend_leaving(curve, limits, budget)
     else:
@@ -203,39 +202,6 @@ def smallest_feasible(
     return _smallest(Budget.of(budget), limits, cost)
 
 
-def next_count_range(
-    budget: Budget | float,
-    num_layers: int,
-    num_visual: ArrayLike,
-    cost: DecoderCost | None = None,
-    num_text: ArrayLike = 0,
-    fixed: ArrayLike | None = None,
-    floors: ArrayLike = 1,
-    caps: ArrayLike | None = None,
-) -> tuple[Ints, Ints]:
-    """What the first layer that is not in `fixed` may take so that the layers after it can still
-    spend the budget.
-
-    The least is what the flattest schedule gives it (with less, tokens would be left over), the
-    most is what remains when every later layer stays at its floor. Arguments and errors as for
-    `solve_schedule`.
-
-    Returns:
-        (least, most), int64 `[batch]` each.
-    """
-    visual = np.atleast_1d(np.asarray(num_visual, dtype=np.int64))
-    layer = 0 if fixed is None else np.shape(fixed)[-1]
-    if layer >= num_layers:
-        raise ValueError(f"all {num_layers} layers are fixed already, so there is no next count")
-    steep = np.ones(num_layers)
-    steep[layer + 1 :] = SMALLEST_WEIGHT
-    ends = [
-        solve_schedule(curve, visual, budget, cost, num_text, fixed, floors, caps)[:, layer]
-        for curve in (np.ones(num_layers), steep)
-    ]
-    return ends[0], ends[1]
-
-
 def _checked(kind: Kind, value: Any) -> float:
     """The value as float (int for bytes), or a ValueError that says what is wrong with it."""
     name = f"Budget.{kind}"
@@ -259,11 +225,16 @@ def _checked(kind: Kind, value: Any) -> float:
     return number
 
 
-def _needed(cost: DecoderCost | None, budget: Budget) -> DecoderCost:
+def _needed(cost: DecoderCost | None, budget: Budget, limits: Limits) -> DecoderCost:
     if cost is None:
         raise ValueError(
             f"a budget of {budget} needs the decoder's cost; "
             "pass cost=DecoderCost.from_config(config)"
+        )
+    if cost.layers != limits.layers:
+        raise ValueError(
+            f"cost describes {cost.layers} layers, but the weights have {limits.layers}; "
+            "pass one weight for each decoder layer"
         )
     return cost
 
@@ -272,14 +243,14 @@ def _asked_tokens(budget: Budget, limits: Limits, cost: DecoderCost | None) -> I
     """Visual tokens, summed over all layers, that the budget pays for; at most L * N."""
     full = limits.layers * limits.visual
     if budget.kind == "kv_bytes":
-        per_token = _needed(cost, budget).kv_bytes_per_token
+        per_token = _needed(cost, budget, limits).kv_bytes_per_token
         affordable = (
             min(int(budget.value) // per_token, np.iinfo(np.int64).max)
             - limits.layers * limits.text
         )
         return np.minimum(affordable, full)
     asked = limits.layers * budget.value * (limits.visual if budget.kind == "ratio" else 1)
-    return np.minimum(np.floor(asked + 0.5), full).astype(np.int64)
+    return np.minimum(np.rint(asked), full).astype(np.int64)
 
 
 def _spend_tokens(curve: Floats, limits: Limits, budget: Budget, cost: DecoderCost | None) -> Ints:
@@ -289,7 +260,8 @@ def _spend_tokens(curve: Floats, limits: Limits, budget: Budget, cost: DecoderCo
         total = np.minimum(total, spendable)
     total = _affordable(total, limits.floors.sum(axis=1), budget, limits, cost)
     if (total > spendable).any():
-        raise _unspendable(budget, limits, (limits.fixed.sum(axis=1) + spendable) / limits.layers)
+        most = (limits.fixed.sum(axis=1) + spendable)[total > spendable]
+        raise _unspendable(budget, limits, most / limits.layers)
     return round_to_total(water_fill(curve, limits.floors, limits.caps, total), total)
 
 
@@ -301,7 +273,8 @@ def _spend_leaving(curve: Floats, limits: Limits, budget: Budget) -> Ints:
     total = _affordable(total, (prices * limits.floors).sum(axis=1), budget, limits, None)
     spendable = (prices * limits.caps).sum(axis=1)
     if (total > spendable).any():
-        raise _unspendable(budget, limits, (spent + spendable) / limits.layers)
+        most = (spent + spendable)[total > spendable]
+        raise _unspendable(budget, limits, most / limits.layers)
     counts = solve_last_first(curve, limits.floors, limits.caps, total, prices)
     if ((prices * counts).sum(axis=1) != total).any():
         raise _unspendable(budget, limits, None)
@@ -383,10 +356,12 @@ def _smallest(budget: Budget, limits: Limits, cost: DecoderCost | None) -> Budge
         raise ValueError("no prompt has visual tokens, so there is no smallest budget")
     counts, visual, text = limits.cheapest[present], limits.visual[present], limits.text[present]
     if budget.kind == "kv_bytes":
-        return Budget.kv_bytes(max(1, int(_needed(cost, budget).kv_bytes(counts, text).max())))
+        return Budget.kv_bytes(
+            max(1, int(_needed(cost, budget, limits).kv_bytes(counts, text).max()))
+        )
     unit = 10 ** _DECIMALS[budget.kind]
     if budget.kind == "flops":
-        cost = _needed(cost, budget)
+        cost = _needed(cost, budget, limits)
         full = limits.layers * cost.layer_flops(visual + text)
         need = cost.prefill_flops(counts, text)
         steps = max(1, math.ceil((need / full).max() * unit))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file through a temporary one beside it, so that a failure leaves nothing half-written.
+    """Write a file through a temporary one beside it: a failure leaves nothing half-written.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -35,11 +35,17 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"pictures are written as PNG, got {str(path)!r}; choose a name ending in .png")
+        raise ValueError(
+            f"pictures are written as PNG, got {str(path)!r}; choose a name ending in .png"
+        )
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; give the name of a file in it")
     if not path.parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first")
+        raise ValueError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
+        )
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only")
+        raise ValueError(
+            f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only"
+        )
     return path

@@ -57,7 +57,9 @@ def mutual_information(
     visual_marginal = joint.sum(dim=-2, keepdim=True)
     # The smallest normal number stands in for a product that underflows; such pairs weigh < 1e-18.
     independent = (text_marginal * visual_marginal).clamp_min(torch.finfo(joint.dtype).tiny)
-    nats = torch.special.xlogy(joint, joint / independent).sum(dim=(-2, -1))
+    # Where the joint is 0 so is the term, as the logarithm is kept finite.
+    ratio = (joint / independent).clamp_min(torch.finfo(joint.dtype).tiny)
+    nats = (joint * ratio.log()).sum(dim=(-2, -1))
     return (nats / math.log(2.0)).clamp_min(0.0)
 
 

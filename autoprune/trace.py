@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     from .engine.layout import Layout
@@ -126,20 +126,6 @@ class Trace:
             "samples": [sample.to_dict() for sample in self.samples],
         }
         write_whole(path, json.dumps(record, indent=1))
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file through a temporary one beside it, so that a failure leaves nothing half-written."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(layout: Layout, state: PromptState, cuts: list[CutRecord]) -> list[Sample]:

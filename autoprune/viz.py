@@ -28,21 +28,21 @@ def kept_patches(
     sample: Sample,
     grid: tuple[int, int] | None = None,
     layers: Sequence[int] | None = None,
-    size: int = 220,
+    size: int = 200,
     title: str = "",
 ) -> Image.Image:
     """The whole picture beside what is left of it at several depths.
 
-    Dropped patches are veiled, the border between kept and dropped ones is drawn. Merged tokens stand for
-    many patches and are counted in the caption only.
+    Dropped patches are veiled, the border between kept and dropped ones is drawn. Merged tokens
+    stand for many patches and are counted in the caption only.
 
     Args:
         image: the picture as the model saw it: resized, cropped or padded in the same way.
         sample: the prompt's record, `trace.samples[i]`.
-        grid: rows and columns of visual tokens, row-major; default: a square of `sample.num_visual`.
+        grid: rows and columns of visual tokens, row-major; default: a square.
         layers: depths to show; default: `default_layers`.
         size: longer side of one panel, in pixels.
-        title: a line above the panels.
+        title: a line above the panels, shortened to their width.
 
     Raises:
         ValueError: the grid does not hold the prompt's visual tokens, or there is no such layer.
@@ -50,8 +50,8 @@ def kept_patches(
     rows, columns = square_grid(sample.num_visual) if grid is None else grid
     if rows * columns != sample.num_visual:
         raise ValueError(
-            f"a grid of {rows} x {columns} patches does not hold {sample.num_visual} visual tokens; "
-            "pass the grid of this model"
+            f"a grid of {rows} x {columns} patches does not hold {sample.num_visual} visual "
+            "tokens; pass the grid of this model"
         )
     depth = len(sample.kept)
     layers = default_layers(depth) if layers is None else layers
@@ -77,17 +77,20 @@ def square_grid(num_visual: int) -> tuple[int, int]:
     """Rows and columns of a square of patches; a ValueError if it is none."""
     side = math.isqrt(num_visual)
     if num_visual == 0 or side * side != num_visual:
-        raise ValueError(f"{num_visual} visual tokens are no square of patches; pass grid=(rows, columns)")
+        raise ValueError(
+            f"{num_visual} visual tokens are no square of patches; pass grid=(rows, columns)"
+        )
     return side, side
 
 
-def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below each other, left-aligned."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
+def tile(pictures: Sequence[Image.Image], columns: int = 1) -> Image.Image:
+    """Pictures below each other, column by column, in cells of the largest one's size."""
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), PAPER)
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index // rows * width, index % rows * height))
     return sheet
 
 
@@ -116,15 +119,21 @@ def plot_schedule(
         ValueError: nothing to draw, or not one label per schedule.
     """
     if not schedules or len(schedules) != len(labels):
-        raise ValueError(f"got {len(schedules)} schedules and {len(labels)} labels; give one label to each")
+        raise ValueError(
+            f"got {len(schedules)} schedules and {len(labels)} labels; give one label to each"
+        )
     figure_class, formatter = _matplotlib()
     figure = figure_class(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, (schedule, label) in enumerate(zip(schedules, labels, strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
-        axes.step(range(len(schedule)), schedule, where="mid", color=colour, linewidth=2, label=label)
+        axes.step(
+            range(len(schedule)), schedule, where="mid", color=colour, linewidth=2, label=label
+        )
     if budget is not None:
-        axes.axhline(budget, color="#868e96", linewidth=1, linestyle=":", label=f"budget {budget:g}")
+        axes.axhline(
+            budget, color="#868e96", linewidth=1, linestyle=":", label=f"budget {budget:g}"
+        )
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(formatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("decoder layer")
@@ -161,7 +170,9 @@ def _veiled(full: Image.Image, kept: np.ndarray) -> Image.Image:
     inside = kept[down[:, None], right[None, :]]
     pixels = np.asarray(full, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
-    pixels = np.where(inside[..., None], pixels, grey + _VEIL * (np.float32(PAPER) - grey))
+    pixels = np.where(
+        inside[..., None], pixels, grey + _VEIL * (np.asarray(PAPER, np.float32) - grey)
+    )
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     _draw_border(picture, kept)
     return picture
@@ -185,8 +196,8 @@ def _row(panels: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
     heading, caption = _font(17), _font(14)
     top = GAP + (28 if title else 0)
     total = GAP + len(panels) * (width + GAP)
-    if title:
-        total = max(total, round(heading.getlength(title)) + 2 * GAP)
+    while title and heading.getlength(title) > total - 2 * GAP:
+        title = title.rstrip(".")[:-1].rstrip() + "..."
     sheet = Image.new("RGB", (total, top + height + 24 + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, fill=INK, font=heading)

@@ -24,6 +24,7 @@ def oracle_logits(
     inputs: Inputs,
     kept_columns: Sequence[torch.Tensor],
     tokens: torch.Tensor | None = None,
+    positions: str = "original",
 ) -> torch.Tensor:
     """Logits of the pruned model, computed by hiding.
 
@@ -32,13 +33,15 @@ def oracle_logits(
         kept_columns: for every layer a bool mask [batch, prompt length] over the padded columns of
             the prompt: which tokens still exist on entering that layer (padding may be anything).
         tokens: generated tokens [batch, steps], visible to everything behind them.
+        positions: "compacted" numbers the tokens that are left anew in every layer.
 
     Returns:
         [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
         Without `tokens`, [batch, 1, vocabulary]; `oracle_forward` gives the logits of every column.
     """
     prompt = inputs["input_ids"].shape[1]
-    return oracle_forward(model, append(model, inputs, tokens), kept_columns)[:, prompt - 1 :]
+    grown = append(model, inputs, tokens)
+    return oracle_forward(model, grown, kept_columns, positions)[:, prompt - 1 :]
 
 
 def plain_logits(
@@ -52,25 +55,32 @@ def plain_logits(
 
 
 def oracle_forward(
-    model: nn.Module, inputs: Inputs, kept_columns: Sequence[torch.Tensor]
+    model: nn.Module,
+    inputs: Inputs,
+    kept_columns: Sequence[torch.Tensor],
+    positions: str = "original",
 ) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of a plain forward in which dropped tokens are hidden."""
     prompt = kept_columns[0].shape[1]
     if prompt > inputs["input_ids"].shape[1]:
         raise ValueError(f"{prompt} columns for a prompt of {inputs['input_ids'].shape[1]}")
-    with hiding(model, kept_columns), torch.no_grad():
+    with hiding(model, kept_columns, positions), torch.no_grad():
         return model(**inputs, use_cache=False).logits
 
 
 @contextlib.contextmanager
-def hiding(model: nn.Module, kept_columns: Sequence[torch.Tensor]) -> Iterator[None]:
+def hiding(
+    model: nn.Module, kept_columns: Sequence[torch.Tensor], positions: str = "original"
+) -> Iterator[None]:
     """Hide dropped tokens in forwards without a cache, `generate(use_cache=False)` included."""
-    layers = model.get_decoder().layers
+    text = model.get_decoder()
+    layers = text.layers
     _check(kept_columns, len(layers))
+    rotary = text.rotary_emb if positions == "compacted" else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eager_decoder(model))
         for layer, kept in zip(layers, kept_columns, strict=True):
-            hook = layer.register_forward_pre_hook(_hide(kept), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(_hide(kept, rotary), with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
@@ -147,11 +157,15 @@ def compare(model: nn.Module, inputs: Inputs, method: Any, steps: int = 3) -> Co
     with method(model) as trace:
         manual = manual_logits(model, inputs, tokens[:, :steps])
         again = list(trace.samples)
-    expected = oracle_logits(
-        model, inputs, columns_from_trace(samples, batch, layers), tokens[:, :steps]
-    )
-    expected_again = oracle_logits(
-        model, inputs, columns_from_trace(again, batch, layers), tokens[:, :steps]
+    expected, expected_again = (
+        oracle_logits(
+            model,
+            inputs,
+            columns_from_trace(kept, batch, layers),
+            tokens[:, :steps],
+            positions=getattr(method, "positions", "original"),
+        )
+        for kept in (samples, again)
     )
     plain = plain_logits(model, inputs)
     return Comparison(
@@ -251,7 +265,7 @@ def _eager_decoder(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _hide(kept: torch.Tensor) -> Any:
+def _hide(kept: torch.Tensor, rotary: nn.Module | None) -> Any:
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         mask = kwargs["attention_mask"]
         if mask is None or mask.ndim != 4 or mask.dtype == torch.bool:
@@ -262,7 +276,10 @@ def _hide(kept: torch.Tensor) -> Any:
         # A dropped token still sees itself, which keeps its unused row finite.
         blocked = hidden[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
         mask = mask.expand(hidden.shape[0], -1, -1, -1)
-        lowest = torch.finfo(mask.dtype).min
-        return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
+        changed = {"attention_mask": mask.masked_fill(blocked, torch.finfo(mask.dtype).min)}
+        if rotary is not None:
+            order = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
+            changed["position_embeddings"] = rotary(args[0], order)
+        return args, kwargs | changed
 
     return hook

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 
 from autoprune.budget import Budget
-from autoprune.method import Method, Needs, Observation, Prompts, PromptState, Selection
+from autoprune.method import Method, Needs, Observation, Positions, Prompts, PromptState, Selection
 from autoprune.selectors import top_k
 
 Shares = Mapping[int, float]
 
 # What is left of the visual tokens from a cut on. One prompt stays whole, one loses all its tokens.
-DEEP: tuple[Shares, ...] = ({1: 0.75, 2: 0.5, 4: 0.25}, {2: 0.6, 5: 0.1}, {})
+DEEP: tuple[Shares, ...] = ({1: 0.75, 2: 0.5, 4: 0.25}, {}, {2: 0.6, 5: 0.1})
 PRE_LLM: tuple[Shares, ...] = ({0: 0.5, 3: 0.25}, {3: 0.0}, {0: 0.25})
 
 
@@ -33,6 +33,7 @@ class Scattered(Method):
 
     schedules: tuple[Shares, ...] = DEEP
     seed: int = 0
+    positions: Positions = "original"
     budget: Budget = field(default_factory=lambda: Budget.ratio(1.0))
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:

@@ -112,6 +112,22 @@ def test_hiding_from_layer_0_equals_removing_from_the_input(name):
     torch.testing.assert_close(hidden, removed, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_compacted_positions_equal_a_shorter_input(name):
+    model = model_of(name, "eager")
+    batch = zoo.inputs(name, model, "single")
+    columns = dropping(model, batch, layer=0)
+    keep = columns[0][0].nonzero().squeeze(1)
+    embeds, _ = record_calls(model, batch)
+    with torch.no_grad():
+        out = model.get_decoder()(inputs_embeds=embeds[:, keep], use_cache=False)
+        removed = model.get_output_embeddings()(out.last_hidden_state[:, -1])
+    compacted = oracle.oracle_logits(model, batch, columns, positions="compacted")[:, 0]
+    original = oracle.oracle_logits(model, batch, columns)[:, 0]
+    torch.testing.assert_close(compacted, removed, atol=2e-5, rtol=0)
+    assert (compacted - original).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "paligemma"])
 @pytest.mark.parametrize("cut", [2, 3])
 def test_hiding_equals_slicing_layer_by_layer(name, cut):

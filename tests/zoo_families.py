@@ -129,10 +129,10 @@ def _config(cls: str, **fields: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, cls)(tie_word_embeddings=False, **fields)
 
 
-def _llava() -> transformers.PretrainedConfig:
+def _llava(text: str = "llama", **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         "LlavaConfig",
-        text_config=_text("llama"),
+        text_config=_text(text, **changes),
         vision_config=_tower("clip_vision_model"),
         image_token_index=IMAGE,
         image_seq_length=16,
@@ -349,8 +349,11 @@ def _mistral3() -> transformers.PretrainedConfig:
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(_llava, "LlavaForConditionalGeneration", _bare(16)),
+    "llava_sliding": Family(
+        lambda: _llava("mistral", sliding_window=20), "LlavaForConditionalGeneration", _bare(16)
+    ),
     "llava_next": Family(
-        lambda: _anyres("LlavaNextConfig", "mistral", "clip_vision_model"),
+        lambda: _anyres("LlavaNextConfig", "llama", "clip_vision_model"),
         "LlavaNextForConditionalGeneration",
         _anyres_image,
     ),

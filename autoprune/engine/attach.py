@@ -90,6 +90,7 @@ class Attachment:
             for index, layer in enumerate(located.layers):
                 self._handles.append(layer.register_forward_pre_hook(self._layer_hook(index), **hook))
             self.vision.install()
+            self._watch_generate()
             self._tagged = {module: self._observe for module in located.attentions}
             if self.vision.attention is not None:
                 self._tagged[self.vision.attention] = self.vision.observe
@@ -110,11 +111,28 @@ class Attachment:
             handle.remove()
         self._handles = []
         self.vision.remove()
+        self.located.outer.__dict__.pop("_prefill", None)
         if hasattr(self, "_tagged"):
             tap.untag(self._tagged, self._implementations)
             del self._tagged
         _attached.discard(self.located.text)
         self._local = threading.local()
+
+    def _watch_generate(self) -> None:
+        """Refuse a chunked prefill before it runs: its first forward cannot be told from a whole prompt."""
+        prefill = getattr(self.located.outer, "_prefill", None)
+        if prefill is None:
+            return
+
+        def watched(input_ids, generation_config, *args, **kwargs):
+            if getattr(generation_config, "prefill_chunk_size", None) is not None:
+                raise UnsupportedError(
+                    "a prefill in chunks cannot be pruned, since a chunk does not see the whole question; "
+                    "leave prefill_chunk_size at None"
+                )
+            return prefill(input_ids, generation_config, *args, **kwargs)
+
+        self.located.outer._prefill = watched
 
     # Hooks ------------------------------------------------------------------------------------------
 
@@ -127,11 +145,19 @@ class Attachment:
         self._local.drafts = asked - 1 if with_cache and isinstance(asked, int) and asked > 1 else 0
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
         if torch.compiler.is_compiling():
+            new = ids if ids is not None else kwargs["inputs_embeds"]
+            if new.shape[1] > 1:
+                _refuse_compiled_prefill()
             return
         self._local.prompt = {
-            "input_ids": kwargs.get("input_ids", args[0] if args else None),
+            "input_ids": ids,
             "attention_mask": kwargs.get("attention_mask"),
+            "has_images": any(
+                value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and value))
+                for name, value in kwargs.items()
+            ),
         }
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -289,14 +315,17 @@ class Attachment:
             )
 
     def _refuse_new_images(self, prompt: dict) -> None:
-        ids = prompt["input_ids"]
-        if ids is not None and ids.shape[1] > 1 and bool(
-            torch.isin(ids, torch.tensor(self.located.visual_ids, device=ids.device)).any()
-        ):
+        if prompt["has_images"]:
             raise UnsupportedError(
                 "new images on top of a filled cache cannot be pruned (neither a later turn nor a chunked "
                 "prefill); run the whole conversation as one prompt"
             )
+
+
+@torch.compiler.disable
+def _refuse_compiled_prefill() -> None:
+    # Outside the compiled region: an error raised inside it would only make torch.compile step aside.
+    raise UnsupportedError("a prefill inside torch.compile cannot be pruned; compile decoding only")
 
 
 def _real_tokens(mask: Any, batch: int, length: int) -> np.ndarray:

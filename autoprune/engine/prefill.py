@@ -56,6 +56,8 @@ class Prefill:
         self.deepstack = deepstack
         self.armed: Needs | None = None
         self.attention: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Without position ids the model numbers padding too; compacted positions never do, in any layer.
+        self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
         self._slices: dict[tuple, tuple[Any, Any]] = {}
         self.method.begin(state)
 
@@ -88,6 +90,8 @@ class Prefill:
         self.armed = None if last else self.method.needs(index + 1, self.state)
         if len(self.stages) > 1:
             kwargs = self._fit(index, args[0], kwargs)
+        elif self.counts_positions:
+            kwargs = {**kwargs, "position_embeddings": self._compacted(args[0])}
         return args, kwargs
 
     def _add_deepstack(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -244,8 +248,14 @@ class Prefill:
 
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
         if self.method.positions == "compacted":
-            return self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+            return self._compacted(hidden)
         return tuple(_take(part, self.tokens.column, dim=-2) for part in embeddings)
+
+    def _compacted(self, hidden: torch.Tensor) -> tuple:
+        def rotate():
+            return self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+
+        return self._memo("compacted", None, rotate)
 
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
         if "flash" in self.located.implementation and ids.shape[-2] == 1:
@@ -271,7 +281,7 @@ class Prefill:
 
     def finish(self, output: Any) -> Any:
         """Put the remaining tokens' states back to their columns and remember the cut on the cache."""
-        if len(self.stages) == 1:
+        if len(self.stages) == 1 and not self.counts_positions:
             return output
         output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.tokens)
         if output.get("hidden_states") is not None:

@@ -191,7 +191,9 @@ class VisionTap:
         patches = torch.cat(call.patches if same_size else [p.flatten() for p in call.patches])
         to_tokens, padding = getattr(self.family, medium), None
         if self.family.squares:
-            padding = padded_patches(call.arguments.get("pixel_values"), patches.shape)
+            size = self.base.config.vision_config.patch_size
+            size = size if isinstance(size, int) else size[0]
+            padding = padded_patches(call.arguments.get("pixel_values"), patches.shape, size)
         if padding is not None:
             # A token is padding if none of its patches is real.
             padding = to_tokens(self.base, (~padding).float(), call.arguments) == 0

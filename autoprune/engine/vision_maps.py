@@ -1,6 +1,6 @@
 """From the vision tower's patches to the decoder's visual tokens: the table of families.
 
-Every map repeats what the model does between its tower and its decoder (packing, pooling, ...) on one
+Every map repeats what the model does between tower and decoder (packing, pooling, shuffling) on one
 channel instead of the hidden size: a token's score is the mean of the scores of its patches.
 """
 
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers.vision_utils import get_vision_window_index
 
 # (base model, patch scores, arguments of get_image_features or get_video_features) -> token scores.
-# Patch scores are float32 [pictures, patches]; towers that pack pictures of different sizes give them
-# flat. Token scores are flat, in the order in which the model scatters its features into the prompts,
-# and NaN where a token has no patch.
+# Patch scores are float32 [pictures, patches], flat where a tower packs pictures of several sizes.
+# Token scores are flat, in the order in which the model scatters features into the prompts, and NaN
+# where a token has no patch.
 Map = Callable[[nn.Module, torch.Tensor, Mapping[str, Any]], torch.Tensor]
 
 
@@ -96,9 +96,10 @@ def _pack(base, patches, arguments, **options):
 
 def _onevision_video(base, patches, arguments):
     """Every frame is shrunk, and every video ends with a newline."""
-    videos = arguments["pixel_values_videos"].shape[0]
+    # Called pixel_values in older releases.
+    pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
     frames = base.apply_pooling(patches[..., None])
-    return F.pad(frames.reshape(videos, -1), (0, 1), value=float("nan")).flatten()
+    return F.pad(frames.reshape(len(pixels), -1), (0, 1), value=float("nan")).flatten()
 
 
 def _next_video(base, patches, arguments):

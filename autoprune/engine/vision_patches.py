@@ -74,12 +74,13 @@ def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> tor
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def padded_patches(pixels: Any, shape: torch.Size) -> torch.Tensor | None:
+def padded_patches(pixels: Any, shape: torch.Size, patch_size: int) -> torch.Tensor | None:
     """Which patches lie wholly in the constant border that pads a picture to a square.
 
     Args:
         pixels: [pictures, 3, height, width].
         shape: [pictures, patches], patches in row-major order of a square grid.
+        patch_size: pixels along the side of a patch.
 
     Returns:
         bool [pictures, patches]; None if the pixels do not fit that description. A picture of a
@@ -88,12 +89,12 @@ def padded_patches(pixels: Any, shape: torch.Size) -> torch.Tensor | None:
     if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or len(shape) != 2:
         return None
     height, width = pixels.shape[-2:]
-    side = round(shape[1] ** 0.5)
-    if pixels.shape[0] != shape[0] or side * side != shape[1] or height != width or height < side:
+    side = height // patch_size
+    if height != width or (pixels.shape[0], side * side) != tuple(shape):
         return None
     # Towers leave out pixels at the bottom and right that do not fill a patch.
     rows, columns = (
-        _border(view)[:, : height // side * side].unflatten(1, (side, -1)).all(dim=-1)
+        _border(view)[:, : side * patch_size].unflatten(1, (side, patch_size)).all(dim=-1)
         for view in (pixels, pixels.transpose(-1, -2))
     )
     padding = (rows[:, :, None] | columns[:, None, :]).flatten(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,6 +19,7 @@ from ..method import Method, ModelShape, Needs, Observation, Positions, Prompts,
 from ..scorers import as_shares, text_attention, vision_attention
 
 REFERENCE_DEPTH = 32
+REMEMBERED_PRIORS = 256
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ class AutoPrune(Method):
 
     def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
         """The schedule of a prompt without information: it decides the layers up to the measurement."""
-        decided = None
-        if self.first_cut == "after_layer_0":
-            decided = np.asarray(prompts.num_visual)[:, None]
-        return self._solve(num_layers, prompts, cost, [0.0] * len(prompts), decided)
+        budget = self.budget
+        assert isinstance(budget, Budget)
+        priced = budget.kind in ("flops", "kv_bytes")
+        text = tuple(prompts.num_text) if priced else (0,) * len(prompts)
+        return _prior(self, num_layers, tuple(prompts.num_visual), text, cost if priced else None)
 
     def _posterior(
         self,
@@ -209,3 +212,21 @@ class AutoPrune(Method):
         if vision is None:
             return text
         return as_shares(vision, seen.mask) + self.text_weight * as_shares(text, seen.mask)
+
+
+@functools.lru_cache(maxsize=REMEMBERED_PRIORS)
+def _prior(
+    method: AutoPrune,
+    num_layers: int,
+    num_visual: tuple[int, ...],
+    num_text: tuple[int, ...],
+    cost: DecoderCost | None,
+) -> np.ndarray:
+    """The same for all pictures and questions of one size, so it is worth remembering."""
+    prompts = Prompts(num_visual, num_text)
+    decided = None
+    if method.first_cut == "after_layer_0":
+        decided = np.asarray(num_visual)[:, None]
+    plan = method._solve(num_layers, prompts, cost, [0.0] * len(prompts), decided)
+    plan.flags.writeable = False
+    return plan

@@ -98,9 +98,7 @@ def prefixed_attention(
 
 def _causal(length: int, like: Tensor) -> Tensor:
     ones = torch.ones(length, length, dtype=torch.bool, device=like.device).triu(1)
-    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill(
-        ones, -1e4
-    )
+    return torch.zeros(length, length, dtype=like.dtype, device=like.device).masked_fill(ones, -1e4)
 
 
 AttentionInterface.register(PREFIXED, prefixed_attention)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -99,28 +98,3 @@ def make_processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def conversation(
-    question_text: str, earlier_turns: tuple[tuple[str, str], ...] = ()
-) -> list[dict[str, Any]]:
-    """Messages for the chat template: the picture first, earlier (question, answer) turns, then
-    the question."""
-    messages: list[dict[str, Any]] = []
-    for text, answer in (*earlier_turns, (question_text, "")):
-        messages.append({"role": "user", "content": [{"type": "text", "text": text}]})
-        if answer:
-            content = [{"type": "text", "text": answer}]
-            messages.append({"role": "assistant", "content": content})
-    messages[0]["content"].insert(0, {"type": "image"})
-    return messages
-
-
-def prompt(
-    processor: LlavaProcessor,
-    question_text: str,
-    earlier_turns: tuple[tuple[str, str], ...] = (),
-) -> str:
-    """The text of a question about one picture, by the processor's chat template."""
-    messages = conversation(question_text, earlier_turns)
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

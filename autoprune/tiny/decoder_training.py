@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from autoprune.tiny import vision_training
 from autoprune.tiny.architecture import VISUAL_TOKENS
 from autoprune.tiny.attention import PREFIXED, use_attention
-from autoprune.tiny.lessons import IGNORE, KIND_WEIGHTS, Layout, Lesson, Teacher, reweigh
+from autoprune.tiny.lessons import KIND_WEIGHTS, Layout, Lesson, Teacher, reweigh
 from autoprune.tiny.pool import Pool
-from autoprune.tiny.training import Stage
+from autoprune.tiny.training import Stage, processes, rank
 from autoprune.tiny.vision_training import encode, to_pixels
 
 # <s> and <|user|> stand before the picture.
@@ -42,13 +43,24 @@ class DecoderTrainer(nn.Module):
         for blocks, length in layout.blocks:
             positions += [torch.arange(PREFIX, PREFIX + length).repeat(blocks)]
         self.register_buffer("positions", torch.cat(positions)[None], persistent=False)
-        self._run_layer = torch.compile(_run_layer, dynamic=False) if compiled else _run_layer
+        self._run_vision, self._run_layer = vision_training.run_layer, _run_layer
+        if compiled:
+            self._run_vision = torch.compile(self._run_vision, dynamic=False)
+            self._run_layer = torch.compile(self._run_layer, dynamic=False)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Pixels [batch, 3, 96, 96] and text [batch, tokens] -> logits [batch, tokens, words]."""
+    def forward(self, pixels: Tensor, ids: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Logits of the text's tokens.
+
+        Parameters
+        ----------
+        pixels : [batch, 3, 96, 96]
+        ids : text after the picture, [batch, tokens], in the blocks of the layout
+        chosen : bool [batch, tokens], the positions to give logits of: [chosen, words] instead
+            of [batch, tokens, words]
+        """
         model = self.llava.model
         with torch.no_grad():
-            patches = encode(model.vision_tower, pixels)[:, 1:]
+            patches = encode(model.vision_tower, pixels, self._run_vision)[:, 1:]
         decoder = model.language_model
         start = torch.tensor(self.start, device=ids.device).expand(len(ids), -1)
         hidden = torch.cat(
@@ -64,7 +76,8 @@ class DecoderTrainer(nn.Module):
         with use_attention(decoder, PREFIXED):
             for layer in decoder.layers:
                 hidden = self._run_layer(layer, hidden, rotary, layout)
-        return self.llava.lm_head(decoder.norm(hidden[:, PREFIX:]))
+        text = hidden[:, PREFIX:]
+        return self.llava.lm_head(decoder.norm(text if chosen is None else text[chosen]))
 
 
 def _run_layer(
@@ -77,21 +90,18 @@ def _run_layer(
 
 
 def answer_loss(logits: Tensor, lesson: Lesson) -> Tensor:
-    """Weighted cross-entropy of the answers' tokens."""
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        lesson.targets.flatten(),
-        ignore_index=IGNORE,
-        reduction="none",
-    )
-    weights = lesson.weights.flatten()
+    """Weighted cross-entropy of the answers' tokens; `logits` [answer tokens, words]."""
+    chosen = lesson.on_answers
+    losses = F.cross_entropy(logits.float(), lesson.targets[chosen], reduction="none")
+    weights = lesson.weights[chosen]
     return (losses * weights).sum() / weights.sum()
 
 
 def right_answers(logits: Tensor, lesson: Lesson) -> dict[str, list[bool]]:
     """Per kind, whether each answer is predicted in full when its own tokens are fed back."""
-    wrong = (logits.argmax(-1) != lesson.targets) & (lesson.targets != IGNORE)
-    failed = set(lesson.answers[wrong].tolist())
+    chosen = lesson.on_answers
+    wrong = logits.argmax(-1) != lesson.targets[chosen]
+    failed = set(lesson.answers[chosen][wrong].tolist())
     right: dict[str, list[bool]] = defaultdict(list)
     for index, kind in enumerate(lesson.kinds):
         right[kind].append(index not in failed)
@@ -116,21 +126,22 @@ def decoder_stage(
         for name in ("ids", "targets", "weights", "answers"):
             setattr(lesson, name, getattr(lesson, name).to(device))
         with torch.autocast(device, dtype=torch.bfloat16):
-            logits = trainer(to_pixels(pool.images[index], noise).to(device), lesson.ids)
+            pixels = to_pixels(pool.images[index], noise).to(device)
+            logits = trainer(pixels, lesson.ids, lesson.on_answers)
         return logits, lesson
 
     def batch_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        noise = np.random.default_rng([seed, 2, step])
-        index = np.sort(noise.integers(0, len(train), size=batch_size))
-        logits, lesson = run(train, index, random.Random(f"{seed}-{step}"), noise)
+        noise = np.random.default_rng([seed, 2, step, rank()])
+        index = np.sort(noise.integers(0, len(train), size=batch_size // processes()))
+        logits, lesson = run(train, index, random.Random(f"{seed}-{step}-{rank()}"), noise)
         return answer_loss(logits, lesson), {}
 
     def evaluate() -> dict[str, float]:
         right: dict[str, list[bool]] = defaultdict(list)
-        rng = random.Random(0)
+        rng, size = random.Random(0), batch_size // processes()
         weights, stage.state["weights"] = stage.state["weights"], dict(KIND_WEIGHTS)
-        for start in range(0, min(len(heldout), 20 * batch_size), batch_size):
-            index = np.arange(start, start + batch_size)
+        for start in range(0, min(len(heldout), 320), size):
+            index = np.arange(start, start + size)
             for kind, hits in right_answers(*run(heldout, index, rng, None)).items():
                 right[kind] += hits
         stage.state["weights"] = weights

@@ -88,12 +88,26 @@ def shape_mask(shape: str, size: int) -> Pixels:
     return np.asarray(small, dtype=np.float32) / 255
 
 
-def digit_mask(strokes: Pixels, size: int, angle: float) -> Pixels:
-    """Ink of a handwritten digit, [size, size] in 0..1, from its 8x8 strokes in 0..16."""
+def digit_mask(strokes: Pixels, size: int, warp: np.random.Generator | None = None) -> Pixels:
+    """Ink of a handwritten digit, [size, size] in 0..1, from its 8x8 strokes in 0..16.
+
+    With `warp` the digit is turned, sheared and stretched at random: a few hundred samples then
+    stand for many more hands.
+    """
     canvas = Image.fromarray((strokes * (255 / 16)).astype(np.uint8))
     canvas = canvas.resize((size, size), Image.Resampling.BICUBIC)
-    canvas = canvas.rotate(angle, resample=Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(canvas, dtype=np.float32) / 200, 0, 1)
+    if warp is not None:
+        turn, shear = warp.uniform(-0.25, 0.25), warp.uniform(-0.25, 0.25)
+        stretch = np.diag(1 / warp.uniform(0.85, 1.1, size=2))
+        spin = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        matrix = spin @ np.array([[1, shear], [0, 1]]) @ stretch
+        shift = (size / 2 + warp.uniform(-0.5, 0.5, size=2)) - matrix @ np.full(2, size / 2)
+        coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
+        canvas = canvas.transform(
+            (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC
+        )
+    boldness = 200 if warp is None else warp.uniform(150, 255)
+    return np.clip(np.asarray(canvas, dtype=np.float32) / boldness, 0, 1)
 
 
 @lru_cache(maxsize=512)

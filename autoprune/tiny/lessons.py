@@ -67,6 +67,11 @@ class Lesson:
     answers: Tensor
     kinds: list[str]
 
+    @property
+    def on_answers(self) -> Tensor:
+        """Positions that predict a token of an answer, bool [batch, text tokens]."""
+        return self.targets != IGNORE
+
 
 class Teacher:
     """Draws questions about scenes and lays them out as lessons."""

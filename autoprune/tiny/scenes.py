@@ -124,9 +124,7 @@ def _ink(rng: np.random.Generator, light: bool) -> drawing.Pixels:
     return np.full(3, rng.uniform(low, high), dtype=np.float32)
 
 
-def _add_sign(
-    pixels: drawing.Pixels, objects: list[SceneObject], rng: np.random.Generator
-) -> None:
+def _add_sign(pixels: drawing.Pixels, objects: list[SceneObject], rng: np.random.Generator) -> None:
     """Two printed letters on a plate; each letter's centre lies in a patch of its own."""
     text = "".join(rng.choice(list(LETTERS), size=2))
     height = int(rng.integers(9, 14))
@@ -139,9 +137,7 @@ def _add_sign(
         return
     left, top = place
     light = bool(rng.random() < 0.5)
-    drawing.paint(
-        pixels, np.ones((plate[1], plate[0]), np.float32), left, top, _ink(rng, light)
-    )
+    drawing.paint(pixels, np.ones((plate[1], plate[0]), np.float32), left, top, _ink(rng, light))
     first_centre = left + 2 + widths[0] / 2
     boxes = []
     for index, mask in enumerate(masks):
@@ -162,7 +158,7 @@ def _add_digit(
     place = _find_place(objects, rng, size, size)
     if place is None:
         return
-    mask = drawing.digit_mask(strokes[sample], size, angle=float(rng.uniform(-8, 8)))
+    mask = drawing.digit_mask(strokes[sample], size, warp=rng if split == "train" else None)
     drawing.paint(pixels, mask, *place, _ink(rng, bool(rng.random() < 0.5)))
     box = (place[0], place[1], place[0] + size, place[1] + size)
     objects.append(SceneObject("digit", box, text=str(labels[sample]), sample=sample))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def train_stage(stage: Stage, plan: Plan, output: Path, console: Console | None 
         saved = started = time.monotonic()
         base = stage.state["seconds"]
         while True:
-            share = plan.progress(stage.state["step"], stage.state["seconds"])
+            share = _agreed(plan.progress(stage.state["step"], stage.state["seconds"]))
             if share >= 1.0:
                 break
             metrics = _step(stage, parameters, average, optimisers, plan, share)
@@ -108,11 +109,43 @@ def train_stage(stage: Stage, plan: Plan, output: Path, console: Console | None 
             bar.update(task, completed=100 * share, note=note)
             if stage.state["step"] % plan.evaluate_every == 0:
                 _report(stage, parameters, average, metrics, log, console)
-            if time.monotonic() - saved > plan.checkpoint_seconds:
+            if rank() == 0 and time.monotonic() - saved > plan.checkpoint_seconds:
                 _save(checkpoint, stage, parameters, average, optimisers)
                 saved = time.monotonic()
-    _save(checkpoint, stage, parameters, average, optimisers)
+    if rank() == 0:
+        _save(checkpoint, stage, parameters, average, optimisers)
     _swap(parameters, average)
+
+
+def rank() -> int:
+    """This process's number among those that train together, 0 when it trains alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together, each on its share of every batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _agreed(value: float) -> float:
+    """The first process's value: clocks differ, and all must take the same steps."""
+    if processes() == 1:
+        return value
+    shared = torch.tensor([value], dtype=torch.float64)
+    dist.broadcast(shared, src=0)
+    return shared.item()
+
+
+def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make every process's gradients the mean over the processes."""
+    if processes() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= processes()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def _optimisers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.optim.Optimizer]:
@@ -123,10 +156,11 @@ def _optimisers(parameters: dict[str, nn.Parameter], plan: Plan) -> list[torch.o
 
 
 def _step(stage, parameters, average, optimisers, plan: Plan, share: float) -> dict[str, float]:
-    torch.manual_seed(plan.seed * 1_000_003 + stage.state["step"])
+    torch.manual_seed((plan.seed * 1_000_003 + stage.state["step"]) * processes() + rank())
     stage.module.train()
     loss, metrics = stage.loss(stage.state["step"])
     loss.backward()
+    _average_gradients(parameters.values())
     nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
@@ -150,9 +184,10 @@ def _report(stage, parameters, average, metrics, log: Path, console: Console) ->
         heldout = stage.evaluate()
     record = {"step": stage.state["step"], "seconds": round(stage.state["seconds"], 1)}
     record |= {name: round(value, 4) for name, value in {**metrics, **heldout}.items()}
-    with open(log, "a") as file:
-        file.write(json.dumps(record) + "\n")
-    console.log(record)
+    if rank() == 0:
+        with open(log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        console.log(record)
     stage.after_evaluation(heldout)
     _swap(parameters, average)
 

@@ -7,6 +7,8 @@ looks at what is in the picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from autoprune.tiny.attention import PLAIN, use_attention
 from autoprune.tiny.pool import IGNORE, NUM_PRESENCE, PATCH_TARGETS, Pool
-from autoprune.tiny.training import Stage
+from autoprune.tiny.training import Stage, processes, rank
 
 BACKGROUND_WEIGHT = 0.3
 TARGET_WEIGHTS = {"letter_slot": 0.5, "row": 0.5, "column": 0.5}
@@ -43,18 +45,27 @@ def transformer(tower: CLIPVisionModel) -> nn.Module:
     return getattr(tower, "vision_model", tower)
 
 
-def encode(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """One block of the tower."""
+    return layer(hidden, attention_mask=None)
+
+
+def encode(
+    tower: CLIPVisionModel,
+    pixels: Tensor,
+    run: Callable[[nn.Module, Tensor], Tensor] = run_layer,
+) -> Tensor:
     """The hidden states LLaVA takes from the tower, CLS first, [batch, 145, width]."""
     model = transformer(tower)
     hidden = model.pre_layrnorm(model.embeddings(pixels))
     with use_attention(tower, PLAIN):
         for layer in model.encoder.layers:
-            hidden = layer(hidden, attention_mask=None)
+            hidden = run(layer, hidden)
     return hidden
 
 
 def to_pixels(images: np.ndarray, noise: np.random.Generator | None = None) -> Tensor:
-    """uint8 [batch, 96, 96, 3] -> [batch, 3, 96, 96] in -1..1, with jitter when `noise` is given."""
+    """uint8 [batch, 96, 96, 3] -> [batch, 3, 96, 96] in -1..1, jittered when `noise` is given."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if noise is None:
         return pixels
@@ -101,13 +112,14 @@ def vision_stage(
     device: str = "cpu",
     batch_size: int = 64,
     seed: int = 0,
+    compiled: bool = True,
 ) -> Stage:
     """The stage that trains the vision tower."""
-    forward = torch.compile(model, dynamic=False) if device == "cpu" else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def batch_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, 1, step])
-        index = np.sort(rng.integers(0, len(train), size=batch_size))
+        rng = np.random.default_rng([seed, 1, step, rank()])
+        index = np.sort(rng.integers(0, len(train), size=batch_size // processes()))
         pixels = to_pixels(train.images[index], noise=rng).to(device)
         labels = torch.from_numpy(train.patch_labels[index]).to(device)
         presence = torch.from_numpy(train.presence[index]).to(device)

@@ -123,6 +123,18 @@ def replay_noise(monkeypatch, arrays) -> None:
     monkeypatch.setattr(mergers, "cluster_and_merge", noisy)
 
 
+class Looks(AutoPruneReference):
+    """Keeps what the first cut saw of the vision tower."""
+
+    def select(self, seen, state):
+        if seen.cut == 1:
+            LOOKED.append(seen.vision_scores)
+        return super().select(seen, state)
+
+
+LOOKED: list[torch.Tensor] = []
+
+
 def test_vision_scores_equal_the_recorded_cls_attention():
     root = golden_root()[0]
     for checkpoint in sorted((root / "checkpoints").iterdir()):
@@ -130,14 +142,11 @@ def test_vision_scores_equal_the_recorded_cls_attention():
         vision = load_vision(root / "vision" / f"{checkpoint.name}.npz")
         for key in {name.split("/")[0] for name in vision if name.endswith("pixel_values")}:
             pixels = torch.from_numpy(vision[f"{key}/pixel_values"].astype(np.float32))[None]
-            attachment = AutoPruneReference(budget=16).attach(model)
-            try:
-                with torch.no_grad():
-                    model.get_image_features(pixels)
-                scores = attachment.vision.take().scores
-            finally:
-                attachment.detach()
-            np.testing.assert_allclose(scores, vision[f"{key}/cls_attention"], atol=1e-6)
+            expected = vision[f"{key}/cls_attention"]
+            ids = torch.tensor([[1] + [IMAGE_TOKEN] * len(expected) + [5, 6]])
+            with torch.no_grad(), Looks(budget=16)(model):
+                model(input_ids=ids, pixel_values=pixels)
+            np.testing.assert_allclose(LOOKED.pop()[0], expected, atol=1e-6)
 
 
 def test_the_committed_golden_cases_are_there():

@@ -43,6 +43,17 @@ def test_pruning_equals_the_oracle(name, attention, media, batch, method):
     assert hooks_of(model) == hooks
 
 
+@pytest.mark.parametrize("schedules", [DEEP, PRE_LLM], ids=["deep", "pre_llm"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision", "idefics3", "mistral3"])
+def test_compacted_positions_equal_the_oracle(name, attention, batch, schedules):
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, batch)
+    method = Scattered(schedules, positions="compacted")
+    assert oracle.compare(model, arguments, method, steps=3).worst < TOLERANCE
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
 def test_the_trace_says_what_the_prompts_hold_and_spends_the_budget(name, attention, media, batch):

@@ -1,0 +1,195 @@
+"""The command line: `autoprune demo`, `run`, `plan`, `methods`.
+
+What is imported here is cheap; each command imports the library when it runs, so that `--help` is
+instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from .methods.autoprune import AutoPrune
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune the visual tokens of vision-language models under an exact compute budget.",
+)
+
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        "--target-token-num",
+        help="Mean visual tokens per layer (64), or a share of them (1/9, 11%).",
+    ),
+]
+MethodName = Annotated[str, typer.Option(help="See `autoprune methods`.")]
+X0 = Annotated[float | None, typer.Option("--x0", help="Midpoint of the curve, in layers (of 32).")]
+K0 = Annotated[float | None, typer.Option("--k0", help="Slope of the curve without information.")]
+Gamma = Annotated[float | None, typer.Option(help="How much one bit of information flattens it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another option of the method; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+) -> None:
+    """Options of every command; `--debug` is acted on in `main`, wherever it stands."""
+
+
+@app.command()
+def demo(
+    budget: Budget = "16",
+    method: MethodName = "autoprune",
+    seed: Annotated[int | None, typer.Option(min=0, help="Which picture to draw.")] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Kinds of questions, by commas; default: all.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a picture, ask about it with all and with pruned visual tokens, show what was saved."""
+    from .commands import demo as command
+    from .commands.inputs import build_method, parse_budget
+
+    built = build_method(method, parse_budget(budget), {}, settings or [])
+    wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    seed = command.DEFAULT_SEED if seed is None else seed
+    command.demo(built, seed, wanted, output, _console(), as_json)
+
+
+@app.command()
+def run(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    budget: Budget = "64",
+    method: MethodName = "autoprune",
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint; default: the embedded model.")
+    ] = None,
+    x0: X0 = None,
+    k0: K0 = None,
+    gamma: Gamma = None,
+    settings: Settings = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also answer without pruning.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the kept patches to this PNG.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a picture with pruned visual tokens."""
+    from .commands import run as command
+    from .commands.inputs import build_method, parse_budget
+
+    options = {"x0": x0, "k0": k0, "gamma": gamma}
+    built = build_method(method, parse_budget(budget), options, settings or [])
+    command.run(
+        command.Request(
+            image, question, built, model, device, dtype, max_new_tokens, compare, as_json, picture
+        ),
+        _console(),
+    )
+
+
+@app.command()
+def plan(
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 32,
+    visual: Annotated[int, typer.Option(help="Visual tokens of the prompt.")] = 576,
+    budget: Budget = "64",
+    mi: Annotated[float, typer.Option(help="Mutual information of the prompt, in bits.")] = 0.5,
+    compare_mi: Annotated[str | None, typer.Option(help="More of them: 0.1,1.0.")] = None,
+    curve: Annotated[str, typer.Option(help="Retention over depth.")] = "logistic",
+    text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
+    x0: X0 = None,
+    k0: K0 = None,
+    gamma: Gamma = None,
+    settings: Settings = None,
+    output: Annotated[Path | None, typer.Option(help="Plot to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the schedule that AutoPrune would follow, without a model."""
+    from .commands import plan as command
+    from .commands.inputs import build_method, parse_budget
+
+    options: dict[str, Any] = {"x0": x0, "k0": k0, "gamma": gamma, "curve": curve}
+    built = build_method("autoprune", parse_budget(budget), options, settings or [])
+    information = command.parse_information(mi, compare_mi)
+    planner = cast("AutoPrune", built)
+    request = command.PlanRequest(planner, layers, visual, text, information, output, as_json)
+    command.plan(request, _console())
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the pruning methods, or explain one and its options."""
+    from .commands import methods as command
+
+    if name is None:
+        command.methods(_console(), as_json)
+    else:
+        command.explain(name, _console(), as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; an error becomes one line on stderr and exit code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character of an answer must not turn it into an error.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    if "--debug" in given:
+        app(args=[word for word in given if word != "--debug"])
+    try:
+        _quiet_libraries()
+        app(args=given, prog_name="autoprune")
+    except Exception as error:
+        print(f"autoprune: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    from .errors import UnsupportedError
+
+    message = " ".join(str(error).split())
+    if isinstance(error, (ValueError, ImportError, OSError, UnsupportedError)) and message:
+        return message
+    return f"unexpected {type(error).__name__}: {message} (add --debug to see where it arose)"
+
+
+def _quiet_libraries() -> None:
+    """Keep the advice of other libraries out of the way of results."""
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Piped output has no width of its own; tables are then given the room they need.
+    width = None if sys.stdout.isatty() else 110
+    return Console(markup=False, highlight=False, width=width)

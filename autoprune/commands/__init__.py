@@ -1,0 +1,1 @@
+"""The steps of the command line, one module per command."""

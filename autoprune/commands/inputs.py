@@ -1,0 +1,124 @@
+"""What a command is given: images, budgets, methods and options, checked with clear errors."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..budget import Budget
+from ..method import Method
+from ..methods import METHODS, create
+from .methods import options as defaults
+
+MAX_ASPECT_RATIO = 200
+"""Processors scale the shorter side up: a thread of pixels would become a gigantic picture."""
+
+
+def load_image(path: Path) -> Image.Image:
+    """The picture of a file as RGB, turned upright as its camera noted.
+
+    Raises:
+        ValueError: the file is missing, no image, truncated, or too large to be decoded safely.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no image file {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder, expected an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                picture = ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        limit = Image.MAX_IMAGE_PIXELS or 0
+        raise ValueError(
+            f"image {str(path)!r} is too large: more than "
+            f"{limit / 1e6:.0f} million pixels; resize it first"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{str(path)!r} is not an image that can be read") from error
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {str(path)!r}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"image {str(path)!r} is damaged or truncated: {error}") from error
+    short, long = sorted(picture.size)
+    if long > MAX_ASPECT_RATIO * short:
+        raise ValueError(
+            f"image {str(path)!r} is {picture.width} x {picture.height} pixels; its sides may "
+            f"differ by a factor of {MAX_ASPECT_RATIO} at most, crop it first"
+        )
+    return picture
+
+
+def parse_budget(text: str) -> Budget:
+    """`64`: visual tokens per layer; `1/9` or `11%`: share of the prompt's visual tokens.
+
+    Raises:
+        ValueError: none of the three, not positive, not finite, or a share above 1.
+    """
+    expected = "expected a number of tokens (64), a fraction (1/9) or a percentage (11%)"
+    try:
+        if "/" in text:
+            numerator, denominator = (float(part) for part in text.split("/"))
+            value = numerator / denominator
+        else:
+            value = float(text.rstrip("%"))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"budget {text!r}: {expected}") from None
+    share = "/" in text or text.endswith("%")
+    value = value / 100 if text.endswith("%") else value
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"budget {text!r} must be finite and above 0; {expected}")
+    if not share:
+        return Budget.tokens(value)
+    if value > 1:
+        raise ValueError(f"budget {text!r} is more than all visual tokens; {expected}")
+    return Budget.ratio(value)
+
+
+def build_method(
+    name: str, budget: Budget, options: dict[str, Any], assignments: Sequence[str]
+) -> Method:
+    """A method from its name and options.
+
+    Args:
+        name: as `autoprune methods` lists it.
+        budget: for `autoprune_reference`, tokens are counted as that method counts them.
+        options: by name; None where the user gave none.
+        assignments: further options as "name=value".
+
+    Raises:
+        ValueError: no such method or option, or a value that does not fit.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"option {assignment!r} is not of the form name=value")
+        given[key.strip()] = _typed(name, key.strip(), value.strip())
+    amount = budget.value if name == "autoprune_reference" and budget.kind == "tokens" else budget
+    return create(name, amount, **given)
+
+
+def _typed(method: str, option: str, text: str) -> Any:
+    """`text` as the type of that option's default; unknown options are left to `create`."""
+    default = defaults(method).get(option) if method in METHODS else None
+    if text.lower() == "none":
+        return None
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, (int, float)):
+            return type(default)(text)
+    except (KeyError, ValueError):
+        expected = (
+            "true or false" if isinstance(default, bool) else f"a number ({type(default).__name__})"
+        )
+        raise ValueError(f"option {option} expects {expected}, got {text!r}") from None
+    return text

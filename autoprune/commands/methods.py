@@ -1,0 +1,65 @@
+"""`autoprune methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from ..methods import METHODS
+from .report import print_json
+
+
+def options(name: str) -> dict[str, Any]:
+    """A method's options beside the budget, with their defaults."""
+    fields = dataclasses.fields(cast(Any, METHODS[name]))
+    return {field.name: field.default for field in fields if field.name != "budget"}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Name, first sentence, paper and options with their defaults of a method."""
+    return {
+        "name": name,
+        "summary": _documentation(name).split("\n")[0],
+        "paper": METHODS[name].paper,
+        "options": options(name),
+    }
+
+
+def methods(console: Console, as_json: bool) -> None:
+    """Print one row per method."""
+    records = [describe(name) for name in METHODS]
+    if as_json:
+        print_json(console, records)
+        return
+    table = Table()
+    for heading in ("method", "what it does", "paper"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
+    for record in records:
+        table.add_row(record["name"], record["summary"], record["paper"])
+    console.print(table)
+    console.print("`autoprune methods NAME` explains one of them and its options.")
+
+
+def explain(name: str, console: Console, as_json: bool) -> None:
+    """Print what a method does, and its options with their defaults.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    if as_json:
+        print_json(console, describe(name))
+        return
+    console.print(_documentation(name))
+    console.print()
+    for option, default in options(name).items():
+        console.print(f"--set {option}={default}")
+
+
+def _documentation(name: str) -> str:
+    return inspect.getdoc(METHODS[name]) or ""

@@ -1,0 +1,127 @@
+"""`autoprune plan`: schedules without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..files import check_picture_path, write_whole
+from ..methods.autoprune import AutoPrune
+from .report import bar, can_draw, print_json
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What to plan; `information` holds one mutual information (bits) per schedule."""
+
+    method: AutoPrune
+    layers: int
+    visual: int
+    text: int
+    information: Sequence[float]
+    output: Path | None = None
+    as_json: bool = False
+
+
+def parse_information(mi: float, others: str | None) -> list[float]:
+    """Mutual informations in bits, the first being `mi`, the others from "0.1,0.5"; each once.
+
+    Raises:
+        ValueError: one of them is no number, negative or not finite.
+    """
+    try:
+        values = [mi, *(float(part) for part in (others or "").split(",") if part.strip())]
+    except ValueError:
+        raise ValueError(
+            f"--compare-mi expects numbers separated by commas, got {others!r}"
+        ) from None
+    for value in values:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"mutual information must be finite and at least 0 bits, got {value:g}"
+            )
+    return list(dict.fromkeys(values))
+
+
+def plan(request: PlanRequest, console: Console) -> None:
+    """Print the schedules, and plot them if asked to.
+
+    Raises:
+        ValueError: numbers that do not fit; InfeasibleBudget names the smallest budget that works.
+    """
+    if request.layers < 1 or request.visual < 1 or request.text < 0:
+        raise ValueError(
+            "layers and visual tokens must be at least 1 and text tokens at least 0, got "
+            f"{request.layers}, {request.visual} and {request.text}"
+        )
+    if request.output is not None:
+        check_picture_path(request.output)
+    schedules = [
+        request.method.plan(
+            num_layers=request.layers,
+            num_visual=request.visual,
+            mutual_information=value,
+            num_text=request.text,
+        )
+        for value in request.information
+    ]
+    if request.output is not None:
+        _plot(request, schedules, request.output)
+    if request.as_json:
+        _print_json(request, schedules, console)
+    else:
+        _print_table(request, schedules, console)
+
+
+def _plot(request: PlanRequest, schedules: list[list[int]], output: Path) -> None:
+    from ..viz import plot_schedule, to_png
+
+    labels = [f"{value:g} bits" for value in request.information]
+    mean = sum(schedules[0]) / request.layers
+    write_whole(output, to_png(plot_schedule(schedules, labels, mean)))
+
+
+def _print_json(request: PlanRequest, schedules: list[list[int]], console: Console) -> None:
+    record = {
+        "layers": request.layers,
+        "visual_tokens": request.visual,
+        "budget": str(request.method.budget),
+        "curve": request.method.curve,
+        "schedules": [
+            {
+                "mutual_information": value,
+                "tokens_per_layer": counts,
+                "mean_tokens": sum(counts) / len(counts),
+            }
+            for value, counts in zip(request.information, schedules, strict=True)
+        ],
+    }
+    print_json(console, record)
+
+
+def _print_table(request: PlanRequest, schedules: list[list[int]], console: Console) -> None:
+    unicode = can_draw(console)
+    width = 40 if len(schedules) == 1 else max(8, 48 // len(schedules))
+    table = Table()
+    table.add_column("layer", justify="right")
+    for value in request.information:
+        table.add_column(f"{value:g} bits", no_wrap=True)
+    digits = len(str(request.visual))
+    for layer in range(request.layers):
+        cells = (
+            f"{s[layer]:>{digits}} {bar(s[layer], request.visual, width, unicode)}"
+            for s in schedules
+        )
+        table.add_row(str(layer), *cells)
+    table.add_section()
+    table.add_row("mean", *(f"{sum(s) / request.layers:.6g}" for s in schedules))
+    table.add_row("sum", *(str(sum(s)) for s in schedules))
+    console.print(f"{request.method.budget}, {request.method.curve} curve")
+    console.print(table)
+    if request.output is not None:
+        console.print(f"plot: {request.output}")

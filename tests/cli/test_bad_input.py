@@ -1,0 +1,178 @@
+"""Whatever is wrong: one line on stderr that names it, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from transformers import GPT2Config
+
+from autoprune.commands import run as run_command
+
+
+def assert_one_line(outcome, *words):
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("autoprune: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+@pytest.fixture
+def files(tmp_path, picture):
+    """Images that cannot be used, by name."""
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
+    with Image.open(picture) as image:
+        image.resize((400, 400)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:3000])
+    Image.new("RGB", (2001, 10)).save(tmp_path / "thread.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.png", "there is no image file"),
+        ("folder.png", "is a folder"),
+        ("text.png", "is not an image"),
+        ("empty.png", "is not an image"),
+        ("cut.png", "damaged or truncated"),
+        ("cut.jpg", "damaged or truncated"),
+        ("thread.png", "2001 x 10 pixels"),
+    ],
+)
+def test_an_image_that_cannot_be_used(call, files, model_folder, name, words):
+    outcome = call("run", files / name, "what is this?", "--model", model_folder)
+    assert_one_line(outcome, name, words)
+
+
+@pytest.mark.parametrize("limit", [96 * 96 - 1, 96 * 96 // 2 - 1])
+def test_an_oversized_image_is_not_decoded(ask, monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert_one_line(ask(), "too large", "resize it first")
+
+
+@pytest.mark.parametrize(
+    "budget", ["0", "-5", "nan", "inf", "many", "1/0", "1/2/3", "0%", "120%", "9/4", ""]
+)
+def test_a_budget_that_is_none(ask, budget):
+    assert_one_line(ask("--budget", budget), f"budget {budget!r}", "expected a number of tokens")
+
+
+def test_a_budget_that_cannot_pay_for_layer_0_names_the_way_out(ask):
+    assert_one_line(ask("--budget", 8), "smallest feasible budget", 'first_cut="pre_llm"')
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "autoprun"), "did you mean 'autoprune'"),
+        (("--set", "depth=3"), "has no option 'depth'"),
+        (("--set", "mi_layer"), "not of the form name=value"),
+        (("--set", "mi_layer=high"), "mi_layer expects a number"),
+        (("--method", "autoprune_reference", "--set", "recycle=perhaps"), "expects true or false"),
+        (("--set", "curve=zigzag"), "unknown curve 'zigzag'"),
+        (("--set", "mi_layer=40"), "mi_layer is 40"),
+        (("--x0", "nan"), "x0 must be a finite number"),
+        (("--device", "abacus"), "device 'abacus' is not available"),
+        (("--dtype", "int3"), "dtype must be one of"),
+    ],
+)
+def test_an_option_that_does_not_fit(ask, words, message):
+    assert_one_line(ask(*words), message)
+
+
+def test_an_empty_question(ask):
+    assert_one_line(ask(question="  "), "the question is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "there is no model folder"),
+        ("/no/where", "there is no model folder"),
+        ("some-body/some-model", "hf download some-body/some-model"),
+    ],
+)
+def test_a_model_that_does_not_exist(call, picture, name, message):
+    assert_one_line(call("run", picture, "what is this?", "--model", name), message)
+
+
+def test_a_file_is_not_a_model(call, picture):
+    assert_one_line(call("run", picture, "what is this?", "--model", picture), "is a file")
+
+
+def test_a_folder_without_a_model(call, picture, tmp_path):
+    assert_one_line(call("run", picture, "what is this?", "--model", tmp_path), "no config.json")
+
+
+def test_a_language_model_takes_no_images(call, picture, tmp_path):
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    outcome = call("run", picture, "what is this?", "--model", tmp_path)
+    assert_one_line(outcome, "'gpt2' model, which takes no images")
+
+
+def test_a_damaged_config(call, picture, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert_one_line(
+        call("run", picture, "what is this?", "--model", tmp_path), "cannot read the model"
+    )
+
+
+def test_damaged_weights(call, picture, tmp_path, model_folder):
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).write_bytes(
+            path.read_bytes()[: 5000 if path.suffix == ".safetensors" else None]
+        )
+    assert_one_line(
+        call("run", picture, "what is this?", "--model", tmp_path), "cannot load the model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/kept.png", "there is no folder"),
+        ("kept.jpg", "PNG"),
+        (".", "PNG"),
+        ("dir.png", "is a folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_model_runs(
+    ask, tmp_path, monkeypatch, name, message
+):
+    (tmp_path / "dir.png").mkdir()
+    monkeypatch.setattr(run_command, "load_model", None)
+    assert_one_line(ask("--picture", tmp_path / name), message)
+
+
+def test_a_failure_while_the_model_runs_leaves_no_file(ask, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(run_command, "answer_pruned", fail)
+    assert_one_line(
+        ask("--picture", tmp_path / "kept.png"), "unexpected RuntimeError: out of luck", "--debug"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_arose(ask, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(run_command, "answer_pruned", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        ask("--debug")
+
+
+@pytest.mark.parametrize(
+    "words", [("run",), ("run", "a.png"), ("nothing",), ("plan", "--layers", "many")]
+)
+def test_a_command_that_is_not_understood_exits_with_2(call, words):
+    outcome = call(*words)
+    assert outcome.code == 2
+    assert "Usage" in outcome.err

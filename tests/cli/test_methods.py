@@ -1,0 +1,41 @@
+"""`autoprune methods` lists what `create` can build."""
+
+from __future__ import annotations
+
+import autoprune
+
+
+def test_every_method_is_listed_with_its_paper(call):
+    records = call("methods", "--json").record
+    assert [record["name"] for record in records] == autoprune.list_methods()
+    assert all(record["summary"].endswith(".") and record["paper"] for record in records)
+
+
+def test_listed_options_are_what_create_takes(call):
+    for record in call("methods", "--json").record:
+        options = {key: value for key, value in record["options"].items() if value is not None}
+        assert autoprune.create(record["name"], budget=64, **options).name == record["name"]
+
+
+def test_the_table_names_every_method(call):
+    out = call("methods").out
+    assert all(name in out for name in autoprune.list_methods())
+
+
+def test_one_method_is_explained_with_its_options(call):
+    out = call("methods", "autoprune").out
+    assert "mutual information" in out
+    assert "--set k0=0.4" in out
+    assert call("methods", "autoprune", "--json").record["options"]["gamma"] == 0.3
+
+
+def test_an_unknown_method_is_an_error(call):
+    outcome = call("methods", "magic")
+    assert outcome.code == 2
+    assert "there is no method 'magic'" in outcome.err
+
+
+def test_help_needs_no_model(call):
+    outcome = call("--help")
+    assert outcome.code == 0
+    assert all(command in outcome.out for command in ("demo", "run", "plan", "methods"))

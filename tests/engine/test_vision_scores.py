@@ -1,0 +1,274 @@
+"""Scores from the vision tower: the right numbers, on the right tokens, for the right prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from autoprune import AutoPrune
+from autoprune.engine import vision
+from autoprune.engine.vision_maps import FAMILIES
+from tests import zoo
+from tests.watch import observe, vision_scores
+
+SETTINGS = [
+    pytest.param(name, media, id=f"{name}-{media}")
+    for name, family in zoo.FAMILIES.items()
+    for media in family.media
+]
+# These decode from the output of the last block but one.
+SECOND_TO_LAST = {"llava", "llava_next", "llava_next_video"}
+WITH_CLS = SECOND_TO_LAST | {"internvl"}
+EVERY_PATCH = slice(None)
+PATCHES_TRIED = 10
+
+# Before 5.19, generation repeats pixels, and those of several pictures get into the wrong order.
+repeats_features = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.19"), reason="repeats pixels, not features"
+)
+model_of = functools.cache(functools.partial(zoo.build, attn_implementation="eager"))
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, atol=1e-6, rtol=1e-4, equal_nan=True)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    tower = model.get_encoder(modality="image")
+    return next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
+
+
+def selected_block(name: str, model: nn.Module) -> int:
+    return len(blocks_of(model)) - (2 if name in SECOND_TO_LAST else 1)
+
+
+def scores_if_only(monkeypatch, model, arguments, patch: int | slice):
+    """Scores of all tokens if the tower attended to one patch (or a slice); number of patches."""
+    counted = 0
+
+    def of(images: int, patches: int) -> torch.Tensor:
+        nonlocal counted
+        flat = torch.zeros(10_000)
+        flat[patch] = 1.0
+        counted += images * patches
+        return flat[counted - images * patches : counted].view(images, patches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vision, "cls_attention", lambda q, *_: of(q.shape[0], q.shape[2] - 1))
+        patched.setattr(vision, "received_attention", lambda q, *_: of(q.shape[0], q.shape[2]))
+        return torch.cat(vision_scores(model, arguments)), counted
+
+
+def what_the_decoder_sees(name, model, arguments, patch: int | slice | None) -> torch.Tensor:
+    """Embeddings of all visual tokens if the tower's output for a patch (or slice) is disturbed."""
+    seen = []
+
+    def disturb(block, inputs, output):
+        rows = output.flatten(0, -2).clone()
+        real = torch.arange(len(rows))
+        if name in WITH_CLS:
+            real = real[real % output.shape[1] != 0]
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+        rows[real[patch]] += noise[real[patch]]
+        return rows.view_as(output)
+
+    def keep(text, args, kwargs):
+        seen.append(kwargs["inputs_embeds"])
+
+    handles = [model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)]
+    if patch is not None:
+        block = blocks_of(model)[selected_block(name, model)]
+        handles.append(block.register_forward_hook(disturb, prepend=True))
+    try:
+        with torch.no_grad():
+            model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0][zoo.visual_mask(model, arguments["input_ids"])]
+
+
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3", media)
+    plain = what_the_decoder_sees(name, model, arguments, None)
+
+    def tokens_of(patch: int | slice) -> torch.Tensor:
+        disturbed = what_the_decoder_sees(name, model, arguments, patch)
+        return (disturbed - plain).abs().amax(dim=-1) > 1e-5
+
+    scores, count = scores_if_only(monkeypatch, model, arguments, EVERY_PATCH)
+    with_patch = tokens_of(EVERY_PATCH)
+    # A token's score is a mean: with 1 for every patch it is 1, and NaN if it has none.
+    assert torch.equal(scores.isnan(), ~with_patch)
+    assert same(scores[with_patch], torch.ones(int(with_patch.sum())))
+    for patch in torch.linspace(0, count - 1, PATCHES_TRIED).long().tolist():
+        scores, _ = scores_if_only(monkeypatch, model, arguments, patch)
+        assert torch.equal(scores.nan_to_num() > 0, tokens_of(patch)), patch
+
+
+def patches_seen(monkeypatch, model, arguments, media: str) -> torch.Tensor:
+    """What the map from patches to tokens was given, flat."""
+    key = model.config.model_type
+    to_tokens, seen = getattr(FAMILIES[key], media), []
+
+    def spy(base, patches, call):
+        seen.append(patches)
+        return to_tokens(base, patches, call)
+
+    monkeypatch.setitem(FAMILIES, key, dataclasses.replace(FAMILIES[key], **{media: spy}))
+    observe(model, arguments)
+    return seen[-1].flatten()
+
+
+def received(weights: torch.Tensor) -> torch.Tensor:
+    """[images, heads, rows, patches] -> flat."""
+    return weights.mean(dim=(1, 2)).flatten()
+
+
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_scores_are_the_attention_weights_of_the_selected_block(name, media, monkeypatch):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3", media)
+    block = blocks_of(model)[selected_block(name, model)]
+    attention = next(m for m in block.modules() if hasattr(m, "is_causal"))
+    module = sys.modules[type(attention).__module__]
+    eager, weights = module.eager_attention_forward, []
+
+    def record(module, *args, **kwargs):
+        output = eager(module, *args, **kwargs)
+        if module is attention:
+            weights.append(output[1])
+        return output
+
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    scores = patches_seen(monkeypatch, model, arguments, media)
+    if name in WITH_CLS:
+        expected = [w[:, :, 0, 1:].mean(dim=1).flatten() for w in weights]
+    elif name == "mistral3":
+        # All pictures are packed into one row.
+        ends = (arguments["image_sizes"] // 7).prod(dim=1).cumsum(dim=0).tolist()
+        starts = [0, *ends[:-1]]
+        expected = [received(weights[0][:, :, a:b, a:b]) for a, b in zip(starts, ends, strict=True)]
+    else:
+        expected = [received(w) for w in weights]
+    assert same(scores, torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "gemma3", "idefics3"])
+def test_scores_are_what_the_tower_itself_reports(name, monkeypatch):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "single")
+    scores = patches_seen(monkeypatch, model, arguments, "image")
+    pixels = arguments["pixel_values"].flatten(0, -4)
+    with torch.no_grad():
+        tower = model.get_encoder(modality="image")(pixels, output_attentions=True)
+    weights = tower.attentions[selected_block(name, model)]
+    cls = name in WITH_CLS
+    assert same(scores, weights[:, :, 0, 1:].mean(1).flatten() if cls else received(weights))
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_attention_backends_agree(name):
+    if "sdpa" not in zoo.FAMILIES[name].attentions:
+        pytest.skip("eager only")
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3")
+    other = zoo.build(name, "sdpa")
+    for one, two in zip(
+        vision_scores(model, arguments), vision_scores(other, arguments), strict=True
+    ):
+        assert same(one, two)
+
+
+@functools.cache
+def alone(name: str, batch: str, media: str) -> list[torch.Tensor]:
+    """Scores of each prompt of a batch when it is run by itself; none for a prompt of text only."""
+    model, scores = model_of(name), []
+    for prompt in range(3):
+        arguments = zoo.inputs(name, model, batch, media, only=prompt)
+        has_visual = zoo.visual_mask(model, arguments["input_ids"]).any()
+        scores.append(vision_scores(model, arguments)[0] if has_visual else torch.empty(0))
+    return scores
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_a_prompt_in_a_batch_has_the_scores_it_has_alone(name, media, batch, side):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, batch, media, padding_side=side)
+    for one, other in zip(vision_scores(model, arguments), alone(name, batch, media), strict=True):
+        assert same(one, other)
+
+
+@pytest.mark.parametrize("batch", ["padded3_text", pytest.param("padded3", marks=repeats_features)])
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_every_beam_has_the_scores_of_its_prompt(name, media, batch):
+    if (name, media) == ("glm4v", "video"):
+        pytest.skip("transformers cannot repeat GLM-4V's videos: it looks for video tokens")
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, batch, media)
+    seen = vision_scores(model, arguments, num_beams=2)
+    assert len(seen) == 6
+    for row, scores in enumerate(alone(name, batch, media)):
+        assert same(seen[2 * row], scores)
+        assert same(seen[2 * row + 1], scores)
+
+
+@pytest.mark.parametrize(
+    "generation", [{"do_sample": False}, {"do_sample": True, "num_return_sequences": 3}]
+)
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "idefics3"])
+def test_generation_has_the_scores_of_a_forward(name, generation):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3_text")
+    copies = generation.get("num_return_sequences", 1)
+    forward = [s for s in vision_scores(model, arguments) for _ in range(copies)]
+    for one, other in zip(vision_scores(model, arguments, **generation), forward, strict=True):
+        assert same(one, other)
+
+
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_nothing_stays_on_the_model(name, media):
+    model = model_of(name)
+    before = dict(model.base_model.__dict__)
+    handle = AutoPrune(budget=4).attach(model)
+    assert f"get_{media}_features" in model.base_model.__dict__
+    handle.detach()
+    assert model.base_model.__dict__ == before
+
+
+def test_a_method_of_the_instance_is_put_back():
+    model = zoo.build("llava")
+    own = model.base_model.get_image_features
+    model.base_model.get_image_features = own
+    observe(model, zoo.inputs("llava", model))
+    assert model.base_model.__dict__["get_image_features"] is own
+
+
+def test_an_unknown_family_is_pruned_by_text_attention_alone():
+    model = zoo.build("llava")
+    model.config.model_type = "llava_of_tomorrow"
+    arguments = zoo.inputs("llava", model)
+    assert observe(model, arguments).vision_scores is None
+    with AutoPrune(budget=4)(model) as trace:
+        model.generate(**arguments, max_new_tokens=2)
+    assert sum(trace.samples[0].tokens_per_layer) == 4 * zoo.LAYERS
+
+
+def test_of_several_selected_layers_the_deepest_counts():
+    config = zoo.FAMILIES["llava"].config()
+    for layers, block in [([-2, 1], 1), ([1, -1], 2), (0, None)]:
+        config.vision_feature_layer = layers
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+        tapped = AutoPrune(budget=4)(model).vision.attention
+        assert tapped is (None if block is None else blocks_of(model)[block].self_attn)
