@@ -35,7 +35,9 @@ def recycle(
     kept = top_k(scores, counts, seen.mask)
     assert seen.hidden is not None
     hidden = seen.hidden()
-    order = scores.masked_fill(~seen.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = scores.masked_fill(~seen.mask, float("-inf")).argsort(
+        dim=1, descending=True, stable=True
+    )
     width = max(clusters)
     merged = hidden.new_zeros(len(counts), width, hidden.shape[2])
     place = torch.zeros(len(counts), width, dtype=torch.long, device=hidden.device)
@@ -47,7 +49,9 @@ def recycle(
         merged[prompt, :k] = means.to(hidden.dtype)
         place[prompt, :k] = candidates[centers]
     return Selection(
-        kept, list(counts), Merged(merged, list(clusters), None if behind else place.to(seen.mask.device))
+        kept,
+        list(counts),
+        Merged(merged, list(clusters), None if behind else place.to(seen.mask.device)),
     )
 
 
@@ -61,7 +65,9 @@ def dpc_knn(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> S
         k = 0
         if present > target:
             # More clusters mean fewer kept, hence more dropped tokens; the count settles in a few steps.
-            while (settled := cluster_count(recycled_count(present - target + k))) > k and k < target - 1:
+            while (
+                settled := cluster_count(recycled_count(present - target + k))
+            ) > k and k < target - 1:
                 k = min(settled, target - 1)
         kept.append(target - k)
         recycled.append(recycled_count(present - target + k) if k else 0)

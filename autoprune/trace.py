@@ -116,7 +116,9 @@ class Trace:
             mean_tokens=_mean([s.mean_tokens for s in pictures]),
             mutual_information=_mean(information) if information else None,
             flops_saved=_saved([s.flops for s in samples], [s.flops_full for s in samples]),
-            kv_bytes_saved=_saved([s.kv_bytes for s in samples], [s.kv_bytes_full for s in samples]),
+            kv_bytes_saved=_saved(
+                [s.kv_bytes for s in samples], [s.kv_bytes_full for s in samples]
+            ),
         )
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -153,7 +155,9 @@ def _sample(
     return Sample(
         num_visual=total,
         num_text=text,
-        visual_positions=torch.from_numpy(np.flatnonzero(layout.visual[prompt, : layout.length][real])),
+        visual_positions=torch.from_numpy(
+            np.flatnonzero(layout.visual[prompt, : layout.length][real])
+        ),
         tokens_per_layer=counts,
         kept=kept,
         mutual_information=information[prompt] if information is not None and total else None,

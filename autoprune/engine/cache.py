@@ -172,7 +172,13 @@ class Decode:
         self._crop(layer, stage)
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")
-        key = ("mask", stage.first_layer, id(mask), self._window(index), self._key_length(layer, stage))
+        key = (
+            "mask",
+            stage.first_layer,
+            id(mask),
+            self._window(index),
+            self._key_length(layer, stage),
+        )
         if key not in self._made:
             self._made[key] = self._mask(mask, stage, layer, self._window(index))
         kwargs["attention_mask"] = self._made[key]
@@ -218,7 +224,9 @@ class Decode:
 
     def _flash_mask(self, column: torch.Tensor, window: int | None) -> torch.Tensor:
         if window is not None:
-            raise UnsupportedError("flash attention with sliding windows cannot use a pruned cache; use sdpa")
+            raise UnsupportedError(
+                "flash attention with sliding windows cannot use a pruned cache; use sdpa"
+            )
         real = column >= 0
         if self.valid is not None:
             real = real & self.valid.gather(1, column.clamp(min=0))

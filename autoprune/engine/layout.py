@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..errors import UnsupportedError
 from ..method import Selection
 
 TEXT, MERGED, PADDING = -1, -2, -3
@@ -180,3 +182,60 @@ def pad_rows(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
+
+
+def read_layout(
+    prompt: dict[str, Any],
+    embeds: torch.Tensor,
+    visual_ids: tuple[int, ...],
+    visual_mask: torch.Tensor | None = None,
+    drafts: int = 0,
+) -> Layout:
+    """Where a prompt's visual tokens and its padding are.
+
+    Args:
+        prompt: the `input_ids` and `attention_mask` that the model was called with.
+        embeds: [batch, S, hidden size].
+        visual_ids: token ids that stand for pictures and videos.
+        visual_mask: bool [prompts, S], given by the user instead of ids; generation may have
+            repeated the prompts since.
+        drafts: see `Layout`.
+
+    Raises:
+        UnsupportedError: there are neither ids nor a visual mask.
+        ValueError: the visual mask does not fit the prompt.
+    """
+    batch, length = embeds.shape[:2]
+    if visual_mask is not None:
+        if visual_mask.shape[1] != length or batch % visual_mask.shape[0]:
+            raise ValueError(
+                f"visual_mask has shape {list(visual_mask.shape)} but the prompt is "
+                f"[{batch}, {length}]; pass one row per prompt and one column per position"
+            )
+        repeats = batch // visual_mask.shape[0]
+        visual = visual_mask.bool().repeat_interleave(repeats, dim=0).cpu().numpy()
+    elif prompt["input_ids"] is not None:
+        visual = np.isin(prompt["input_ids"].cpu().numpy(), visual_ids)
+    else:
+        raise UnsupportedError(
+            "the model was called with inputs_embeds only, so nothing says which tokens are "
+            "visual; pass method(model, visual_mask=...), bool [batch, length]"
+        )
+    real = _real_tokens(prompt["attention_mask"], batch, length)
+    return Layout(real, visual & real, drafts)
+
+
+def _real_tokens(mask: Any, batch: int, length: int) -> np.ndarray:
+    """bool [batch, length], False for padding, from a 2-D mask, a 4-D mask's last row, or none.
+
+    Some families prepare one 4-D mask per type of layer before they are called.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor):
+        return np.ones((batch, length), dtype=bool)
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1, :length]
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = mask.expand(batch, -1)
+    return mask[:, -length:].bool().cpu().numpy()

@@ -11,14 +11,21 @@ from torch import nn
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
 
-LAYER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache"}
+LAYER_ARGUMENTS = {
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+}
 
 
 @dataclass(frozen=True)
 class Located:
     """The parts of one model that pruning touches.
 
-    outer: the model with its language-model head; base: the module that merges image features into the prompt (it sees `input_ids`).
+    outer: the model with its language-model head.
+    base: the module that merges image features into the prompt (it sees `input_ids`).
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
     attentions: the attention module of each decoder layer.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
@@ -103,10 +110,11 @@ def _attention(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
             return module
-    raise UnsupportedError(f"{type(layer).__name__} has no causal self-attention; it is not supported")
+    raise UnsupportedError(
+        f"{type(layer).__name__} has no causal self-attention; it is not supported"
+    )
 
 
 def _element_size(text: nn.Module) -> int:
     dtype = getattr(text, "dtype", None) or torch.get_default_dtype()
     return dtype.itemsize
-

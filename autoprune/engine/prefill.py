@@ -72,8 +72,6 @@ class Prefill:
             padding = stack(padding, batch_first=True).to(device)
         return scores, padding
 
-    # One decoder layer ------------------------------------------------------------------------------
-
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
         if self.cache is None:
@@ -105,12 +103,16 @@ class Prefill:
         features = features.to(hidden.device, hidden.dtype)
         return torch.where(original, hidden + features[row], hidden)
 
-    def observe(self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs) -> None:
+    def observe(
+        self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs
+    ) -> None:
         """Compute the attention rows that the next cut asked for."""
         if self.armed is None or self.armed.rows is None:
             return
         slots, text_mask = self._rows(self.armed.rows)
-        rows = query.gather(2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        rows = query.gather(
+            2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        )
         width = self.tokens.width
         blocked, bias = self._row_mask(attention_mask, slots, width)
         attention = row_attention(rows, key[:, :, :width], scaling, blocked, bias, softcap)
@@ -122,7 +124,9 @@ class Prefill:
         columns = self.layout.text_columns(rows)
         device = self.tokens.column.device
         counts = [len(c) for c in columns]
-        wanted = self._memo(("rows", rows), None, lambda: torch.from_numpy(pad_rows(columns, 0)).to(device))
+        wanted = self._memo(
+            ("rows", rows), None, lambda: torch.from_numpy(pad_rows(columns, 0)).to(device)
+        )
         if len(self.stages) == 1:
             slots = wanted
         else:
@@ -148,8 +152,6 @@ class Prefill:
             blocked = blocked | (self.tokens.column < 0)[:, None, :]
         return blocked[:, None], None
 
-    # A cut ------------------------------------------------------------------------------------------
-
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
         selection = self.method.select(self._observation(index, needs, hidden), self.state)
         if selection is None or self._keeps_all(selection):
@@ -158,7 +160,9 @@ class Prefill:
         self.tokens, source = self.tokens.after(selection)
         if selection.merged is not None:
             hidden = torch.cat([hidden, selection.merged.hidden.to(hidden.dtype)], dim=1)
-        hidden = hidden.gather(1, source.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2]))
+        hidden = hidden.gather(
+            1, source.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
+        )
         self.stages.append(Stage(index, self.tokens))
         self.records.append(CutRecord(index, self.tokens.visual, self.tokens.counts))
         return hidden
@@ -171,7 +175,8 @@ class Prefill:
         if needs.rows is not None and attention is None:
             raise UnsupportedError(
                 f"the attention of decoder layer {index - 1} was not seen: "
-                f"the backend {self.located.implementation!r} does not go through transformers' attention functions"
+                f"the backend {self.located.implementation!r} does not go through transformers' "
+                "attention functions; use attn_implementation='sdpa'"
             )
         seen = Observation(index, list(tokens.counts), visual, mask, attention, text_mask)
         seen.hidden = lambda: hidden.gather(
@@ -196,14 +201,14 @@ class Prefill:
                     f"at cut {index}; a cut can only keep between 0 and all of them"
                 )
 
-    # What the layers receive ------------------------------------------------------------------------
-
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
         kwargs = dict(kwargs)
         self._guard(kwargs)
         mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = self._memo(
-            ("mask", self._key_length(index)), mask, lambda: self._mask(mask, self._key_length(index), hidden)
+            ("mask", self._key_length(index)),
+            mask,
+            lambda: self._mask(mask, self._key_length(index), hidden),
         )
         embeddings = kwargs.get("position_embeddings")
         if embeddings is not None:
@@ -260,7 +265,9 @@ class Prefill:
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
         if "flash" in self.located.implementation and ids.shape[-2] == 1:
             # Gaps in the positions would look like several packed sequences to flash attention.
-            return torch.arange(self.tokens.width, device=ids.device)[None].expand_as(ids[..., : self.tokens.width])
+            return torch.arange(self.tokens.width, device=ids.device)[None].expand_as(
+                ids[..., : self.tokens.width]
+            )
         if self.method.positions == "compacted":
             return compacted_positions(self.tokens)
         return _take(ids[..., None], self.tokens.column, dim=-2)[..., 0]
@@ -277,8 +284,6 @@ class Prefill:
                     "this decoder is not supported"
                 )
 
-    # The end ----------------------------------------------------------------------------------------
-
     def finish(self, output: Any) -> Any:
         """Put the remaining tokens' states back to their columns and remember the cut on the cache."""
         if len(self.stages) == 1 and not self.counts_positions:
@@ -286,7 +291,9 @@ class Prefill:
         output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.tokens)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
-                states if states is None else self._restore(states, self.stage_of(max(i - 1, 0)).tokens)
+                states
+                if states is None
+                else self._restore(states, self.stage_of(max(i - 1, 0)).tokens)
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:

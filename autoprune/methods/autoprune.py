@@ -15,7 +15,16 @@ from ..cost import DecoderCost
 from ..curves import get_curve
 from ..information import mutual_information
 from ..mergers import get_merger
-from ..method import Method, ModelShape, Needs, Observation, Positions, Prompts, PromptState, Selection
+from ..method import (
+    Method,
+    ModelShape,
+    Needs,
+    Observation,
+    Positions,
+    Prompts,
+    PromptState,
+    Selection,
+)
 from ..scorers import as_shares, text_attention, vision_attention
 
 REFERENCE_DEPTH = 32
@@ -75,17 +84,19 @@ class AutoPrune(Method):
         for name in ("k0", "gamma", "x0", "beta", "text_weight"):
             value = getattr(self, name)
             if not np.isfinite(value) or (name in ("k0", "text_weight") and value < 0):
-                raise ValueError(f"{name} must be a finite number (k0, text_weight >= 0), got {value!r}")
+                raise ValueError(
+                    f"{name} must be a finite number (k0, text_weight >= 0), got {value!r}"
+                )
         if self.mi_layer < 0:
-            raise ValueError(f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer}")
+            raise ValueError(
+                f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer}"
+            )
         for name, allowed in (
             ("first_cut", ("after_layer_0", "pre_llm")),
             ("positions", ("original", "compacted")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-
-    # The policy -------------------------------------------------------------------------------------
 
     def plan(
         self,
@@ -153,8 +164,6 @@ class AutoPrune(Method):
             num_text=prompts.num_text,
             fixed=decided,
         )
-
-    # The contract with the engine -------------------------------------------------------------------
 
     def check(self, shape: ModelShape) -> None:
         if self.mi_layer >= shape.num_layers - 1:

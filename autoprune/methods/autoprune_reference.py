@@ -44,7 +44,9 @@ class AutoPruneReference(Method):
     """
 
     name: ClassVar[str] = "autoprune_reference"
-    paper: ClassVar[str] = "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025 (released code)"
+    paper: ClassVar[str] = (
+        "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025 (released code)"
+    )
     positions: ClassVar[Positions] = "compacted"
 
     budget: Budget | float = 64
@@ -66,10 +68,14 @@ class AutoPruneReference(Method):
 
     def check(self, shape: ModelShape) -> None:
         if shape.num_layers < 3:
-            raise ValueError(f"the released schedule needs at least 3 layers, the model has {shape.num_layers}")
+            raise ValueError(
+                f"the released schedule needs at least 3 layers, the model has {shape.num_layers}"
+            )
 
     def begin(self, state: PromptState) -> None:
-        state.notes["first"] = [first_cut_count(self.budget.value, n) for n in state.prompts.num_visual]
+        state.notes["first"] = [
+            first_cut_count(self.budget.value, n) for n in state.prompts.num_visual
+        ]
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         return Needs(rows="text", vision=cut == 1) if cut else None
@@ -108,7 +114,9 @@ class AutoPruneReference(Method):
         information, _ = _information(seen)
         layers = state.shape.num_layers
         fractions, schedule = [], []
-        for bits, first, total in zip(information, state.notes["first"], state.prompts.num_visual, strict=True):
+        for bits, first, total in zip(
+            information, state.notes["first"], state.prompts.num_visual, strict=True
+        ):
             if not total:
                 fractions.append(np.zeros(layers - 1))
                 schedule.append([0] * layers)

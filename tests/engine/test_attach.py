@@ -58,9 +58,14 @@ def test_leaving_restores_the_model_bit_for_bit(model, inputs):
 
 def test_an_exception_inside_restores_the_model_too(model, inputs):
     before, plain = everything_in(model), logits_of(model, inputs)
-    with pytest.raises(ZeroDivisionError), METHOD(model):
-        logits_of(model, inputs)
-        raise ZeroDivisionError
+
+    def fail():
+        with METHOD(model):
+            logits_of(model, inputs)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert everything_in(model) == before
     assert torch.equal(logits_of(model, inputs), plain)
 
@@ -119,7 +124,11 @@ def test_training_mode_is_refused(model, inputs):
 
 def test_what_is_no_vision_language_model_is_refused():
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     with pytest.raises(UnsupportedError, match="not a vision-language model"):
         METHOD(LlamaForCausalLM(config))
@@ -169,7 +178,9 @@ def test_embeddings_need_a_visual_mask(model, inputs):
     scores = cls_attention(model, inputs["pixel_values"])
     with METHOD(model, visual_mask=visual, vision_scores=scores) as again:
         torch.testing.assert_close(logits_of(model, {"inputs_embeds": embeds}), expected)
-    assert [s.tokens_per_layer for s in again.samples] == [s.tokens_per_layer for s in trace.samples]
+    assert [s.tokens_per_layer for s in again.samples] == [
+        s.tokens_per_layer for s in trace.samples
+    ]
 
 
 def cls_attention(model, pixels):

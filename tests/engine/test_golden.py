@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.golden_data import golden_root
 from transformers import LlavaForConditionalGeneration
 
 from autoprune import AutoPruneReference, mergers
+from tests.golden_data import golden_root
 
 IMAGE_TOKEN = 511
 STEPS = 5
