@@ -4,15 +4,22 @@ VENV ?= .venv
 WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
+# One thread per worker: the models of the tests are too small to share.
+SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
+OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-oldest check format readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/autoprune demo
 
-# One thread per worker: the models of the tests are too small to share.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(SETTINGS) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# What depends on transformers, with the oldest release that is supported.
+test-oldest: $(OLDEST)/.installed
+	$(SETTINGS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,11 +30,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+# The README's table of families, from the table that `autoprune families` prints.
+readme: $(INSTALLED)
+	$(BIN)/python tools/readme.py README.md
+
+$(INSTALLED): constraints.txt pyproject.toml
+$(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+$(INSTALLED) $(OLDEST)/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --constraint $< --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

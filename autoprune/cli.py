@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `methods`.
+"""The command line: `autoprune demo`, `run`, `plan`, `methods`, `families`.
 
 What is imported here is cheap; each command imports the library when it runs, so that `--help` is
 instant.
@@ -55,7 +55,8 @@ def demo(
     method: MethodName = "autoprune",
     seed: Annotated[int | None, typer.Option(min=0, help="Which picture to draw.")] = None,
     kinds: Annotated[
-        str | None, typer.Option(help="Kinds of questions, by commas; default: all.")
+        str | None,
+        typer.Option(help="Kinds of questions, by commas; default: the easy and hard ones."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
     settings: Settings = None,
@@ -153,6 +154,19 @@ def methods(
         command.explain(name, _console(), as_json)
 
 
+@app.command()
+def families(
+    as_json: Json = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of the README.")
+    ] = False,
+) -> None:
+    """List the families of models that are supported, and what is checked of each."""
+    from .commands import families as command
+
+    command.families(_console(), as_json, as_markdown)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; an error becomes one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -184,6 +198,7 @@ def _quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module=r"autoprune\.commands")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import flex_attention as torch_flex
+from transformers import masking_utils
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations import flex_attention as flex_utils
 
@@ -31,12 +32,16 @@ def flash_attention(model: nn.Module) -> Iterator[None]:
 def flex_attention(model: nn.Module) -> Iterator[None]:
     """The decoder on flex attention, computed by its plain formula instead of a compiled kernel."""
 
-    def uncompiled(query, key, value, training=False, **kwargs):
+    def attention(query, key, value, training=False, **kwargs):
         return torch_flex.flex_attention(query, key, value, **kwargs)
+
+    def block_mask(*args, _compile=None, **kwargs):
+        return torch_flex.create_block_mask(*args, **kwargs)
 
     text = model.get_decoder()
     with pytest.MonkeyPatch.context() as patch, _implementation(text, "flex_attention"):
-        patch.setattr(flex_utils, "compile_friendly_flex_attention", uncompiled)
+        patch.setattr(flex_utils, "compile_friendly_flex_attention", attention)
+        patch.setattr(masking_utils, "create_block_mask", block_mask)
         patch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         yield
 
@@ -96,7 +101,13 @@ def _flash_varlen(
     for last_q, last_k in ends:
         rows, columns = slice(first_q, last_q), slice(first_k, last_k)
         out[rows] = _flash(
-            q[None, rows], k[None, columns], v[None, columns], softmax_scale, causal, window_size, softcap
+            q[None, rows],
+            k[None, columns],
+            v[None, columns],
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
         )[0]
         first_q, first_k = last_q, last_k
     return out

@@ -18,9 +18,9 @@ import torch
 import transformers
 from torch import nn
 
-from tests.zoo_families import (
+from tests.zoo_families import FAMILIES, Family
+from tests.zoo_pictures import (
     BOS,
-    FAMILIES,
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -30,7 +30,6 @@ from tests.zoo_families import (
     SPECIAL,
     VIDEO,
     VOCABULARY,
-    Family,
     Payload,
     Visual,
     words,
@@ -38,6 +37,7 @@ from tests.zoo_families import (
 
 __all__ = [
     "BOS",
+    "EVERY_MODE",
     "FAMILIES",
     "HEADS",
     "HEAD_DIM",
@@ -52,6 +52,9 @@ __all__ = [
     "randomise",
     "visual_mask",
 ]
+
+# The families on which every way of generating is tried.
+EVERY_MODE = ("llava", "qwen2_5_vl")
 
 
 def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:

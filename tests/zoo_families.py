@@ -1,4 +1,4 @@
-"""The families of the zoo: tiny configurations, and pictures and videos in each family's layout."""
+"""The families of the zoo: a tiny configuration each, and which pictures it takes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,34 @@ from typing import Any
 import torch
 import transformers
 
-PAD, BOS, FIRST_WORD, WORDS = 0, 1, 4, 120
-IMAGE, VIDEO, START, END = 130, 131, 132, 133
-SPECIAL = (PAD, BOS, 2, 3, IMAGE, VIDEO, START, END)
-VOCABULARY = 140
-LAYERS, HIDDEN, HEADS, HEAD_DIM = 6, 64, 4, 16
-
-Payload = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One picture or video: its token ids inside the prompt, and what its pixels are called."""
-
-    ids: list[int]
-    payload: Payload
+from tests.zoo_pictures import (
+    BOS,
+    CROP,
+    END,
+    GRID_PATCH,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    IMAGE,
+    LAYERS,
+    PAD,
+    PATCH,
+    PINPOINTS,
+    START,
+    VIDEO,
+    VOCABULARY,
+    Payload,
+    Visual,
+    anyres_image,
+    anyres_video,
+    bare,
+    grid_image,
+    grid_video,
+    images_per_prompt,
+    rows_image,
+    square,
+    timed_video,
+)
 
 
 @dataclass(frozen=True)
@@ -53,25 +66,6 @@ class Family:
     @property
     def media(self) -> tuple[str, ...]:
         return ("image",) if self.video is None else ("image", "video")
-
-
-def words(count: int, generator: torch.Generator) -> list[int]:
-    return torch.randint(FIRST_WORD, WORDS, (count,), generator=generator).tolist()
-
-
-def _images_per_prompt(payloads: list[list[Payload]]) -> Payload:
-    """Idefics layout: pixel_values [batch, images, 3, height, width], missing images all zero."""
-    shape = next(p["pixel_values"] for prompt in payloads for p in prompt).shape[1:]
-    most = max(map(len, payloads))
-    pixels = torch.zeros(len(payloads), most, *shape)
-    for row, prompt in enumerate(payloads):
-        for column, payload in enumerate(prompt):
-            pixels[row, column] = payload["pixel_values"][0]
-    return {"pixel_values": pixels}
-
-
-def _pixels(*shape: int) -> Callable[[torch.Generator], torch.Tensor]:
-    return lambda generator: torch.randn(shape, generator=generator)
 
 
 def _text(kind: str, **changes: Any) -> dict[str, Any]:
@@ -106,25 +100,6 @@ def _tower(kind: str, **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def _square(tokens: int, size: int = 56) -> Callable[[int, torch.Generator], Visual]:
-    """A family whose pictures all have the same size and number of tokens."""
-
-    def image(which: int, generator: torch.Generator) -> Visual:
-        pixels = _pixels(1, 3, size, size)(generator)
-        return Visual([START, *[IMAGE] * tokens, END], {"pixel_values": pixels})
-
-    return image
-
-
-def _bare(tokens: int) -> Callable[[int, torch.Generator], Visual]:
-    """A picture without start and end tokens around it."""
-
-    def image(which: int, generator: torch.Generator) -> Visual:
-        return Visual([IMAGE] * tokens, {"pixel_values": _pixels(1, 3, 56, 56)(generator)})
-
-    return image
-
-
 def _config(cls: str, **fields: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, cls)(tie_word_embeddings=False, **fields)
 
@@ -139,82 +114,15 @@ def _llava(text: str = "llama", **changes: Any) -> transformers.PretrainedConfig
     )
 
 
-# Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
-_CROP, _PATCH = 56, 14
-_PINPOINTS = [[_CROP, _CROP], [_CROP, 2 * _CROP], [2 * _CROP, _CROP]]
-# Picture sizes (height, width), their tiles, and the token grid left after the model's unpadding.
-_ANYRES = [((56, 56), 1, (4, 4)), ((56, 112), 2, (4, 8)), ((28, 112), 2, (2, 8))]
-
-
-def _anyres_image(which: int, generator: torch.Generator) -> Visual:
-    (height, width), tiles, (rows, columns) = _ANYRES[which]
-    tokens = 16 + rows * (columns + 1)  # base crop, then the grid with a newline after every row
-    payload = {
-        "pixel_values": _pixels(1, tiles + 1, 3, _CROP, _CROP)(generator),
-        "image_sizes": torch.tensor([[height, width]]),
-    }
-    return Visual([IMAGE] * tokens, payload)
-
-
 def _anyres(cls: str, text: str, tower: str, **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         cls,
         text_config=_text(text),
-        vision_config=_tower(tower, image_size=_CROP, patch_size=_PATCH),
+        vision_config=_tower(tower, image_size=CROP, patch_size=PATCH),
         image_token_index=IMAGE,
-        image_grid_pinpoints=_PINPOINTS,
+        image_grid_pinpoints=PINPOINTS,
         **changes,
     )
-
-
-def _anyres_video(tokens: int) -> Callable[[int, torch.Generator], Visual]:
-    def video(which: int, generator: torch.Generator) -> Visual:
-        pixels = _pixels(1, 4, 3, _CROP, _CROP)(generator)
-        return Visual([VIDEO] * tokens, {"pixel_values_videos": pixels})
-
-    return video
-
-
-# Grids (frames, height, width) in patches; four patches make one token.
-_GRIDS = [(1, 8, 8), (1, 8, 12), (1, 4, 12)]
-_VIDEO_GRIDS = [(2, 4, 8), (2, 4, 6), (3, 4, 6)]
-_QWEN_PATCH = 4
-
-
-def _patches(grid: tuple[int, int, int], prefix: str, generator: torch.Generator) -> Payload:
-    rows = grid[0] * grid[1] * grid[2]
-    pixels = "pixel_values" if prefix == "image" else "pixel_values_videos"
-    return {
-        pixels: _pixels(rows, 3 * 2 * _QWEN_PATCH**2)(generator),
-        f"{prefix}_grid_thw": torch.tensor([grid]),
-    }
-
-
-def _qwen_image(which: int, generator: torch.Generator) -> Visual:
-    t, h, w = _GRIDS[which]
-    return Visual(
-        [START, *[IMAGE] * (t * h * w // 4), END], _patches((t, h, w), "image", generator)
-    )
-
-
-def _qwen_video(which: int, generator: torch.Generator) -> Visual:
-    t, h, w = _VIDEO_GRIDS[which]
-    return Visual(
-        [START, *[VIDEO] * (t * h * w // 4), END], _patches((t, h, w), "video", generator)
-    )
-
-
-def _timed_video(token: int) -> Callable[[int, torch.Generator], Visual]:
-    """Every frame stands alone, behind the words of its time stamp."""
-
-    def video(which: int, generator: torch.Generator) -> Visual:
-        t, h, w = _VIDEO_GRIDS[which]
-        ids: list[int] = []
-        for _ in range(t):
-            ids += [*words(2, generator), START, *[token] * (h * w // 4), END]
-        return Visual(ids, _patches((t, h, w), "video", generator))
-
-    return video
 
 
 def _qwen(cls: str, text: str, sections: list[int], vision: dict[str, Any]) -> Any:
@@ -227,7 +135,7 @@ def _qwen(cls: str, text: str, sections: list[int], vision: dict[str, Any]) -> A
     tower = {
         "depth": 4,
         "num_heads": 2,
-        "patch_size": _QWEN_PATCH,
+        "patch_size": GRID_PATCH,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "in_channels": 3,
@@ -252,7 +160,7 @@ def _qwen2_5_vl() -> transformers.PretrainedConfig:
         "hidden_size": 32,
         "intermediate_size": 48,
         "out_hidden_size": HIDDEN,
-        "window_size": 4 * _QWEN_PATCH,
+        "window_size": 4 * GRID_PATCH,
         "fullatt_block_indexes": [1, 3],
     }
     return _qwen("Qwen2_5_VLConfig", "qwen2_5_vl_text", [2, 3, 3], vision)
@@ -328,16 +236,6 @@ def _paligemma(text: str, **changes: Any) -> transformers.PretrainedConfig:
     )
 
 
-def _mistral3_image(which: int, generator: torch.Generator) -> Visual:
-    height, width = [(56, 56), (56, 84), (28, 84)][which]
-    payload = {
-        "pixel_values": _pixels(1, 3, height, width)(generator),
-        "image_sizes": torch.tensor([[height, width]]),
-    }
-    row = [*[IMAGE] * (width // 14), START]
-    return Visual(row * (height // 14), payload)
-
-
 def _mistral3() -> transformers.PretrainedConfig:
     return _config(
         "Mistral3Config",
@@ -347,80 +245,95 @@ def _mistral3() -> transformers.PretrainedConfig:
     )
 
 
+def _aya_vision() -> transformers.PretrainedConfig:
+    text = _text(
+        "cohere2",
+        sliding_window=12,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        logit_scale=1.0,
+    )
+    return _config(
+        "AyaVisionConfig",
+        text_config=text,
+        vision_config=_tower("siglip_vision_model", patch_size=7, vision_use_head=False),
+        image_token_index=IMAGE,
+    )
+
+
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_llava, "LlavaForConditionalGeneration", _bare(16)),
+    "llava": Family(_llava, "LlavaForConditionalGeneration", bare(16)),
     "llava_sliding": Family(
-        lambda: _llava("mistral", sliding_window=20), "LlavaForConditionalGeneration", _bare(16)
+        lambda: _llava("mistral", sliding_window=20), "LlavaForConditionalGeneration", bare(16)
     ),
     "llava_next": Family(
         lambda: _anyres("LlavaNextConfig", "llama", "clip_vision_model"),
         "LlavaNextForConditionalGeneration",
-        _anyres_image,
+        anyres_image,
     ),
     "qwen2_5_vl": Family(
         _qwen2_5_vl,
         "Qwen2_5_VLForConditionalGeneration",
-        _qwen_image,
-        _qwen_video,
+        grid_image,
+        grid_video,
         token_types="mm_token_type_ids",
     ),
-    "internvl": Family(_internvl, "InternVLForConditionalGeneration", _square(16)),
+    "internvl": Family(_internvl, "InternVLForConditionalGeneration", square(16)),
     "llava_onevision": Family(
         lambda: _anyres(
             "LlavaOnevisionConfig", "qwen2", "siglip_vision_model", video_token_index=VIDEO
         ),
         "LlavaOnevisionForConditionalGeneration",
-        _anyres_image,
-        _anyres_video(4 * 4 + 1),
+        anyres_image,
+        anyres_video(4 * 4 + 1),
     ),
     "llava_next_video": Family(
         lambda: _anyres(
             "LlavaNextVideoConfig", "llama", "clip_vision_model", video_token_index=VIDEO
         ),
         "LlavaNextVideoForConditionalGeneration",
-        _anyres_image,
-        _anyres_video(4 * 4),
+        anyres_image,
+        anyres_video(4 * 4),
     ),
     "qwen2_vl": Family(
         _qwen2_vl,
         "Qwen2VLForConditionalGeneration",
-        _qwen_image,
-        _qwen_video,
+        grid_image,
+        grid_video,
         token_types="mm_token_type_ids",
     ),
     "qwen3_vl": Family(
         _qwen3_vl,
         "Qwen3VLForConditionalGeneration",
-        _qwen_image,
-        _timed_video(VIDEO),
+        grid_image,
+        timed_video(VIDEO),
         token_types="mm_token_type_ids",
     ),
     "glm4v": Family(
         _glm4v,
         "Glm4vForConditionalGeneration",
-        _qwen_image,
-        _timed_video(IMAGE),
+        grid_image,
+        timed_video(IMAGE),
         token_types="mm_token_type_ids",
     ),
     "idefics3": Family(
         lambda: _idefics("Idefics3Config", "idefics3_vision"),
         "Idefics3ForConditionalGeneration",
-        _square(16),
-        collate=_images_per_prompt,
+        square(16),
+        collate=images_per_prompt,
     ),
     "smolvlm": Family(
         lambda: _idefics("SmolVLMConfig", "smolvlm_vision"),
         "SmolVLMForConditionalGeneration",
-        _square(16),
-        collate=_images_per_prompt,
+        square(16),
+        collate=images_per_prompt,
     ),
     "gemma3": Family(
-        _gemma3, "Gemma3ForConditionalGeneration", _square(16), token_types="token_type_ids"
+        _gemma3, "Gemma3ForConditionalGeneration", square(16), token_types="token_type_ids"
     ),
     "paligemma": Family(
         lambda: _paligemma("gemma"),
         "PaliGemmaForConditionalGeneration",
-        _bare(16),
+        bare(16),
         token_types="token_type_ids",
         type_of={},
         several_images=False,
@@ -429,12 +342,13 @@ FAMILIES: dict[str, Family] = {
     "paligemma2": Family(
         lambda: _paligemma("gemma2", sliding_window=16, query_pre_attn_scalar=HEAD_DIM),
         "PaliGemmaForConditionalGeneration",
-        _bare(16),
+        bare(16),
         token_types="token_type_ids",
         type_of={},
         attentions=("eager",),
         several_images=False,
         image_first=True,
     ),
-    "mistral3": Family(_mistral3, "Mistral3ForConditionalGeneration", _mistral3_image),
+    "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
+    "mistral3": Family(_mistral3, "Mistral3ForConditionalGeneration", rows_image),
 }

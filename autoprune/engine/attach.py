@@ -16,7 +16,7 @@ from ..trace import Trace
 from . import tap
 from .cache import Decode, PrunedCache, is_static, static_step
 from .layout import Layout, read_layout
-from .locate import locate
+from .locate import locate, warn_if_untested
 from .prefill import Prefill
 from .refusals import (
     refuse_cache,
@@ -86,6 +86,7 @@ class Attachment:
             )
         refuse_mode(self.model)
         located = self.located
+        warn_if_untested(located)
         hook = {"with_kwargs": True}
         try:
             _attached.add(located.text)
@@ -191,7 +192,7 @@ class Attachment:
     def _prefill(
         self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
     ) -> Prefill | None:
-        drafts = getattr(self._local, "drafts", 0)
+        drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         layout = read_layout(prompt, embeds, self.located.visual_ids, self.visual_mask, drafts)
         vision = self._vision_scores(prompt, layout)
         prompts = Prompts(layout.num_visual, layout.num_text)

@@ -217,19 +217,26 @@ class Decode:
         length = self._key_length(layer, stage)
         column = column[:, column.shape[1] - length :]
         if "flash" in self.located.implementation:
-            return self._flash_mask(column, window)
+            return self._flash_mask(column, new[self.past :], window)
         if mask is None and self.located.implementation == "eager":
             mask = layer.keys
         return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
 
-    def _flash_mask(self, column: torch.Tensor, window: int | None) -> torch.Tensor:
-        if window is not None:
-            raise UnsupportedError(
-                "flash attention with sliding windows cannot use a pruned cache; use sdpa"
-            )
+    def _flash_mask(
+        self, column: torch.Tensor, new: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """The 2-D mask of keys; one new token's sliding window is said by it, in positions."""
         real = column >= 0
         if self.valid is not None:
             real = real & self.valid.gather(1, column.clamp(min=0))
+        if window is not None:
+            if self.queries > 1 and self.pruned.prompt_length + self.past + self.queries > window:
+                raise UnsupportedError(
+                    f"flash attention would count its sliding window of {window} in kept tokens, "
+                    "not in positions, for several new tokens at once; "
+                    "use attn_implementation='sdpa'"
+                )
+            real = real & (column > new[-1] - window)
         return real.long()
 
     def _positions(self, stage: Stage) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,19 @@ from torch import nn
 
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
+from ..families import MODEL_TYPES
 
+# What decoder layers may take: an argument that is not here may follow the sequence and miss a cut.
 LAYER_ARGUMENTS = {
+    "hidden_states",
     "attention_mask",
     "position_embeddings",
     "position_ids",
     "past_key_values",
     "use_cache",
+    "output_attentions",
 }
+REQUIRED = {"attention_mask", "past_key_values"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,19 @@ def locate(model: nn.Module) -> Located:
     )
 
 
+def warn_if_untested(located: Located) -> None:
+    """Say so, to the caller of `Attachment.attach`'s caller, if no test covers the model's family."""
+    model_type = located.base.config.model_type
+    if model_type not in MODEL_TYPES:
+        warnings.warn(
+            f"{model_type!r} is not among the families autoprune is tested with (see `autoprune "
+            "families`). Its layers follow the conventions, so it is pruned; compare it first with a "
+            "model that masks the dropped tokens, as docs/families.md shows",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 def _layers(text: nn.Module) -> list[nn.Module]:
     depth = getattr(text.config, "num_hidden_layers", None)
     stacks = [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -96,14 +115,21 @@ def _layers(text: nn.Module) -> list[nn.Module]:
             "this decoder is not supported"
         )
     layers = list(stacks[0])
-    parameters = inspect.signature(layers[0].forward).parameters
-    known = LAYER_ARGUMENTS & set(parameters)
-    if "attention_mask" not in known or "past_key_values" not in known:
-        raise UnsupportedError(
-            f"{type(layers[0]).__name__} does not take attention_mask and past_key_values like the "
-            "decoder layers of transformers 5; this decoder is not supported"
-        )
+    for layer in {type(layer): layer for layer in layers}.values():
+        _check_arguments(layer)
     return layers
+
+
+def _check_arguments(layer: nn.Module) -> None:
+    parameters = inspect.signature(layer.forward).parameters.values()
+    taken = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
+    unknown, missing = sorted(taken - LAYER_ARGUMENTS), sorted(REQUIRED - taken)
+    if unknown or missing:
+        differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        raise UnsupportedError(
+            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; this "
+            "decoder is not supported (see docs/families.md)"
+        )
 
 
 def _attention(layer: nn.Module) -> nn.Module:

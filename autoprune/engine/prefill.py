@@ -98,8 +98,9 @@ class Prefill:
         The models do this at full length after a layer; here it waits for the next layer's hook.
         """
         first = np.cumsum([0, *self.layout.num_visual[:-1]])
-        row = self.tokens.visual.clamp(min=0) + torch.from_numpy(first).to(hidden.device)[:, None]
-        original = (self.tokens.visual >= 0)[..., None]
+        visual = self.tokens.visual.to(hidden.device)
+        row = visual.clamp(min=0) + torch.from_numpy(first).to(hidden.device)[:, None]
+        original = (visual >= 0)[..., None]
         features = features.to(hidden.device, hidden.dtype)
         return torch.where(original, hidden + features[row], hidden)
 
@@ -110,14 +111,16 @@ class Prefill:
         if self.armed is None or self.armed.rows is None:
             return
         slots, text_mask = self._rows(self.armed.rows)
+        slots = slots.to(query.device)  # a layer may live on another device than the prompt
         rows = query.gather(
             2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         )
         width = self.tokens.width
         blocked, bias = self._row_mask(attention_mask, slots, width)
         attention = row_attention(rows, key[:, :, :width], scaling, blocked, bias, softcap)
-        visual = self.tokens.slots()[:, None, None, :].expand(*attention.shape[:3], -1)
-        self.attention = attention.gather(3, visual), text_mask
+        visual = self.tokens.slots().to(query.device)
+        visual = visual[:, None, None, :].expand(*attention.shape[:3], -1)
+        self.attention = attention.gather(3, visual).to(text_mask.device), text_mask
 
     def _rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the scoring rows are in the present sequence, [batch, rows], and which are real."""
@@ -149,7 +152,7 @@ class Prefill:
             return ~allowed[:, None], None
         blocked = order[None, None, :] > slots[:, :, None]
         if self.tokens.padded:
-            blocked = blocked | (self.tokens.column < 0)[:, None, :]
+            blocked = blocked | (self.tokens.column < 0)[:, None, :].to(blocked.device)
         return blocked[:, None], None
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
@@ -159,7 +162,7 @@ class Prefill:
         self._check(index, selection)
         self.tokens, source = self.tokens.after(selection)
         if selection.merged is not None:
-            hidden = torch.cat([hidden, selection.merged.hidden.to(hidden.dtype)], dim=1)
+            hidden = torch.cat([hidden, selection.merged.hidden.to(hidden)], dim=1)
         hidden = hidden.gather(
             1, source.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
         )

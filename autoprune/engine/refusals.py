@@ -44,6 +44,11 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
         raise UnsupportedError(
             "static caches of models with sliding layers cannot be pruned; use the default cache"
         )
+    if "flash" in located.implementation and any(map(is_static, layers)):
+        raise UnsupportedError(
+            "flash attention cannot prune a static cache; use the default cache, or "
+            "attn_implementation='sdpa'"
+        )
     config = located.text.config
     windows = {sliding_window(config, layer) for layer in range(len(located.layers))} - {None}
     if "flash" in located.implementation and windows and min(windows) < length:

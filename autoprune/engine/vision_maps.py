@@ -134,6 +134,10 @@ def _shuffle_idefics(base, patches, arguments):
     return connector.pixel_shuffle(patches[..., None], connector.scale_factor).mean(-1).flatten()
 
 
+def _shuffle_aya(base, patches, arguments):
+    return base.multi_modal_projector.pixel_shuffle(patches[..., None]).mean(-1).flatten()
+
+
 def _pool_gemma(base, patches, arguments):
     return base.multi_modal_projector.avg_pool(_as_square(patches)).flatten()
 
@@ -174,4 +178,5 @@ FAMILIES: dict[str, VisionFamily] = {
     "gemma3": VisionFamily(_pool_gemma, squares=True),
     "paligemma": VisionFamily(_each_patch, squares=True),
     "mistral3": VisionFamily(_merge_grids),
+    "aya_vision": VisionFamily(_shuffle_aya),
 }

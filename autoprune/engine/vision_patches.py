@@ -67,7 +67,7 @@ def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> tor
         picture, head = torch.arange(images)[:, None, None], torch.zeros(1, dtype=torch.long)
         row, column = torch.arange(start, start + rows)[:, None], torch.arange(patches)
         places = [index.to(mask.kv_num_blocks.device) for index in (picture, head, row, column)]
-        return mask.mask_mod(*places).expand(images, -1, -1)
+        return mask.mask_mod(*places).expand(images, rows, patches)
     if mask.ndim == 2:
         return mask.bool()[:, None].expand(-1, rows, -1)
     mask = mask[:, 0, start : start + rows, :patches]

@@ -23,11 +23,12 @@ KIND_WEIGHTS = {
     "digit": 3.0,
     "exists": 1.5,
     "count": 3.0,
-    "relation": 4.0,
+    "relation": 12.0,
     "compare": 3.0,
     "sign": 3.0,
     "sum": 4.0,
-    "where": 2.0,
+    "where": 3.0,
+    "side": 6.0,
 }
 # Weight of one answer's tokens: `sum`, `digit` and `sign` can be asked once per picture only.
 _LOSS_WEIGHTS = {"sum": 3.0, "digit": 1.5, "sign": 1.5, "where": 0.5, "describe": 0.3}

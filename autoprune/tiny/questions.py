@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autoprune.tiny.scenes import Scene, SceneObject, draw_scene
-from autoprune.tiny.vocabulary import COLOUR_NAMES, PATCH_SIZE, SHAPES
+from autoprune.tiny.vocabulary import COLOUR_NAMES, IMAGE_SIZE, PATCH_SIZE, SHAPES
 
 Objects = Sequence[SceneObject]
 Drawn = tuple[str, str]
 
 EASY = ("colour", "shape", "digit", "exists")
 HARD = ("count", "relation", "compare", "sign", "sum")
-EXTRA = ("where", "describe")
+EXTRA = ("where", "side", "describe")
 KINDS = EASY + HARD + EXTRA
 MAX_COUNT = 5
 # How often scenes offer a query with each count: rare counts are asked for more often.
 _COUNT_WEIGHTS = (1.0, 1.0, 1.4, 2.2, 4.0, 8.0)
+_SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
 _DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
@@ -242,6 +243,17 @@ def _ask_where(objects: Objects, rng: random.Random) -> Drawn | None:
     return f"where is the {name}?", f"row {row + 1}, column {column + 1}"
 
 
+def _ask_side(objects: Objects, rng: random.Random) -> Drawn | None:
+    """Which half of the picture a shape is in; the first step towards `relation`."""
+    unique = _unique(objects)
+    if not unique:
+        return None
+    item = rng.choice(unique)
+    side, (axis, sign) = rng.choice(list(_SIDES.items()))
+    inside = (item.centre[axis] - IMAGE_SIZE / 2) * sign > 0
+    return f"is the {_name(item)} {side}?", "yes" if inside else "no"
+
+
 def _ask_describe(objects: Objects, rng: random.Random) -> Drawn | None:
     phrases = [_phrase(item) for item in sorted(objects, key=lambda item: item.centre)]
     return ("what is in the picture?", ", ".join(phrases) + ".") if phrases else None
@@ -280,5 +292,6 @@ _GENERATORS: dict[str, Callable[[Objects, random.Random], Drawn | None]] = {
     "sign": _ask_sign,
     "sum": _ask_sum,
     "where": _ask_where,
+    "side": _ask_side,
     "describe": _ask_describe,
 }

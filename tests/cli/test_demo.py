@@ -8,20 +8,21 @@ from PIL import Image
 from autoprune import tiny
 
 
-@pytest.fixture(autouse=True)
-def embedded(monkeypatch, model_folder):
+@pytest.fixture
+def random_weights(monkeypatch, model_folder):
     monkeypatch.setattr(tiny, "path", lambda: model_folder)
 
 
-def test_one_question_of_each_kind(call, tmp_path):
-    records = call("demo", "--budget", 30, "--output", tmp_path, "--json").record
+def test_one_question_of_each_kind(call, tmp_path, random_weights):
+    kinds = ",".join(tiny.KINDS)
+    records = call("demo", "--budget", 30, "--output", tmp_path, "--kinds", kinds, "--json").record
     assert sorted(record["kind"] for record in records) == sorted(tiny.KINDS)
     for record in records:
         assert tiny.ask(tiny.draw_scene(record["scene"]), 0, [record["kind"]])
         assert sum(record["tokens_per_layer"]) == 30 * len(record["tokens_per_layer"])
 
 
-def test_the_picture_has_a_row_per_question(call, tmp_path):
+def test_the_picture_has_a_row_per_question(call, tmp_path, random_weights):
     folder = tmp_path / "new" / "folder"
     outcome = call("demo", "--budget", 30, "--output", folder, "--kinds", "colour,count")
     assert str(folder / "kept_patches.png") in outcome.out
@@ -32,10 +33,18 @@ def test_the_picture_has_a_row_per_question(call, tmp_path):
         assert height == 2 * one.height
 
 
-def test_the_table_shows_both_answers_and_the_savings(call, tmp_path):
+def test_the_table_shows_both_answers_and_the_savings(call, tmp_path, random_weights):
     out = call("demo", "--budget", "1/4", "--output", tmp_path, "--kinds", "exists,count").out
     for words in ("all 144 tokens", "pruned", "MI", "FLOPs", "KV", "75.0% pruned", "how many"):
         assert words in out
+
+
+def test_the_embedded_model_answers_with_8_of_9_tokens_pruned(call, tmp_path):
+    records = call("demo", "--output", tmp_path, "--json").record
+    assert {record["kind"] for record in records} == {*tiny.EASY, *tiny.HARD}
+    assert all(record["mean_tokens"] * 9 == record["num_visual"] for record in records)
+    assert [r["question"] for r in records if not r["correct_unpruned"]] == []
+    assert [r["question"] for r in records if not r["correct"]] == []
 
 
 @pytest.mark.parametrize(

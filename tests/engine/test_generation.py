@@ -20,10 +20,12 @@ METHODS = {
     "pre_llm": Scattered(PRE_LLM),
 }
 model_of = functools.cache(zoo.build)
+# Since 5.19 `generate` encodes the pictures before its loop, once, and hands out the features.
+ENCODES_ONCE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)
 
 
-@pytest.fixture(params=["llava", "qwen2_5_vl"])
+@pytest.fixture(params=zoo.EVERY_MODE)
 def name(request):
     return request.param
 
@@ -94,9 +96,12 @@ def test_plain_forwards_work_with_a_given_cache_and_with_none(name, model, metho
     close(actual, oracle.oracle_logits(model, inputs, columns_of(trace, inputs), tokens))
 
 
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
 @pytest.mark.parametrize("copies", [1, 2])
-def test_sampling_draws_the_same_tokens(name, model, method, copies):
-    inputs = zoo.inputs(name, model, "padded3")
+def test_sampling_draws_the_same_tokens(name, model, method, copies, batch):
+    if copies > 1 and batch == "padded3" and not ENCODES_ONCE:
+        pytest.skip("this transformers mixes up the pictures of a copied prompt that holds two")
+    inputs = zoo.inputs(name, model, batch)
     options = {"do_sample": True, "temperature": 2.0, "top_k": 20, "num_return_sequences": copies}
     pruned, expected = both(model, inputs, method, seed=3, **options)
     assert torch.equal(pruned.sequences, expected.sequences)
@@ -161,6 +166,9 @@ def test_prompt_lookup_accepts_drafts_and_changes_nothing(name, model, method):
         accepted, seed = len(lengths) < 8, seed + 1
 
 
+@pytest.mark.skipif(
+    not ENCODES_ONCE, reason="this transformers hands the pixels to the text-only assistant"
+)
 def test_assisted_decoding_changes_nothing(method):
     model = model_of("llava", "sdpa")
     inputs = zoo.inputs("llava", model, "single")

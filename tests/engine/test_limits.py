@@ -15,7 +15,7 @@ METHOD = Scattered(DEEP)
 model_of = functools.cache(zoo.build)
 
 
-@pytest.fixture(params=["llava", "qwen2_5_vl"])
+@pytest.fixture(params=zoo.EVERY_MODE)
 def name(request):
     return request.param
 

@@ -9,14 +9,13 @@ import torch
 import transformers
 from packaging.version import Version
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autoprune import scorers
 from autoprune.engine import vision_patches
 from autoprune.engine.vision import VisionScores
 from autoprune.engine.vision_patches import received_attention
 from tests import zoo
+from tests.kernels import flash_attention
 from tests.watch import observe, vision_scores
 
 RECENT = Version(transformers.__version__) >= Version("5.19")
@@ -75,31 +74,18 @@ def test_masked_pixels_get_no_score(name, attention):
     assert torch.allclose(4 * left.sum(), torch.tensor(1.0))
 
 
-def flash_like(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_):
-    """Attention by flash attention's conventions: packed lengths or a 2-D mask."""
-    if cu_seq_lens_q is not None:
-        lengths = cu_seq_lens_q.diff().tolist()
-        mask = torch.block_diag(*[torch.ones(n, n) for n in lengths]).bool()
-    else:
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return output.transpose(1, 2), None
-
-
 @pytest.mark.parametrize(
     "name", ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"]
 )
-def test_flash_attention_conventions_give_the_same_scores(name, monkeypatch):
+def test_flash_attention_conventions_give_the_same_scores(name):
     if name == "mistral3" and not RECENT:
         pytest.skip("does not tell flash attention where a picture ends")
-    model = zoo.build(name, "eager")
+    model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3")
     expected = vision_scores(model, arguments)
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash_like)
-    for module in model.get_encoder(modality="image").modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "flash_attention_2"
-    for one, other in zip(vision_scores(model, arguments), expected, strict=True):
+    with flash_attention(model):
+        scores = vision_scores(model, arguments)
+    for one, other in zip(scores, expected, strict=True):
         assert same(one, other)
 
 

@@ -45,8 +45,12 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
 
 
-def selected_block(name: str, model: nn.Module) -> int:
-    return len(blocks_of(model)) - (2 if name in SECOND_TO_LAST else 1)
+def selected_block(model: nn.Module) -> int:
+    return len(blocks_of(model)) - (2 if model.config.model_type in SECOND_TO_LAST else 1)
+
+
+def has_cls(model: nn.Module) -> bool:
+    return model.config.model_type in WITH_CLS
 
 
 def scores_if_only(monkeypatch, model, arguments, patch: int | slice):
@@ -66,14 +70,14 @@ def scores_if_only(monkeypatch, model, arguments, patch: int | slice):
         return torch.cat(vision_scores(model, arguments)), counted
 
 
-def what_the_decoder_sees(name, model, arguments, patch: int | slice | None) -> torch.Tensor:
+def what_the_decoder_sees(model, arguments, patch: int | slice | None) -> torch.Tensor:
     """Embeddings of all visual tokens if the tower's output for a patch (or slice) is disturbed."""
     seen = []
 
     def disturb(block, inputs, output):
         rows = output.flatten(0, -2).clone()
         real = torch.arange(len(rows))
-        if name in WITH_CLS:
+        if has_cls(model):
             real = real[real % output.shape[1] != 0]
         noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
         rows[real[patch]] += noise[real[patch]]
@@ -84,7 +88,7 @@ def what_the_decoder_sees(name, model, arguments, patch: int | slice | None) -> 
 
     handles = [model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)]
     if patch is not None:
-        block = blocks_of(model)[selected_block(name, model)]
+        block = blocks_of(model)[selected_block(model)]
         handles.append(block.register_forward_hook(disturb, prepend=True))
     try:
         with torch.no_grad():
@@ -99,10 +103,10 @@ def what_the_decoder_sees(name, model, arguments, patch: int | slice | None) -> 
 def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3", media)
-    plain = what_the_decoder_sees(name, model, arguments, None)
+    plain = what_the_decoder_sees(model, arguments, None)
 
     def tokens_of(patch: int | slice) -> torch.Tensor:
-        disturbed = what_the_decoder_sees(name, model, arguments, patch)
+        disturbed = what_the_decoder_sees(model, arguments, patch)
         return (disturbed - plain).abs().amax(dim=-1) > 1e-5
 
     scores, count = scores_if_only(monkeypatch, model, arguments, EVERY_PATCH)
@@ -138,7 +142,7 @@ def received(weights: torch.Tensor) -> torch.Tensor:
 def test_scores_are_the_attention_weights_of_the_selected_block(name, media, monkeypatch):
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3", media)
-    block = blocks_of(model)[selected_block(name, model)]
+    block = blocks_of(model)[selected_block(model)]
     attention = next(m for m in block.modules() if hasattr(m, "is_causal"))
     module = sys.modules[type(attention).__module__]
     eager, weights = module.eager_attention_forward, []
@@ -151,7 +155,7 @@ def test_scores_are_the_attention_weights_of_the_selected_block(name, media, mon
 
     monkeypatch.setattr(module, "eager_attention_forward", record)
     scores = patches_seen(monkeypatch, model, arguments, media)
-    if name in WITH_CLS:
+    if has_cls(model):
         expected = [w[:, :, 0, 1:].mean(dim=1).flatten() for w in weights]
     elif name == "mistral3":
         # All pictures are packed into one row.
@@ -171,9 +175,9 @@ def test_scores_are_what_the_tower_itself_reports(name, monkeypatch):
     pixels = arguments["pixel_values"].flatten(0, -4)
     with torch.no_grad():
         tower = model.get_encoder(modality="image")(pixels, output_attentions=True)
-    weights = tower.attentions[selected_block(name, model)]
-    cls = name in WITH_CLS
-    assert same(scores, weights[:, :, 0, 1:].mean(1).flatten() if cls else received(weights))
+    weights = tower.attentions[selected_block(model)]
+    from_cls = weights[:, :, 0, 1:].mean(dim=1).flatten()
+    assert same(scores, from_cls if has_cls(model) else received(weights))
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
@@ -259,8 +263,12 @@ def test_an_unknown_family_is_pruned_by_text_attention_alone():
     model = zoo.build("llava")
     model.config.model_type = "llava_of_tomorrow"
     arguments = zoo.inputs("llava", model)
-    assert observe(model, arguments).vision_scores is None
-    with AutoPrune(budget=4)(model) as trace:
+    with pytest.warns(UserWarning, match="llava_of_tomorrow"):
+        assert observe(model, arguments).vision_scores is None
+    with (
+        pytest.warns(UserWarning, match="llava_of_tomorrow"),
+        AutoPrune(budget=4)(model) as trace,
+    ):
         model.generate(**arguments, max_new_tokens=2)
     assert sum(trace.samples[0].tokens_per_layer) == 4 * zoo.LAYERS
 

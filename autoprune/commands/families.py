@@ -1,0 +1,39 @@
+"""`autoprune families`: which models are supported, and what stands behind it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import families as source
+from .report import print_json
+
+
+def families(console: Console, as_json: bool, as_markdown: bool) -> None:
+    """Print one row per family, then what was checked.
+
+    Raises:
+        ValueError: both formats are asked for.
+    """
+    if as_json and as_markdown:
+        raise ValueError("--json and --markdown are two formats; choose one of them")
+    if as_json:
+        print_json(console, [source.describe(family) for family in source.FAMILIES])
+    elif as_markdown:
+        print(source.markdown())
+    else:
+        _print_table(console)
+
+
+def _print_table(console: Console) -> None:
+    heading, *body = source.rows()
+    table = Table()
+    for title in heading:
+        table.add_column(title, overflow="fold", no_wrap=title in ("family", "model type"))
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+    console.print("What is checked, on tiny random models:")
+    for line in source.checks():
+        console.print(f"* {line}")
+    console.print("Other families may work; entering the context then warns. See docs/families.md.")

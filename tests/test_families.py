@@ -1,0 +1,96 @@
+"""The table of families says what the tests and the engine say."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import runpy
+from pathlib import Path
+
+import pytest
+
+from autoprune import families
+from autoprune.engine import vision_maps
+from autoprune.engine.cache import sliding_window
+from autoprune.engine.locate import locate
+from autoprune.engine.vision import VisionTap
+from tests import zoo
+from tests.engine import test_backends
+
+ROOT = Path(__file__).parents[1]
+# Further configurations of a family that the tests try.
+VARIANTS = {"llava_sliding": "llava"}
+EMULATED = {"flash": test_backends.FLASH, "flex": test_backends.FLEX}
+NAMES = [family.name for family in families.FAMILIES]
+ROWS = pytest.mark.parametrize("family", families.FAMILIES, ids=NAMES)
+model_of = functools.cache(zoo.build)
+
+
+def test_the_rows_are_the_families_of_the_zoo():
+    assert sorted(NAMES) == sorted(zoo.FAMILIES.keys() - VARIANTS)
+    assert set(VARIANTS.values()) <= set(NAMES)
+
+
+@ROWS
+def test_a_row_says_what_the_zoo_tries(family):
+    tried = zoo.FAMILIES[family.name]
+    assert family.media == tried.media
+    assert tuple(b for b in family.backends if b not in EMULATED) == tried.attentions
+    for backend, names in EMULATED.items():
+        assert (backend in family.backends) == (family.name in names)
+    assert family.model_type == tried.config().model_type
+    assert family.every_mode == (family.name in zoo.EVERY_MODE)
+
+
+@ROWS
+def test_a_row_says_how_the_engine_scores_patches(family):
+    known = vision_maps.FAMILIES.get(family.model_type)
+    assert (known is not None) == (family.vision is not None)
+    assert (getattr(known, "video", None) is not None) == (family.video and known is not None)
+    located = locate(model_of(family.name, family.backends[0]))
+    tap = VisionTap(located.base, located.vision)
+    assert tap.available == (family.vision is not None)
+    if tap.available:
+        assert tap.has_cls == (family.vision == "cls")
+
+
+@ROWS
+def test_a_row_tells_of_sliding_layers(family):
+    config = zoo.FAMILIES[family.name].config().get_text_config()
+    sliding = any(sliding_window(config, layer) for layer in range(zoo.LAYERS))
+    assert (families.SLIDING in family.note) == sliding
+
+
+def test_the_engine_scores_no_family_without_a_row():
+    assert vision_maps.FAMILIES.keys() <= families.MODEL_TYPES
+
+
+@pytest.mark.parametrize("check", families.CHECKS, ids=lambda check: check.name)
+def test_the_checks_exist(check):
+    file, _, function = check.test.partition("::")
+    assert (ROOT / file).exists()
+    if function:
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        assert callable(getattr(module, function))
+
+
+def test_every_family_is_checked_against_the_oracle():
+    for record in map(families.describe, families.FAMILIES):
+        assert {"oracle", "nothing pruned", "budget", "batches"} <= record["checks"].keys()
+        assert ("vision scores" in record["checks"]) == (record["vision_scores"] != "none")
+
+
+def test_the_readme_shows_this_table(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count(families.markdown()) == 1, "run `make readme`"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.replace("LLaVA-NeXT-Video", "outdated"), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["readme.py", str(copy)])
+    runpy.run_path(str(ROOT / "tools" / "readme.py"), run_name="__main__")
+    assert copy.read_text(encoding="utf-8") == readme
+
+
+def test_a_readme_without_markers_is_refused():
+    with_table = runpy.run_path(str(ROOT / "tools" / "readme.py"))["with_table"]
+    with pytest.raises(ValueError, match="expected one line"):
+        with_table("# autoprune\n")

@@ -1,0 +1,138 @@
+"""Pictures and videos in each family's layout: what stands in the prompt, and the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+PAD, BOS, FIRST_WORD, WORDS = 0, 1, 4, 120
+IMAGE, VIDEO, START, END = 130, 131, 132, 133
+SPECIAL = (PAD, BOS, 2, 3, IMAGE, VIDEO, START, END)
+VOCABULARY = 140
+LAYERS, HIDDEN, HEADS, HEAD_DIM = 6, 64, 4, 16
+Payload = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or video: its token ids inside the prompt, and what its pixels are called."""
+
+    ids: list[int]
+    payload: Payload
+
+
+def words(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(FIRST_WORD, WORDS, (count,), generator=generator).tolist()
+
+
+def images_per_prompt(payloads: list[list[Payload]]) -> Payload:
+    """Idefics layout: pixel_values [batch, images, 3, height, width], missing images all zero."""
+    shape = next(p["pixel_values"] for prompt in payloads for p in prompt).shape[1:]
+    most = max(map(len, payloads))
+    pixels = torch.zeros(len(payloads), most, *shape)
+    for row, prompt in enumerate(payloads):
+        for column, payload in enumerate(prompt):
+            pixels[row, column] = payload["pixel_values"][0]
+    return {"pixel_values": pixels}
+
+
+def _pixels(*shape: int) -> Callable[[torch.Generator], torch.Tensor]:
+    return lambda generator: torch.randn(shape, generator=generator)
+
+
+def square(tokens: int, size: int = 56) -> Callable[[int, torch.Generator], Visual]:
+    """A family whose pictures all have the same size and number of tokens."""
+
+    def image(which: int, generator: torch.Generator) -> Visual:
+        pixels = _pixels(1, 3, size, size)(generator)
+        return Visual([START, *[IMAGE] * tokens, END], {"pixel_values": pixels})
+
+    return image
+
+
+def bare(tokens: int) -> Callable[[int, torch.Generator], Visual]:
+    """A picture without start and end tokens around it."""
+
+    def image(which: int, generator: torch.Generator) -> Visual:
+        return Visual([IMAGE] * tokens, {"pixel_values": _pixels(1, 3, 56, 56)(generator)})
+
+    return image
+
+
+# Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
+CROP, PATCH = 56, 14
+PINPOINTS = [[CROP, CROP], [CROP, 2 * CROP], [2 * CROP, CROP]]
+# Picture sizes (height, width), their tiles, and the token grid left after the model's unpadding.
+_ANYRES = [((56, 56), 1, (4, 4)), ((56, 112), 2, (4, 8)), ((28, 112), 2, (2, 8))]
+
+
+def anyres_image(which: int, generator: torch.Generator) -> Visual:
+    (height, width), tiles, (rows, columns) = _ANYRES[which]
+    tokens = 16 + rows * (columns + 1)  # base crop, then the grid with a newline after every row
+    payload = {
+        "pixel_values": _pixels(1, tiles + 1, 3, CROP, CROP)(generator),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+    return Visual([IMAGE] * tokens, payload)
+
+
+def anyres_video(tokens: int) -> Callable[[int, torch.Generator], Visual]:
+    def video(which: int, generator: torch.Generator) -> Visual:
+        pixels = _pixels(1, 4, 3, CROP, CROP)(generator)
+        return Visual([VIDEO] * tokens, {"pixel_values_videos": pixels})
+
+    return video
+
+
+# Grids (frames, height, width) in patches; four patches make one token.
+_GRIDS = [(1, 8, 8), (1, 8, 12), (1, 4, 12)]
+_VIDEO_GRIDS = [(2, 4, 8), (2, 4, 6), (3, 4, 6)]
+GRID_PATCH = 4
+
+
+def _patches(grid: tuple[int, int, int], prefix: str, generator: torch.Generator) -> Payload:
+    rows = grid[0] * grid[1] * grid[2]
+    pixels = "pixel_values" if prefix == "image" else "pixel_values_videos"
+    return {
+        pixels: _pixels(rows, 3 * 2 * GRID_PATCH**2)(generator),
+        f"{prefix}_grid_thw": torch.tensor([grid]),
+    }
+
+
+def grid_image(which: int, generator: torch.Generator) -> Visual:
+    t, h, w = _GRIDS[which]
+    return Visual(
+        [START, *[IMAGE] * (t * h * w // 4), END], _patches((t, h, w), "image", generator)
+    )
+
+
+def grid_video(which: int, generator: torch.Generator) -> Visual:
+    t, h, w = _VIDEO_GRIDS[which]
+    return Visual(
+        [START, *[VIDEO] * (t * h * w // 4), END], _patches((t, h, w), "video", generator)
+    )
+
+
+def timed_video(token: int) -> Callable[[int, torch.Generator], Visual]:
+    """Every frame stands alone, behind the words of its time stamp."""
+
+    def video(which: int, generator: torch.Generator) -> Visual:
+        t, h, w = _VIDEO_GRIDS[which]
+        ids: list[int] = []
+        for _ in range(t):
+            ids += [*words(2, generator), START, *[token] * (h * w // 4), END]
+        return Visual(ids, _patches((t, h, w), "video", generator))
+
+    return video
+
+
+def rows_image(which: int, generator: torch.Generator) -> Visual:
+    height, width = [(56, 56), (56, 84), (28, 84)][which]
+    payload = {
+        "pixel_values": _pixels(1, 3, height, width)(generator),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+    row = [*[IMAGE] * (width // 14), START]
+    return Visual(row * (height // 14), payload)
