@@ -195,7 +195,7 @@ def generation(family: Family) -> str:
 def rows() -> list[tuple[str, ...]]:
     """The table for readers: a heading, then one row per family."""
     table = [
-        ("family", "model type", "prompts", "vision scores", "attention", "generation", "note")
+        ("family", "model type", "prompts", "vision scores", "attention tried", "generation tried", "note")
     ]
     for family in FAMILIES:
         media = "images, video" if family.video else "images"

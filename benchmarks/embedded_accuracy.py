@@ -1,4 +1,4 @@
-"""Accuracy of the embedded model on held-out questions, whole and pruned by AutoPrune.
+"""Accuracy of the embedded model on held-out questions, whole, pruned by AutoPrune, and at random.
 
     python benchmarks/embedded_accuracy.py
 
@@ -22,6 +22,7 @@ from rich.console import Console
 import autoprune
 from autoprune import AutoPrune, Budget, tiny
 from autoprune.files import write_whole
+from autoprune.method import Method
 from autoprune.tiny.evaluate import Result, accuracy
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,9 +35,10 @@ def settings(first_cut_budgets: tuple[int, ...] = (4, 6, 9), pre_llm: tuple[int,
         yield f"1/{share}", AutoPrune(Budget.ratio(1 / share))
     for share in pre_llm:
         yield f"1/{share}, `pre_llm`", AutoPrune(Budget.ratio(1 / share), first_cut="pre_llm")
+    yield "1/9 at random", autoprune.create("random", budget=Budget.ratio(1 / 9))
 
 
-def measure(method: AutoPrune | None, model, processor, questions) -> tuple[Result, dict]:
+def measure(method: Method | None, model, processor, questions) -> tuple[Result, dict]:
     """Answer all questions; the second result is what was spent."""
     if method is None:
         return accuracy(model, processor, questions, show_progress=True), {"mean_tokens": 144.0}

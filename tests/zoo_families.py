@@ -250,7 +250,6 @@ def _aya_vision() -> transformers.PretrainedConfig:
         "cohere2",
         sliding_window=12,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        logit_scale=1.0,
     )
     return _config(
         "AyaVisionConfig",

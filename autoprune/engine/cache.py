@@ -192,7 +192,8 @@ class Decode:
     def _crop(self, layer: Any, stage: Stage) -> None:
         """Drop rejected draft tokens that a cropped cache left behind in the shorter layers."""
         keys = getattr(layer, "keys", None)
-        if getattr(layer, "is_sliding", False) or keys is None:
+        # A layer of a quantised cache keeps a flat, empty tensor in the place of its keys.
+        if getattr(layer, "is_sliding", False) or keys is None or keys.ndim != 4:
             return
         length = stage.tokens.width + self.past
         if keys.shape[-2] > length:

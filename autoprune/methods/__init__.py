@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any
 
@@ -9,8 +10,11 @@ from ..budget import Budget
 from ..method import Method
 from .autoprune import AutoPrune
 from .autoprune_reference import AutoPruneReference
+from .random import Random
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (AutoPrune, AutoPruneReference)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (AutoPrune, AutoPruneReference, Random)
+}
 
 
 def list_methods() -> list[str]:
@@ -29,7 +33,7 @@ def create(name: str, budget: Budget | float, **options: Any) -> Method:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"there is no method {name!r}; {hint}choose one of {', '.join(METHODS)}")
     cls = METHODS[name]
-    known = [field for field in cls.__dataclass_fields__ if field != "budget"]
+    known = [field.name for field in dataclasses.fields(cls) if field.name != "budget"]
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")

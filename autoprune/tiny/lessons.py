@@ -31,7 +31,7 @@ KIND_WEIGHTS = {
     "side": 6.0,
 }
 # Weight of one answer's tokens: `sum`, `digit` and `sign` can be asked once per picture only.
-_LOSS_WEIGHTS = {"sum": 3.0, "digit": 1.5, "sign": 1.5, "where": 0.5, "describe": 0.3}
+_LOSS_WEIGHTS = {"sum": 3.0, "digit": 1.5, "sign": 1.5, "where": 0.5, "describe": 0.6}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Teacher:
         self, objects: Objects, rng: random.Random, weights: Mapping[str, float]
     ) -> list[Question]:
         """A description, or several turns on one picture."""
-        described = ask(objects, rng, ["describe"]) if rng.random() < 0.4 else []
+        described = ask(objects, rng, ["describe"]) if rng.random() < 0.6 else []
         return described or draw_questions(objects, rng, weights, 4)
 
     def _write(

@@ -1,4 +1,4 @@
-"""Questions about a scene, with their answers: easy, hard, and two kinds of longer answers."""
+"""Questions about a scene, with their answers: easy, hard, and extra kinds beside the two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ KINDS = EASY + HARD + EXTRA
 MAX_COUNT = 5
 # How often scenes offer a query with each count: rare counts are asked for more often.
 _COUNT_WEIGHTS = (1.0, 1.0, 1.4, 2.2, 4.0, 8.0)
-_SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
+_SIDES = {
+    "on the left": (0, -1),
+    "on the right": (0, 1),
+    "at the top": (1, -1),
+    "at the bottom": (1, 1),
+}
 _DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 

@@ -13,8 +13,8 @@ from autoprune import AutoPrune, Budget, tiny
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
 
-METHODS = {"autoprune": AutoPrune(budget=4), "deep": Scattered(DEEP)}
-STEPS = 3
+TOKENS, STEPS = 6, 3
+METHODS = {"autoprune": AutoPrune(budget=TOKENS), "deep": Scattered(DEEP)}
 close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)
 families = pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -39,7 +39,7 @@ def assert_generates_like_the_oracle(model, inputs, method, judge=None):
 def assert_budget_is_spent(trace, method):
     if isinstance(method, AutoPrune):
         for sample in trace.samples:
-            assert sum(sample.tokens_per_layer) == zoo.LAYERS * min(4, sample.num_visual)
+            assert sum(sample.tokens_per_layer) == zoo.LAYERS * min(TOKENS, sample.num_visual)
 
 
 def rms(difference):
@@ -68,7 +68,7 @@ def test_half_precision_differs_by_its_own_rounding_only(name, dtype, batch, met
     expected = expected_of(exact, wide, trace, tokens[:, :STEPS])
     noise = rms(rounded - expected)
     assert 0 < rms(actual - expected) < 1.5 * noise
-    assert noise < 0.2 * rms(expected[:, 0] - oracle.plain_logits(exact, wide)[:, 0])
+    assert noise < 0.5 * rms(expected[:, 0] - oracle.plain_logits(exact, wide)[:, 0])
     assert_budget_is_spent(trace, method)
 
 
@@ -100,18 +100,15 @@ def test_a_cache_of_8_bit_floats_adds_its_own_rounding_only():
         transformers.QuantizedCache("fp8", model.config)
     except ValueError:
         pytest.skip("this transformers has no cache of 8-bit floats")
-    inputs = zoo.inputs("llava", model, "padded3_text")
-    tokens = torch.tensor([[20, 30, 40]]).expand(3, -1)
+    inputs, tokens = zoo.inputs("llava", model), torch.tensor([[20, 30, 40]])
     light = [transformers.QuantizedCache("fp8", model.config) for _ in range(2)]
-    noise = rms(
-        oracle.manual_logits(model, inputs, tokens, light[0])
-        - oracle.plain_logits(model, inputs, tokens)
-    )
-    with METHODS["deep"](model) as trace:
+    plain = oracle.plain_logits(model, inputs, tokens)
+    noise = rms(oracle.manual_logits(model, inputs, tokens, light[0]) - plain)
+    with METHODS["autoprune"](model) as trace:
         actual = oracle.manual_logits(model, inputs, tokens, light[1])
     expected = expected_of(model, inputs, trace, tokens)
     assert 0 < rms(actual - expected) < 1.5 * noise
-    assert noise < 0.2 * rms(expected[:, 0] - oracle.plain_logits(model, inputs)[:, 0])
+    assert noise < 0.5 * rms(expected - plain)
 
 
 @methods
@@ -187,7 +184,9 @@ def test_pipelines_prune_inside_the_context(embedded, budget):
             pipe(text=chat, return_full_text=False, generate_kwargs=options) for chat in chats
         ]
     assert [reply[0]["generated_text"].strip() for reply in replies] == expected
-    assert [s.tokens_per_layer for s in trace.samples] == [s.tokens_per_layer for s in alone.samples]
+    assert [s.tokens_per_layer for s in trace.samples] == [
+        s.tokens_per_layer for s in alone.samples
+    ]
     for sample in trace.samples:
         assert sample.num_visual == 144
         assert sum(sample.tokens_per_layer) == round(16 * 144 * budget.value)

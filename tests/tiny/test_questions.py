@@ -61,6 +61,13 @@ def answer_where(scene, text):
     return f"row {(top + bottom) // 2 // 8 + 1}, column {(left + right) // 2 // 8 + 1}"
 
 
+def answer_side(scene, text):
+    match = re.fullmatch(rf"is {PAIR} (?:on|at) the (left|right|top|bottom)\?", text)
+    ((left, top, right, bottom),) = [item.box for item in named(scene, *match.group(1, 2))]
+    twice = left + right if match[3] in ("left", "right") else top + bottom
+    return yes(twice < 96 if match[3] in ("left", "top") else twice > 96)
+
+
 def answer_describe(scene, text):
     words = []
     for item in sorted(scene.objects, key=lambda i: (i.box[0] + i.box[2], i.box[1] + i.box[3])):
@@ -91,6 +98,7 @@ ANSWERS = {
     "sign": lambda s, t: " ".join(i.text for i in s.of_kind("sign")),
     "sum": lambda s, t: str(sum(int(i.text) for i in s.of_kind("digit"))),
     "where": answer_where,
+    "side": answer_side,
     "describe": answer_describe,
 }
 
@@ -104,19 +112,21 @@ def test_answers_agree_with_the_scene(asked, kind):
 
 
 def test_every_kind_has_its_difficulty(asked):
-    assert set(KINDS) == {*EASY, *HARD, *EXTRA} and len(KINDS) == 11
+    assert set(KINDS) == {*EASY, *HARD, *EXTRA} and len(KINDS) == 12
     labels = {question.kind: question.difficulty for _, question in asked}
     assert {kind for kind, label in labels.items() if label == "easy"} == set(EASY)
     assert {kind for kind, label in labels.items() if label == "hard"} == set(HARD)
 
 
 def test_heldout_questions_are_balanced_over_kinds_and_answers():
-    questions = [question for _, question in heldout_questions(450)]
-    assert set(Counter(q.kind for q in questions).values()) == {50}
+    kinds = ["exists", "relation", "compare", "side", "count"]
+    questions = [question for _, question in heldout_questions(300, kinds)]
+    assert Counter(q.kind for q in questions) == dict.fromkeys(kinds, 60)
     for kind, answers in (
         ("exists", ["yes", "no"]),
         ("relation", ["yes", "no"]),
         ("compare", ["yes", "no"]),
+        ("side", ["yes", "no"]),
         ("count", ["0", "1", "2", "3", "4", "5"]),
     ):
         counts = Counter(q.answer for q in questions if q.kind == kind)
@@ -127,6 +137,7 @@ def test_heldout_questions_are_balanced_over_kinds_and_answers():
 def test_heldout_questions_come_from_different_heldout_scenes():
     pairs = heldout_questions(60)
     assert {scene.split for scene, _ in pairs} == {"heldout"}
+    assert Counter(question.kind for _, question in pairs[:54]) == dict.fromkeys(EASY + HARD, 6)
     assert len({scene.seed for scene, _ in pairs}) == 60
     again = heldout_questions(60)
     assert [question for _, question in pairs] == [question for _, question in again]

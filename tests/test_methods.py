@@ -1,0 +1,180 @@
+"""The methods by themselves: settings, plans, and what they spend through the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import autoprune
+from autoprune import AutoPrune, AutoPruneReference, Budget
+from autoprune.budget import InfeasibleBudget
+from autoprune.methods import METHODS
+from tests import zoo
+
+EXACT = [
+    AutoPrune(Budget.ratio(0.4)),
+    AutoPrune(Budget.ratio(0.2), first_cut="pre_llm"),
+    AutoPrune(Budget.ratio(0.5), merger="dpc_knn"),
+    AutoPrune(Budget.ratio(0.4), positions="compacted"),
+    AutoPrune(Budget.ratio(0.4), mi_layer=0),
+    AutoPrune(Budget.ratio(0.4), mi_layer=3, curve="linear"),
+    autoprune.create("random", budget=Budget.ratio(0.3)),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("llava", "sdpa")
+
+
+def run(model, method, batch="padded3_text"):
+    inputs = zoo.inputs("llava", model, batch)
+    with torch.no_grad(), method(model) as trace:
+        logits = model(**inputs).logits[:, -1]
+    return trace.samples, logits
+
+
+def test_every_method_can_be_created_by_name():
+    assert set(autoprune.list_methods()) == set(METHODS)
+    for name in autoprune.list_methods():
+        method = autoprune.create(name, budget=8)
+        assert (method.name, method.budget.value) == (name, 8)
+        assert method == autoprune.create(name, budget=8)
+
+
+def test_unknown_names_and_options_are_errors_that_help():
+    with pytest.raises(ValueError, match="did you mean 'autoprune'"):
+        autoprune.create("autoprun", budget=8)
+    with pytest.raises(ValueError, match="has no option 'k1'; it has k0"):
+        autoprune.create("autoprune", budget=8, k1=0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k0": -0.1},
+        {"gamma": float("nan")},
+        {"x0": float("inf")},
+        {"text_weight": -1},
+        {"curve": "logistics"},
+        {"merger": "recycle"},
+        {"mi_layer": -1},
+        {"first_cut": "before"},
+        {"positions": "new"},
+        {"budget": 0},
+        {"budget": True},
+    ],
+)
+def test_settings_out_of_range_are_refused_and_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name if name != "budget" else "Budget"):
+        AutoPrune(**options)
+
+
+def test_the_reference_only_takes_its_own_kind_of_budget():
+    assert AutoPruneReference(budget=64).budget == Budget.tokens(64, counted="leaving")
+    with pytest.raises(ValueError, match="leaving"):
+        AutoPruneReference(budget=Budget.ratio(0.5))
+
+
+@pytest.mark.parametrize("method", EXACT, ids=str)
+def test_every_prompt_spends_exactly_the_budget(model, method):
+    samples, _ = run(model, method)
+    for sample in samples:
+        counts, total = sample.tokens_per_layer, sample.num_visual
+        assert sum(counts) == round(zoo.LAYERS * method.budget.value * total)
+        assert counts == sorted(counts, reverse=True)
+        assert counts == sample.schedule
+        assert [len(kept) for kept in sample.kept] == counts or method == EXACT[2]
+        for before, after in zip(sample.kept, sample.kept[1:], strict=False):
+            assert set(after.tolist()) <= set(before.tolist())
+
+
+def test_merged_tokens_take_places_of_the_budget(model):
+    # A tenth of thirty per cent: it takes a large picture to see two clusters, a small one for one.
+    samples, _ = run(model, EXACT[2])
+    for sample in samples:
+        kept = [len(kept) for kept in sample.kept]
+        merged = [n - k for n, k in zip(sample.tokens_per_layer, kept, strict=True)]
+        assert min(merged) >= 0
+        assert (max(merged) > 0) == (sample.num_visual > 0)
+
+
+@pytest.mark.parametrize("method", EXACT, ids=str)
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(model, method):
+    if method.name == "random":
+        pytest.skip("the draw belongs to the place in the batch")
+    samples, logits = run(model, method)
+    alone = zoo.inputs("llava", model, "padded3_text")
+    real = alone["attention_mask"][0].bool()
+    pictures = int(samples[0].num_visual / (zoo.visual_mask(model, alone["input_ids"]).sum() / 2))
+    inputs = {
+        "input_ids": alone["input_ids"][:1, real],
+        "pixel_values": alone["pixel_values"][:pictures],
+    }
+    with torch.no_grad(), method(model) as trace:
+        single = model(**inputs).logits[:, -1]
+    (sample,) = trace.samples
+    assert sample.tokens_per_layer == samples[0].tokens_per_layer
+    assert all(map(torch.equal, sample.kept, samples[0].kept))
+    torch.testing.assert_close(single[0], logits[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", EXACT[:6], ids=str)
+def test_the_plan_without_a_model_is_the_one_that_is_followed(model, method):
+    for sample in run(model, method)[0]:
+        if sample.num_visual:
+            plan = method.plan(zoo.LAYERS, sample.num_visual, sample.mutual_information)
+            assert plan == sample.tokens_per_layer
+
+
+def test_more_information_keeps_tokens_longer():
+    method = AutoPrune(64)
+    easy, hard = (method.plan(32, 576, bits) for bits in (0.1, 1.0))
+    assert sum(easy) == sum(hard) == 64 * 32
+    assert easy[5] > hard[5]
+    assert easy[28] < hard[28]
+
+
+def test_one_setting_serves_every_depth():
+    shallow, deep = (AutoPrune(Budget.ratio(0.25)).retention(n, [0.5])[0] for n in (16, 32))
+    assert shallow == pytest.approx(deep[::2])
+
+
+def test_infeasible_budgets_name_the_smallest_and_it_works():
+    with pytest.raises(InfeasibleBudget, match="pre_llm") as refused:
+        AutoPrune(16).plan(32, 576, 0.5)
+    smallest = refused.value.smallest
+    assert sum(AutoPrune(smallest).plan(32, 576, 0.5)) == 576 + 31
+    assert sum(AutoPrune(16, first_cut="pre_llm").plan(32, 576, 0.5)) == 512
+
+
+def test_pre_llm_needs_scores_of_the_vision_tower(model):
+    method = AutoPrune(4, first_cut="pre_llm")
+    inputs = zoo.inputs("llava", model)
+    visual = zoo.visual_mask(model, inputs["input_ids"])
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with method(model, visual_mask=visual), pytest.raises(ValueError, match="vision_scores"):
+        model(inputs_embeds=embeds)
+
+
+def test_padding_of_a_square_picture_never_wins_by_its_vision_score(model):
+    inputs = zoo.inputs("llava", model)
+    pixels = inputs["pixel_values"].clone()
+    rows = pixels.shape[2] // 4
+    pixels[:, :, :rows], pixels[:, :, -rows:] = 0.25, 0.25
+    total = int(zoo.visual_mask(model, inputs["input_ids"]).sum())
+    method = AutoPrune(Budget.ratio(0.5), first_cut="pre_llm", x0=1000.0)
+    with torch.no_grad(), method(model) as trace:
+        model(**dict(inputs, pixel_values=pixels))
+    real = torch.arange(total)[total // 4 : -total // 4]
+    assert torch.equal(trace.samples[0].kept[0], real)
+
+
+def test_random_keeps_other_tokens_for_another_seed(model):
+    kept = [
+        run(model, autoprune.create("random", budget=Budget.ratio(0.5), seed=seed))[0][0].kept[0]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
