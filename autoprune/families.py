@@ -194,8 +194,16 @@ def generation(family: Family) -> str:
 
 def rows() -> list[tuple[str, ...]]:
     """The table for readers: a heading, then one row per family."""
-    table = [
-        ("family", "model type", "prompts", "vision scores", "attention tried", "generation tried", "note")
+    table: list[tuple[str, ...]] = [
+        (
+            "family",
+            "model type",
+            "prompts",
+            "vision scores",
+            "attention tried",
+            "generation tried",
+            "note",
+        )
     ]
     for family in FAMILIES:
         media = "images, video" if family.video else "images"

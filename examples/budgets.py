@@ -3,8 +3,8 @@
 from autoprune import AutoPrune, Budget, tiny
 
 model, processor = tiny.load()
-scene = tiny.draw_scene(seed=3)
-text = tiny.prompt(processor, "how many circles are there?")
+scene = tiny.draw_scene(seed=1518)
+text = tiny.prompt(processor, "how many crosses are there?")
 inputs = processor(images=scene.image, text=text, return_tensors="pt")
 
 for budget in (

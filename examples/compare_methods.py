@@ -20,7 +20,7 @@ def accuracy(model, processor, questions) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=18)
+    parser.add_argument("--questions", type=int, default=9)
     parser.add_argument("--budget", type=float, default=16)
     options = parser.parse_args()
 

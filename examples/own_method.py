@@ -52,7 +52,7 @@ class RandomPruning(Method):
 
 if __name__ == "__main__":
     model, processor = tiny.load()
-    scene = tiny.draw_scene(seed=3)
+    scene = tiny.draw_scene(seed=1518)
     with RandomPruning(budget=16)(model) as trace:
-        print(tiny.answer(model, processor, scene.image, "how many circles are there?"))
+        print(tiny.answer(model, processor, scene.image, "how many crosses are there?"))
     print(trace.samples[0].tokens_per_layer, sum(trace.samples[0].tokens_per_layer))

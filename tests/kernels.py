@@ -7,7 +7,8 @@ mask, how it unpads, when it takes position ids for packed sequences, how it cou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,13 +20,18 @@ from transformers.integrations import flex_attention as flex_utils
 
 
 @contextlib.contextmanager
-def flash_attention(model: nn.Module) -> Iterator[None]:
-    """The whole model, vision tower included, on flash attention 2 with `flash_attn`'s conventions."""
-    functions = (_flash, _flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+def flash_attention(model: nn.Module) -> Iterator[list[str]]:
+    """The whole model, vision tower included, on flash attention 2 with `flash_attn`'s conventions.
+
+    Its value lists the causal kernels as they are called: "dense" or "varlen".
+    """
+    calls: list[str] = []
+    kernels = (_counted(_flash, "dense", calls), _counted(_flash_varlen, "varlen", calls))
+    functions = (*kernels, None, flash_utils._pad_input, flash_utils._unpad_input)
     with pytest.MonkeyPatch.context() as patch, _implementation(model, "flash_attention_2"):
         patch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: functions)
         patch.setattr(flash_utils, "_loaded_implementation", None)
-        yield
+        yield calls
 
 
 @contextlib.contextmanager
@@ -58,6 +64,16 @@ def _implementation(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, previous in before:
             config._attn_implementation = previous
+
+
+def _counted(kernel: Callable, name: str, calls: list[str]) -> Callable:
+    @functools.wraps(kernel)
+    def counted(*args, causal=False, **kwargs):
+        if causal:
+            calls.append(name)
+        return kernel(*args, causal=causal, **kwargs)
+
+    return counted
 
 
 def _flash(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):

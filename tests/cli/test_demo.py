@@ -6,11 +6,13 @@ import pytest
 from PIL import Image
 
 from autoprune import tiny
+from autoprune.commands import demo
 
 
 @pytest.fixture
 def random_weights(monkeypatch, model_folder):
     monkeypatch.setattr(tiny, "path", lambda: model_folder)
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
 
 
 def test_one_question_of_each_kind(call, tmp_path, random_weights):

@@ -126,6 +126,20 @@ def test_the_stand_in_takes_restarting_positions_for_packed_sequences():
     assert (torn - whole).abs().max() > 1.0
 
 
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_gaps_in_the_positions_of_one_prompt_do_not_look_like_packed_sequences(name):
+    model = model_of(name)
+    inputs = zoo.inputs(name, model)
+    with kernels.flash_attention(model) as calls:
+        oracle.generate_logits(model, inputs, steps=2)
+        plain = list(calls)
+        calls.clear()
+        with METHODS["pre_llm"](model) as trace:
+            oracle.generate_logits(model, inputs, steps=2)
+    assert trace.samples[0].tokens_per_layer[-1] < trace.samples[0].num_visual
+    assert "dense" in plain and calls == plain
+
+
 @pytest.mark.parametrize("name", ["gemma3", "llava_sliding"])
 def test_flash_attention_with_a_sliding_window_shorter_than_the_prompt_is_refused(name):
     model = model_of(name)

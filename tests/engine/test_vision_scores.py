@@ -19,9 +19,7 @@ from tests import zoo
 from tests.watch import observe, vision_scores
 
 SCORED = {
-    name: family
-    for name, family in zoo.FAMILIES.items()
-    if family.config().model_type in FAMILIES
+    name: family for name, family in zoo.FAMILIES.items() if family.config().model_type in FAMILIES
 }
 SETTINGS = [
     pytest.param(name, media, id=f"{name}-{media}")
