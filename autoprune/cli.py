@@ -194,9 +194,12 @@ def _one_line(error: Exception) -> str:
 
 def _quiet_libraries() -> None:
     """Keep the advice of other libraries out of the way of results."""
+    import logging
     import os
     import warnings
 
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"autoprune\.commands")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

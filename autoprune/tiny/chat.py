@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
 
-def train_tokenizer(scenes: int = 400) -> PreTrainedTokenizerFast:
+def train_tokenizer(scenes: int = 150) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained in memory on the questions and answers of drawn scenes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

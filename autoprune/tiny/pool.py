@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -35,6 +36,8 @@ PATCH_TARGETS = {
 }
 NUM_PRESENCE = len(COLOUR_NAMES) * len(SHAPES) + len(CHARACTERS)
 _SHARE_OF_A_PATCH = 0.25
+# Starting worker processes takes longer than drawing this many scenes.
+_WORTH_A_PROCESS = 3000
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,9 @@ def open_pool(folder: Path, count: int, split: Split = "train", workers: int = 2
 def _draw_pool(folder: Path, name: str, count: int, split: Split, workers: int) -> None:
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     objects: list[tuple[SceneObject, ...]] = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
-        scenes = executor.map(draw_scene, range(count), [split] * count, chunksize=250)
-        for index, scene in enumerate(scenes):
-            images[index] = _pixels(scene)
-            objects.append(scene.objects)
+    for index, scene in enumerate(_draw_scenes(count, split, workers)):
+        images[index] = np.asarray(scene.image, dtype=np.uint8)
+        objects.append(scene.objects)
     np.save(folder / f"{name}.images.npy", images)
     np.save(folder / f"{name}.patches.npy", np.stack([label_patches(item) for item in objects]))
     np.save(folder / f"{name}.presence.npy", np.stack([label_presence(item) for item in objects]))
@@ -148,5 +149,9 @@ def _draw_pool(folder: Path, name: str, count: int, split: Split, workers: int) 
         pickle.dump(objects, file)
 
 
-def _pixels(scene: Scene) -> NDArray[np.uint8]:
-    return np.asarray(scene.image, dtype=np.uint8)
+def _draw_scenes(count: int, split: Split, workers: int) -> Iterator[Scene]:
+    if count < _WORTH_A_PROCESS:
+        yield from (draw_scene(seed, split) for seed in range(count))
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        yield from executor.map(draw_scene, range(count), [split] * count, chunksize=250)

@@ -15,7 +15,8 @@ from autoprune.tiny.vocabulary import COLOUR_NAMES, COLOURS, IMAGE_SIZE, LETTERS
 Split = Literal["train", "heldout"]
 Box = tuple[int, int, int, int]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-# load_digits lists its 1797 samples writer by writer: the last block has writers of its own.
+# load_digits lists its 1797 samples by writer: the last fifth holds hands that are not in the rest,
+# but for the one writer at the border, who may be on both sides.
 FIRST_HELDOUT_DIGIT = 1437
 LETTER_ADVANCE = PATCH_SIZE + 1
 
@@ -70,7 +71,7 @@ class Scene:
 
 
 def draw_scene(seed: int, split: Split = "heldout") -> Scene:
-    """Draw the scene of a seed; the two splits share no scene and no writer of digits."""
+    """Draw the scene of a seed; the two splits share no scene and no sample of a digit."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     rng = np.random.default_rng([SPLITS.index(split), seed])

@@ -11,8 +11,16 @@ from torch import nn
 from autoprune.tiny.architecture import build_model
 from autoprune.tiny.chat import make_processor
 from autoprune.tiny.decoder_training import PREFIX, DecoderTrainer
-from autoprune.tiny.lessons import IGNORE, KIND_WEIGHTS, Layout, Teacher
+from autoprune.tiny.lessons import (
+    IGNORE,
+    KIND_WEIGHTS,
+    LONG_LENGTH,
+    SINGLE_LENGTH,
+    Layout,
+    Teacher,
+)
 from autoprune.tiny.optimiser import orthogonalise
+from autoprune.tiny.questions import ask
 from autoprune.tiny.scenes import draw_scene
 from autoprune.tiny.train import main
 from autoprune.tiny.training import Plan, Stage, train_stage
@@ -66,6 +74,16 @@ def test_only_answers_are_targets(small):
     assert taught <= {" yes", " no", "</s>"}
     asked = lesson.ids[0, targets.nonzero()[:, 0][targets != IGNORE]]
     assert tokenizer.convert_tokens_to_ids("<|assistant|>") in asked.tolist()
+
+
+def test_every_question_fits_its_block(small):
+    tokenizer = small[0].tokenizer
+    for seed in range(60):
+        for question in ask(draw_scene(seed), seed):
+            length = len(tokenizer(f" {question.text}").input_ids) + 1
+            length += len(tokenizer(f" {question.answer}").input_ids)
+            room = LONG_LENGTH if question.kind == "describe" else SINGLE_LENGTH
+            assert length <= room, question
 
 
 def test_orthogonalise_flattens_the_spectrum():
