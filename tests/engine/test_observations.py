@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from autoprune import AutoPrune, Budget
 from autoprune.method import Needs
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
@@ -104,3 +105,20 @@ def test_hidden_states_are_those_entering_the_cut(name):
             index = seen.index[row][seen.mask[row]]
             wanted = entering[seen.cut][row, visual[index]]
             torch.testing.assert_close(hidden[row][seen.mask[row]], wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3_text"])
+def test_hidden_states_come_back_in_the_prompts_own_columns(batch):
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, batch)
+    with torch.no_grad(), AutoPrune(Budget.ratio(0.4))(model) as trace:
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    real = inputs["attention_mask"].bool()
+    kept = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
+    with torch.no_grad(), oracle.hiding(model, kept):
+        expected = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(states) == zoo.LAYERS + 1
+    for index, (ours, theirs) in enumerate(zip(states, expected, strict=True)):
+        there = kept[max(index - 1, 0)] & real
+        torch.testing.assert_close(ours[there], theirs[there], atol=2e-4, rtol=0)
+        assert not ours[real & ~there].any(), "dropped tokens are zero"
