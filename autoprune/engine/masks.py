@@ -63,6 +63,36 @@ def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
     return as_mask(_finish(allowed, tokens, key_length), like)
 
 
+def row_mask(
+    mask: Any, tokens: Tokens, slots: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a few query rows may not see of the present tokens: `blocked` and `bias` of `row_attention`.
+
+    Args:
+        mask: the layer's mask over the present tokens.
+        slots: [batch, rows], places of the rows in the present sequence.
+
+    Returns:
+        bool [batch, 1, rows, n] and None, or None and an additive mask of that shape.
+    """
+    width = tokens.width
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        rows = mask.expand(slots.shape[0], -1, -1, -1)[..., :width]
+        index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
+        rows = rows.gather(2, index)
+        return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
+    order = torch.arange(width, device=slots.device)
+    if isinstance(mask, BlockMask):
+        batch = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+        head = torch.zeros_like(batch)
+        allowed = mask.mask_mod(batch, head, slots[:, :, None], order[None, None, :])
+        return ~allowed[:, None], None
+    blocked = order[None, None, :] > slots[:, :, None]
+    if tokens.padded:
+        blocked = blocked | (tokens.column < 0)[:, None, :].to(blocked.device)
+    return blocked[:, None], None
+
+
 def as_mask(allowed: torch.Tensor, like: Any) -> Any:
     """A bool tensor of allowed pairs [batch, 1, queries, keys], in the form of the mask `like`."""
     if isinstance(like, BlockMask):

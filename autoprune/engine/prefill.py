@@ -13,7 +13,8 @@ from ..errors import UnsupportedError
 from ..method import Needs, Observation, PromptState, Selection
 from .cache import PrunedCache, Stage, is_static
 from .layout import Layout, Tokens, length_mask, pad_rows
-from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
+from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask, row_mask
+from .positions import compacted_positions, take_columns
 from .tap import row_attention
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Prefill:
             2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         )
         width = self.tokens.width
-        blocked, bias = self._row_mask(attention_mask, slots, width)
+        blocked, bias = row_mask(attention_mask, self.tokens, slots)
         attention = row_attention(rows, key[:, :, :width], scaling, blocked, bias, softcap)
         visual = self.tokens.slots().to(query.device)
         visual = visual[:, None, None, :].expand(*attention.shape[:3], -1)
@@ -136,24 +137,6 @@ class Prefill:
             # Columns ascend behind the padding (-1), so a search finds each row's place.
             slots = torch.searchsorted(self.tokens.column, wanted).clamp(max=self.tokens.width - 1)
         return slots, length_mask(counts, wanted.shape[1], device)
-
-    def _row_mask(self, mask: Any, slots: torch.Tensor, width: int):
-        """What the scoring rows may not see, as (blocked, bias) of `row_attention`."""
-        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            rows = mask.expand(slots.shape[0], -1, -1, -1)[..., :width]
-            index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
-            rows = rows.gather(2, index)
-            return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
-        order = torch.arange(width, device=slots.device)
-        if isinstance(mask, BlockMask):
-            batch = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
-            zero = torch.zeros_like(batch)
-            allowed = mask.mask_mod(batch, zero, slots[:, :, None], order[None, None, :])
-            return ~allowed[:, None], None
-        blocked = order[None, None, :] > slots[:, :, None]
-        if self.tokens.padded:
-            blocked = blocked | (self.tokens.column < 0)[:, None, :].to(blocked.device)
-        return blocked[:, None], None
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
         selection = self.method.select(self._observation(index, needs, hidden), self.state)
@@ -257,7 +240,7 @@ class Prefill:
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
         if self.method.positions == "compacted":
             return self._compacted(hidden)
-        return tuple(_take(part, self.tokens.column, dim=-2) for part in embeddings)
+        return tuple(take_columns(part, self.tokens.column, dim=-2) for part in embeddings)
 
     def _compacted(self, hidden: torch.Tensor) -> tuple:
         def rotate():
@@ -273,7 +256,7 @@ class Prefill:
             )
         if self.method.positions == "compacted":
             return compacted_positions(self.tokens)
-        return _take(ids[..., None], self.tokens.column, dim=-2)[..., 0]
+        return take_columns(ids[..., None], self.tokens.column, dim=-2)[..., 0]
 
     def _guard(self, kwargs: dict) -> None:
         length = self.layout.real.shape[1]
@@ -315,18 +298,3 @@ class Prefill:
         column = torch.where(from_prompt, tokens.column, length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
-
-
-def compacted_positions(tokens: Tokens) -> torch.Tensor:
-    """Positions 0, 1, ... over the real tokens of each prompt, [batch, n]."""
-    return ((tokens.column >= 0).cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _take(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entries of `values` [..., batch or 1, S, features] at `column` [batch, n]."""
-    column = column.clamp(min=0).to(values.device)
-    if values.shape[dim - 1] == 1 and column.shape[0] == 1:
-        return values.index_select(values.ndim + dim, column[0])
-    values = values.expand(*values.shape[: dim - 1], column.shape[0], *values.shape[dim:])
-    index = column[..., None].expand(*values.shape[:dim], column.shape[1], values.shape[-1])
-    return values.gather(dim, index)
