@@ -100,10 +100,9 @@ def test_merged_tokens_take_places_of_the_budget(model):
         assert (max(merged) > 0) == (sample.num_visual > 0)
 
 
-@pytest.mark.parametrize("method", EXACT, ids=str)
+# Not the random one: its draw belongs to the place in the batch.
+@pytest.mark.parametrize("method", EXACT[:6], ids=str)
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(model, method):
-    if method.name == "random":
-        pytest.skip("the draw belongs to the place in the batch")
     samples, logits = run(model, method)
     alone = zoo.inputs("llava", model, "padded3_text")
     real = alone["attention_mask"][0].bool()

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autoprune import AutoPrune, AutoPruneReference, Budget
@@ -266,3 +267,31 @@ def test_the_trace_can_be_written_and_read(model, inputs, tmp_path):
     with pytest.raises(FileNotFoundError):
         trace.to_json(tmp_path / "missing" / "trace.json")
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+# Older releases of transformers only zero a dynamic cache, which then keeps its length.
+RESETTABLE = [StaticCache] + [DynamicCache] * ("reset" in vars(DynamicLayer))
+
+
+@pytest.mark.parametrize("kind", RESETTABLE)
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+def test_a_cache_can_be_used_again_after_a_reset(model, inputs, kind, first_cut):
+    config = model.config.get_text_config()
+    options = {"max_cache_len": 64} if kind is StaticCache else {}
+    text = torch.tensor([[1, 5, 6, 7, 8]])
+
+    def converse(cache):
+        """Logits of a text-only prompt and of one more token."""
+        with torch.no_grad():
+            prompt = model(input_ids=text, past_key_values=cache).logits
+            step = model(input_ids=text[:, :1], past_key_values=cache).logits
+        return torch.cat([prompt, step], dim=1)
+
+    expected = converse(kind(config=config, **options))
+    cache = kind(config=config, **options)
+    with torch.no_grad(), AutoPrune(Budget.ratio(0.5), first_cut=first_cut)(model):
+        model(**inputs, past_key_values=cache)
+        cache.reset()
+        torch.testing.assert_close(converse(cache), expected, atol=1e-5, rtol=0)
+    cache.reset()
+    torch.testing.assert_close(converse(cache), expected, atol=1e-5, rtol=0)

@@ -272,6 +272,28 @@ def counted_in(graphs):
     return config
 
 
+def test_compiled_decoding_forgets_an_earlier_prompt():
+    torch._dynamo.reset()
+    model = zoo.build("llava")
+    cache = transformers.StaticCache(model.config.get_text_config(), max_cache_len=100)
+    options = {
+        "past_key_values": cache,
+        "compile_config": counted_in([]),
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    inputs, text = zoo.inputs("llava", model, "padded3"), torch.arange(4, 40).view(3, 12)
+    expected = torch.stack(model.generate(text, **options).logits)
+    with AutoPrune(Budget.ratio(0.4))(model):
+        cache.reset()
+        model.generate(**inputs, **options)
+        cache.reset()
+        actual = torch.stack(model.generate(text, **options).logits)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_prefill_inside_torch_compile_is_refused(name, fullgraph):
