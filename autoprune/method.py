@@ -45,16 +45,39 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """What a method must see of the vision tower, for every picture and video.
+
+    attention: in the block whose output the decoder receives: the CLS token's, or where there is none
+        the attention that a patch receives.
+    keys: that block's keys.
+    middle: the attention that a patch receives in another block, too: the one at this share of the
+        tower's depth, in (0, 1].
+    places: where each token lies in its picture.
+    """
+
+    attention: bool = False
+    keys: bool = False
+    middle: float | None = None
+    places: bool = False
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a method must see to decide one cut.
 
     rows: query rows of the attention in the layer before the cut: every text token after the last
         visual one ("text"), or only the prompt's last token ("last"); None for no attention.
-    vision: scores from the vision tower, where the model gives them.
-    hidden: hidden states of the visual tokens at the cut.
+    ahead: take that attention from the layer behind the cut instead. Costs that layer's projections
+        of all tokens a second time.
+    keys: keys and queries of the layer before the cut.
+    vision: what `Method.tower` asked for, where the model gives it.
+    hidden: hidden states at the cut.
     """
 
     rows: Rows | None = None
+    ahead: bool = False
+    keys: bool = False
     vision: bool = False
     hidden: bool = False
 
@@ -68,10 +91,19 @@ class Observation:
     mask: BoolTensor [batch, V], False for padding.
     attention: float32 [batch, heads, text, V], softmax over every key the row can see, then cut to the
         visual columns (so that a row sums to at most 1); None if not asked for.
-    text_mask: BoolTensor [batch, text], False for padding rows.
+    text_mask: BoolTensor [batch, text], False for padding rows. Text tokens are the rows asked for; by
+        default every text token after the last visual one.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
-    hidden: callable giving the visual tokens' hidden states [batch, V, hidden size].
+    vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
+        patches of a token; NaN for tokens without a patch.
+    vision_middle: float32 [batch, V], attention received in the tower's middle block; NaN likewise.
+    places: float32 [batch, V, 3], which picture of the batch (or frame, or tile) a token belongs to, and
+        its row and column there in tokens; NaN likewise.
+    hidden, text_hidden: give the hidden states of the visual tokens [batch, V, hidden size] and of the
+        text tokens [batch, text, hidden size].
+    keys, text_keys: give rotated keys [batch, key heads, V or text, head dim].
+    queries: gives the visual tokens' rotated queries [batch, heads, V, head dim].
     """
 
     cut: int
@@ -82,7 +114,14 @@ class Observation:
     text_mask: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
+    vision_keys: torch.Tensor | None = None
+    vision_middle: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     hidden: Callable[[], torch.Tensor] | None = None
+    text_hidden: Callable[[], torch.Tensor] | None = None
+    keys: Callable[[], torch.Tensor] | None = None
+    text_keys: Callable[[], torch.Tensor] | None = None
+    queries: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +145,15 @@ class Selection:
 
     kept: LongTensor [batch, K], positions (0..V-1) in the current visual order, ascending; -1 is padding.
     counts: how many of them are real, per prompt.
+    merged: new tokens beside the kept ones.
+    states: [batch, K, hidden size], hidden states that the kept tokens take on, for methods that merge
+        dropped tokens into kept ones. Not together with `merged`.
     """
 
     kept: torch.Tensor
     counts: list[int]
     merged: Merged | None = None
+    states: torch.Tensor | None = None
 
 
 @dataclass
@@ -139,6 +182,10 @@ class Method(abc.ABC):
     paper: ClassVar[str]
     budget: Budget
     positions: Positions = "original"
+
+    def tower(self) -> Tower:
+        """What must be seen of the vision tower; asked once per model."""
+        return Tower(attention=True)
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional for a method
         """Raise ValueError if this method cannot run on such a model."""

@@ -30,6 +30,22 @@ def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tens
     return scores.masked_fill(~seen.mask, 0.0)
 
 
+def required_vision_attention(seen: Observation) -> torch.Tensor:
+    """As `vision_attention`, for methods that rank by nothing else.
+
+    Raises:
+        ValueError: the tower gave no scores.
+    """
+    scores = vision_attention(seen)
+    if scores is None:
+        raise ValueError(
+            "this method ranks by the vision tower's attention, but the tower gave none: the model's "
+            "family is not in the table, or its picture features were not computed inside the context; "
+            "pass vision_scores, or let the model see the pixels"
+        )
+    return scores
+
+
 def as_shares(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scale non-negative scores [batch, V] so that each prompt's sum to 1 over its real tokens."""
     scores = scores.masked_fill(~mask, 0.0)

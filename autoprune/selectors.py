@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .method import Selection
+
 
 def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
     """The best-scored tokens of each prompt, in their original order.
@@ -20,13 +22,33 @@ def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> to
     Returns:
         LongTensor [batch, max(counts)], ascending positions, -1 where a prompt keeps fewer.
     """
-    width = scores.shape[1]
-    largest = max(counts, default=0)
     scores = scores.masked_fill(~mask, float("-inf"))
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :largest]
+    best = scores.sort(dim=1, descending=True, stable=True).indices
+    return first_picks(best, counts, scores.shape[1])
+
+
+def first_picks(order: torch.Tensor, counts: Sequence[int], width: int) -> torch.Tensor:
+    """The first `counts[b]` positions of each prompt's ranking, ascending.
+
+    Args:
+        order: LongTensor [batch, at least max(counts)], positions, best first.
+        counts: how many tokens to keep of each prompt.
+        width: V, above every position.
+
+    Returns:
+        LongTensor [batch, max(counts)], -1 where a prompt keeps fewer.
+    """
+    largest = max(counts, default=0)
+    best = order[:, :largest]
     if min(counts, default=0) == largest:
         return best.sort(dim=1).values
-    rank = torch.arange(largest, device=scores.device)
-    keep = torch.as_tensor(list(counts)).to(scores.device)
+    rank = torch.arange(largest, device=order.device)
+    keep = torch.as_tensor(list(counts)).to(order.device)
     kept = best.masked_fill(rank >= keep[:, None], width).sort(dim=1).values
     return kept.masked_fill(kept == width, -1)
+
+
+def none_kept(mask: torch.Tensor) -> Selection:
+    """The selection that drops every visual token; `mask` is [batch, V]."""
+    empty = torch.zeros(mask.shape[0], 0, dtype=torch.long, device=mask.device)
+    return Selection(empty, [0] * mask.shape[0])

@@ -18,7 +18,6 @@ EXACT = [
     AutoPrune(Budget.ratio(0.4), positions="compacted"),
     AutoPrune(Budget.ratio(0.4), mi_layer=0),
     AutoPrune(Budget.ratio(0.4), mi_layer=3, curve="linear"),
-    autoprune.create("random", budget=Budget.ratio(0.3)),
 ]
 
 
@@ -100,8 +99,7 @@ def test_merged_tokens_take_places_of_the_budget(model):
         assert (max(merged) > 0) == (sample.num_visual > 0)
 
 
-# Not the random one: its draw belongs to the place in the batch.
-@pytest.mark.parametrize("method", EXACT[:6], ids=str)
+@pytest.mark.parametrize("method", EXACT, ids=str)
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(model, method):
     samples, logits = run(model, method)
     alone = zoo.inputs("llava", model, "padded3_text")
@@ -119,7 +117,7 @@ def test_a_prompt_gets_in_a_batch_what_it_gets_alone(model, method):
     torch.testing.assert_close(single[0], logits[0], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", EXACT[:6], ids=str)
+@pytest.mark.parametrize("method", EXACT, ids=str)
 def test_the_plan_without_a_model_is_the_one_that_is_followed(model, method):
     for sample in run(model, method)[0]:
         if sample.num_visual:

@@ -27,7 +27,7 @@ from .refusals import (
     unwatch_generate,
     watch_generate,
 )
-from .vision import VisionScores, VisionTap
+from .vision import VisionTap, VisionView
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -236,7 +236,7 @@ class Attachment:
         self.trace.record(run.layout, run.state, run.records)
         return output
 
-    def _vision_scores(self, prompt: dict, layout: Layout) -> VisionScores | None:
+    def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:
         collected = self.vision.take(prompt["input_ids"], layout.visual)
         if self.vision_scores is None:
             return collected
@@ -247,7 +247,7 @@ class Attachment:
                 f"vision_scores has {scores.numel()} entries but the prompts hold {total} visual tokens; "
                 "pass one score per visual token, prompt by prompt"
             )
-        return VisionScores(scores, None)
+        return VisionView({"vision_scores": scores})
 
     @staticmethod
     def _length(cache: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,14 @@ from .tap import row_attention
 
 if TYPE_CHECKING:
     from .attach import Attachment
-    from .vision import VisionScores
+    from .vision import VisionView
 
 # Arguments of decoder layers that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+
+
+class _SeenEnough(Exception):
+    """Ends a layer that was only run to see its attention."""
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Prefill:
         state: PromptState,
         device: torch.device,
         cache: Any,
-        vision: VisionScores | None,
+        vision: VisionView | None,
         deepstack: Sequence[torch.Tensor] = (),
     ):
         self.method = attachment.method
@@ -56,22 +61,24 @@ class Prefill:
         self.vision = self._by_prompt(vision, device)
         self.deepstack = deepstack
         self.armed: Needs | None = None
-        self.attention: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.attention: torch.Tensor | None = None
+        self.projections: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.peeking = False
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
         self._slices: dict[tuple, tuple[Any, Any]] = {}
         self.method.begin(state)
 
-    def _by_prompt(self, vision: VisionScores | None, device: torch.device):
-        counts = self.layout.num_visual
-        scores, padding = vision.per_prompt(counts) if vision is not None else ([], None)
-        if not scores:
-            return None, None
-        stack = torch.nn.utils.rnn.pad_sequence
-        scores = stack(scores, batch_first=True, padding_value=float("nan")).to(device)
-        if padding is not None:
-            padding = stack(padding, batch_first=True).to(device)
-        return scores, padding
+    def _by_prompt(
+        self, vision: VisionView | None, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """What the tower gave, [prompts, N, ...], filled with NaN (or False) behind a prompt's own."""
+        stacked = {}
+        for name, rows in (vision.per_prompt(self.layout.num_visual) if vision else {}).items():
+            fill = False if rows[0].dtype == torch.bool else float("nan")
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+            stacked[name] = padded.to(device)
+        return stacked
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
@@ -82,16 +89,33 @@ class Prefill:
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         needs = self.armed if index else self.method.needs(0, self.state)
         if needs is not None:
+            if needs.ahead:
+                self._peek(index, needs, args, kwargs)
             hidden = self._cut(index, needs, args[0])
             args = (hidden, *args[1:])
-        self.attention = None
+        self.attention = self.projections = None
         last = index + 1 == len(self.located.layers)
         self.armed = None if last else self.method.needs(index + 1, self.state)
+        return args, self._arguments(index, args[0], kwargs)
+
+    def _arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+        """The layer's keyword arguments for the tokens that are present."""
         if len(self.stages) > 1:
-            kwargs = self._fit(index, args[0], kwargs)
-        elif self.counts_positions:
-            kwargs = {**kwargs, "position_embeddings": self._compacted(args[0])}
-        return args, kwargs
+            return self._fit(index, hidden, kwargs)
+        if self.counts_positions:
+            return {**kwargs, "position_embeddings": self._compacted(hidden)}
+        return kwargs
+
+    def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
+        """Run layer `index` up to its attention, for methods that look ahead."""
+        kwargs = {**self._arguments(index, args[0], kwargs), "past_key_values": None}
+        self.armed, self.peeking = needs, True
+        try:
+            self.located.layers[index].forward(*args, **kwargs)
+        except _SeenEnough:
+            pass
+        finally:
+            self.peeking = False
 
     def _add_deepstack(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Add one level of deepstack features (flat over all visual tokens) to those still present.
@@ -108,20 +132,27 @@ class Prefill:
     def observe(
         self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs
     ) -> None:
-        """Compute the attention rows that the next cut asked for."""
-        if self.armed is None or self.armed.rows is None:
+        """Compute the attention rows that the next cut asked for, and remember its projections."""
+        if self.armed is None or self.armed.ahead != self.peeking:
             return
+        key = key[:, :, : self.tokens.width]
+        if self.armed.keys:
+            self.projections = query, key
+        if self.armed.rows is not None:
+            self.attention = self._attend(query, key, attention_mask, scaling, softcap)
+        if self.peeking:
+            raise _SeenEnough
+
+    def _attend(self, query, key, attention_mask, scaling, softcap) -> torch.Tensor:
+        """Attention of the rows asked for to the visual tokens, [batch, heads, rows, V]."""
         slots, text_mask = self._rows(self.armed.rows)
         slots = slots.to(query.device)  # a layer may live on another device than the prompt
-        rows = query.gather(
-            2, slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        )
-        width = self.tokens.width
+        rows = _take(query, slots)
         blocked, bias = row_mask(attention_mask, self.tokens, slots)
-        attention = row_attention(rows, key[:, :, :width], scaling, blocked, bias, softcap)
+        attention = row_attention(rows, key, scaling, blocked, bias, softcap)
         visual = self.tokens.slots().to(query.device)
         visual = visual[:, None, None, :].expand(*attention.shape[:3], -1)
-        self.attention = attention.gather(3, visual).to(text_mask.device), text_mask
+        return attention.gather(3, visual).to(text_mask.device)
 
     def _rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the scoring rows are in the present sequence, [batch, rows], and which are real."""
@@ -146,9 +177,13 @@ class Prefill:
         self.tokens, source = self.tokens.after(selection)
         if selection.merged is not None:
             hidden = torch.cat([hidden, selection.merged.hidden.to(hidden)], dim=1)
-        hidden = hidden.gather(
-            1, source.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
-        )
+        hidden = _take(hidden, source)
+        if selection.states is not None:
+            slots = self.tokens.slots().to(hidden.device)[..., None]
+            slots = slots.expand(-1, -1, hidden.shape[2])
+            real = self.tokens.slot_mask().to(hidden.device)[..., None]
+            states = torch.where(real, selection.states.to(hidden), hidden.gather(1, slots))
+            hidden = hidden.scatter(1, slots, states)
         self.stages.append(Stage(index, self.tokens))
         self.records.append(CutRecord(index, self.tokens.visual, self.tokens.counts))
         return hidden
@@ -157,24 +192,37 @@ class Prefill:
         tokens = self.tokens
         slots, mask = tokens.slots(), tokens.slot_mask()
         visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
-        attention, text_mask = self.attention or (None, None)
-        if needs.rows is not None and attention is None:
+        if (needs.rows is not None and self.attention is None) or (
+            needs.keys and self.projections is None
+        ):
             raise UnsupportedError(
-                f"the attention of decoder layer {index - 1} was not seen: "
+                f"the attention of decoder layer {index - (not needs.ahead)} was not seen: "
                 f"the backend {self.located.implementation!r} does not go through transformers' "
                 "attention functions; use attn_implementation='sdpa'"
             )
-        seen = Observation(index, list(tokens.counts), visual, mask, attention, text_mask)
-        seen.hidden = lambda: hidden.gather(
-            1, slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[2])
-        )
-        scores, padding = self.vision
-        if needs.vision and scores is not None:
-            original = visual.clamp(min=0)
-            seen.vision_scores = scores.gather(1, original).masked_fill(visual < 0, float("nan"))
-            if padding is not None:
-                seen.vision_padding = padding.gather(1, original) & (visual >= 0)
+        seen = Observation(index, list(tokens.counts), visual, mask, self.attention)
+        if needs.rows is not None or needs.hidden or needs.keys:
+            text, seen.text_mask = self._rows(needs.rows or "text")
+        if needs.hidden:
+            seen.hidden, seen.text_hidden = (
+                partial(_take, hidden, slots),
+                partial(_take, hidden, text),
+            )
+        if needs.keys:
+            query, key = self.projections
+            seen.keys, seen.text_keys = partial(_take, key, slots), partial(_take, key, text)
+            seen.queries = partial(_take, query, slots)
+        if needs.vision:
+            self._add_vision(seen, visual)
         return seen
+
+    def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
+        original = visual.clamp(min=0)
+        for name, values in self.vision.items():
+            index = original.view(*original.shape, *[1] * (values.ndim - 2))
+            taken = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+            absent = False if values.dtype == torch.bool else float("nan")
+            setattr(seen, name, taken.masked_fill((visual < 0).view(index.shape), absent))
 
     def _keeps_all(self, selection: Selection) -> bool:
         return selection.merged is None and list(selection.counts) == self.tokens.counts
@@ -298,3 +346,10 @@ class Prefill:
         column = torch.where(from_prompt, tokens.column, length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
+
+
+def _take(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Entries of [batch, n, size] or [batch, heads, n, size] at `slots` [batch, m]."""
+    index = slots.to(states.device).view(slots.shape[0], *[1] * (states.ndim - 3), -1, 1)
+    shape = (*states.shape[:-2], slots.shape[1], states.shape[-1])
+    return states.gather(states.ndim - 2, index.expand(shape))

@@ -10,10 +10,14 @@ from ..budget import Budget
 from ..method import Method
 from .autoprune import AutoPrune
 from .autoprune_reference import AutoPruneReference
+from .fastervlm import FasterVLM
+from .fastv import FastV
+from .no_image import NoImage
 from .random import Random
+from .vtw import VTW
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (AutoPrune, AutoPruneReference, Random)
+    cls.name: cls for cls in (AutoPrune, AutoPruneReference, FastV, VTW, FasterVLM, Random, NoImage)
 }
 
 

@@ -78,7 +78,7 @@ class AutoPruneReference(Method):
         ]
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return Needs(rows="text", vision=cut == 1) if cut else None
+        return Needs(rows="text", vision=cut == 1, hidden=self.recycle) if cut else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == 1:

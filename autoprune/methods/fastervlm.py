@@ -1,0 +1,35 @@
+"""FasterVLM: one cut before the decoder, by the vision tower's attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..method import Needs, Observation, PromptState, Tower
+from ..planned import PreDecoder
+from ..scorers import required_vision_attention
+
+
+@dataclass(frozen=True)
+class FasterVLM(PreDecoder):
+    """Keeps what the vision tower's CLS token attends to, cut before the decoder.
+
+    Differs from the official code: where the tower has no CLS token, the attention that a patch
+    receives from the others stands in.
+
+    Args:
+        budget: a `Budget`, or the mean number of visual tokens entering a layer.
+    """
+
+    name: ClassVar[str] = "fastervlm"
+    paper: ClassVar[str] = (
+        "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, 2024, "
+        "arxiv.org/abs/2412.01818"
+    )
+    looks: ClassVar[Needs] = Needs(vision=True)
+    sees: ClassVar[Tower] = Tower(attention=True)
+
+    def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
+        return required_vision_attention(seen)

@@ -1,0 +1,32 @@
+"""No image: what the language alone can guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..method import Observation, PromptState, Selection
+from ..planned import Planned
+from ..selectors import none_kept
+
+
+@dataclass(frozen=True)
+class NoImage(Planned):
+    """Drops every visual token before the decoder: what the question alone gives away.
+
+    Args:
+        budget: any; nothing of it is spent.
+    """
+
+    name: ClassVar[str] = "no_image"
+    paper: ClassVar[str] = "none: the floor without a picture"
+
+    def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
+        return [0] * num_layers
+
+    def settings(self, num_visual: int, num_layers: int) -> range:
+        return range(1)
+
+    def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
+        return none_kept(seen.mask)

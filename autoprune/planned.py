@@ -1,0 +1,124 @@
+"""Methods whose schedule is known before the prompt is read: all but the adaptive ones.
+
+Such a method is a shape of schedule, a cut or a few, and a rule for each cut. Derive from
+`PreDecoder` (one cut before the decoder), `AfterLayer` (one cut between two layers) or `Planned`, and
+write `score` (the best are kept) or `choose` (anything else).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .budget import Budget
+from .cost import DecoderCost
+from .method import Method, Needs, Observation, PromptState, Selection, Tower
+from .schedules import at_depth, fit_schedule, staircase
+from .selectors import top_k
+
+
+@dataclass(frozen=True)
+class Planned(Method):
+    """A method with a schedule of fixed shape, fitted to the budget: the nearest from below."""
+
+    looks: ClassVar[Needs] = Needs()
+    sees: ClassVar[Tower] = Tower()
+
+    budget: Budget | float = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget.of(self.budget))
+
+    @abc.abstractmethod
+    def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
+        """Visual tokens entering each layer, at a setting of the schedule's free number.
+
+        In no layer does it fall as the setting rises; at the last setting nothing is pruned.
+        """
+
+    def settings(self, num_visual: int, num_layers: int) -> range:
+        """The settings of `shape`, from the cheapest to the costliest: by default a count of tokens."""
+        return range(1, num_visual + 1)
+
+    def plan(
+        self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
+    ) -> list[int]:
+        """The schedule n_0..n_{L-1} of one prompt, without a model.
+
+        Args:
+            num_layers: L.
+            num_visual: N.
+            num_text: other tokens of the prompt; matters for FLOPs and KV budgets only.
+            cost: the decoder's cost, for FLOPs and KV budgets.
+
+        Raises:
+            InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
+        """
+        if not num_visual:
+            return [0] * num_layers
+        assert isinstance(self.budget, Budget)
+        return fit_schedule(
+            lambda setting: self.shape(setting, num_visual, num_layers),
+            self.settings(num_visual, num_layers),
+            num_visual,
+            self.budget,
+            cost,
+            num_text,
+        )
+
+    def tower(self) -> Tower:
+        return self.sees
+
+    def begin(self, state: PromptState) -> None:
+        prompts = list(zip(state.prompts.num_visual, state.prompts.num_text, strict=True))
+        shape = state.shape
+        plans = {p: self.plan(shape.num_layers, *p, cost=shape.cost) for p in set(prompts)}
+        state.schedule = [plans[prompt] for prompt in prompts]
+
+    def needs(self, cut: int, state: PromptState) -> Needs | None:
+        assert state.schedule is not None
+        before = [plan[cut - 1] for plan in state.schedule] if cut else state.prompts.num_visual
+        due = any(plan[cut] < count for plan, count in zip(state.schedule, before, strict=True))
+        return self.looks if due else None
+
+    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+        assert state.schedule is not None
+        return self.choose(seen, [plan[seen.cut] for plan in state.schedule], state)
+
+    def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
+        """Which tokens stay; `counts` [batch] is how many of each prompt."""
+        return Selection(top_k(self.score(seen, state), counts, seen.mask), list(counts))
+
+    def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
+        """How much each visual token matters, [batch, V]; the best are kept."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither score nor choose")
+
+
+@dataclass(frozen=True)
+class PreDecoder(Planned):
+    """One cut before the decoder: every layer sees the same tokens."""
+
+    def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
+        return [setting] * num_layers
+
+
+@dataclass(frozen=True)
+class AfterLayer(Planned):
+    """One cut before decoder layer `layer`, stated for 32 layers and rescaled to the model's depth."""
+
+    layer: float = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.layer < 32:
+            raise ValueError(
+                f"layer must be above 0 and below 32 (it is stated for 32 layers), got {self.layer!r}"
+            )
+
+    def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
+        cut = at_depth(self.layer, num_layers)
+        return staircase(num_visual, num_layers, [cut], [setting])
