@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .method import Selection
-
 
 def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
     """The best-scored tokens of each prompt, in their original order.
@@ -46,9 +44,3 @@ def first_picks(order: torch.Tensor, counts: Sequence[int], width: int) -> torch
     keep = torch.as_tensor(list(counts)).to(order.device)
     kept = best.masked_fill(rank >= keep[:, None], width).sort(dim=1).values
     return kept.masked_fill(kept == width, -1)
-
-
-def none_kept(mask: torch.Tensor) -> Selection:
-    """The selection that drops every visual token; `mask` is [batch, V]."""
-    empty = torch.zeros(mask.shape[0], 0, dtype=torch.long, device=mask.device)
-    return Selection(empty, [0] * mask.shape[0])

@@ -9,7 +9,7 @@ sequence. Generated tokens are appended and computed anew, so no cache takes par
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 Inputs = dict[str, torch.Tensor]
+# For a layer: which columns take on other hidden states on entering [batch, length], and which [..., hidden].
+States = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def oracle_logits(
@@ -25,6 +27,7 @@ def oracle_logits(
     kept_columns: Sequence[torch.Tensor],
     tokens: torch.Tensor | None = None,
     positions: str = "original",
+    states: States | None = None,
 ) -> torch.Tensor:
     """Logits of the pruned model, computed by hiding.
 
@@ -34,6 +37,7 @@ def oracle_logits(
             the prompt: which tokens still exist on entering that layer (padding may be anything).
         tokens: generated tokens [batch, steps], visible to everything behind them.
         positions: "compacted" numbers the tokens that are left anew in every layer.
+        states: for some layers, which columns take on other hidden states on entering, and which.
 
     Returns:
         [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
@@ -41,7 +45,7 @@ def oracle_logits(
     """
     prompt = inputs["input_ids"].shape[1]
     grown = append(model, inputs, tokens)
-    return oracle_forward(model, grown, kept_columns, positions)[:, prompt - 1 :]
+    return oracle_forward(model, grown, kept_columns, positions, states)[:, prompt - 1 :]
 
 
 def plain_logits(
@@ -59,18 +63,22 @@ def oracle_forward(
     inputs: Inputs,
     kept_columns: Sequence[torch.Tensor],
     positions: str = "original",
+    states: States | None = None,
 ) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of a plain forward in which dropped tokens are hidden."""
     prompt = kept_columns[0].shape[1]
     if prompt > inputs["input_ids"].shape[1]:
         raise ValueError(f"{prompt} columns for a prompt of {inputs['input_ids'].shape[1]}")
-    with hiding(model, kept_columns, positions), torch.no_grad():
+    with hiding(model, kept_columns, positions, states), torch.no_grad():
         return model(**inputs, use_cache=False).logits
 
 
 @contextlib.contextmanager
 def hiding(
-    model: nn.Module, kept_columns: Sequence[torch.Tensor], positions: str = "original"
+    model: nn.Module,
+    kept_columns: Sequence[torch.Tensor],
+    positions: str = "original",
+    states: States | None = None,
 ) -> Iterator[None]:
     """Hide dropped tokens in forwards without a cache, `generate(use_cache=False)` included."""
     text = model.get_decoder()
@@ -79,8 +87,9 @@ def hiding(
     rotary = text.rotary_emb if positions == "compacted" else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eager_decoder(model))
-        for layer, kept in zip(layers, kept_columns, strict=True):
-            hook = layer.register_forward_pre_hook(_hide(kept, rotary), with_kwargs=True)
+        for index, (layer, kept) in enumerate(zip(layers, kept_columns, strict=True)):
+            changed = (states or {}).get(index)
+            hook = layer.register_forward_pre_hook(_hide(kept, rotary, changed), with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
@@ -265,7 +274,11 @@ def _eager_decoder(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _hide(kept: torch.Tensor, rotary: nn.Module | None) -> Any:
+def _hide(
+    kept: torch.Tensor,
+    rotary: nn.Module | None,
+    states: tuple[torch.Tensor, torch.Tensor] | None,
+) -> Any:
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         mask = kwargs["attention_mask"]
         if mask is None or mask.ndim != 4 or mask.dtype == torch.bool:
@@ -280,6 +293,11 @@ def _hide(kept: torch.Tensor, rotary: nn.Module | None) -> Any:
         if rotary is not None:
             order = ((~hidden).cumsum(dim=1) - 1).clamp(min=0)
             changed["position_embeddings"] = rotary(args[0], order)
+        if states is not None:
+            columns, values = states
+            entering = args[0].clone()
+            entering[:, : columns.shape[1]][columns] = values[columns].to(entering)
+            args = (entering, *args[1:])
         return args, kwargs | changed
 
     return hook

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import Observation, PromptState, Selection
+import torch
+
+from ..method import Observation, PromptState
 from ..planned import Planned
-from ..selectors import none_kept
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,5 @@ class NoImage(Planned):
     def settings(self, num_visual: int, num_layers: int) -> range:
         return range(1)
 
-    def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        return none_kept(seen.mask)
+    def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
+        return torch.zeros(seen.mask.shape, device=seen.mask.device)

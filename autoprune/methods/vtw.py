@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import Observation, PromptState, Selection
+import torch
+
+from ..method import Observation, PromptState
 from ..planned import Planned
 from ..schedules import staircase
-from ..selectors import none_kept
 
 
 @dataclass(frozen=True)
@@ -36,5 +36,5 @@ class VTW(Planned):
     def settings(self, num_visual: int, num_layers: int) -> range:
         return range(num_layers + 1)
 
-    def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        return none_kept(seen.mask)
+    def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
+        return torch.zeros(seen.mask.shape, device=seen.mask.device)

@@ -23,21 +23,22 @@ class Watching(Scattered):
     """Prunes like `Scattered` and remembers what it was shown before every layer but the first."""
 
     rows: str = "text"
+    ahead: bool = False
     shown: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
 
     def needs(self, cut, state):
-        return Needs(rows=self.rows, hidden=True) if cut else None
+        return Needs(rows=self.rows, ahead=self.ahead, hidden=True) if cut else None
 
     def select(self, seen, state):
         self.shown.append((replace(seen), seen.hidden().clone()))
         return super().select(seen, state)
 
 
-def watch(name, attention, batch, rows):
+def watch(name, attention, batch, rows, ahead=False):
     """What a pruned forward showed; the oracle's attention in, and states entering, each layer."""
     model = model_of(name, attention)
     inputs = zoo.inputs(name, model, batch)
-    method = Watching(DEEP, rows=rows)
+    method = Watching(DEEP, rows=rows, ahead=ahead)
     with method(model) as trace, torch.no_grad():
         model(**inputs)
     mask = inputs["attention_mask"]
@@ -93,6 +94,69 @@ def test_the_last_row_is_the_prompts_last_token(name):
             rows = seen.attention[row][:, seen.text_mask[row]][..., seen.mask[row]]
             wanted = maps[row][:, text[-1:]][..., visual[index]]
             torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
+@pytest.mark.parametrize(("name", "attention"), SETTINGS)
+def test_looking_ahead_shows_the_attention_of_the_layer_behind_the_cut(name, attention, batch):
+    inputs, samples, shown, attentions, _ = watch(name, attention, batch, rows="last", ahead=True)
+    uncut = [seen for seen, _ in shown if not any(seen.cut in shares for shares in DEEP)]
+    assert uncut, "the oracle's attention is that of the tokens shown only where nothing is cut"
+    for seen in uncut:
+        for row, sample in enumerate(samples):
+            if sample.num_visual:
+                visual, text = places(inputs, sample, row)
+                index = seen.index[row][seen.mask[row]]
+                rows = seen.attention[row][:, seen.text_mask[row]][..., seen.mask[row]]
+                wanted = attentions[seen.cut][row][:, text[-1:]][..., visual[index]]
+                torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3", "qwen3_vl"])
+def test_looking_ahead_changes_nothing(name):
+    model = model_of(name, zoo.FAMILIES[name].attentions[0])
+    inputs = zoo.inputs(name, model, "padded3")
+    results = []
+    for ahead in (False, True):
+        with Watching(DEEP, rows="last", ahead=ahead)(model), torch.no_grad():
+            out = model(**inputs, use_cache=True)
+        results.append([out.logits, *(layer.keys for layer in out.past_key_values.layers)])
+    assert all(map(torch.equal, *results))
+
+
+@dataclass(frozen=True)
+class Projections(Watching):
+    """Cuts nothing and remembers keys and queries."""
+
+    def needs(self, cut, state):
+        return Needs(keys=True) if cut else None
+
+    def select(self, seen, state):
+        self.shown.append((seen, (seen.keys(), seen.text_keys(), seen.queries())))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "qwen3_vl"])
+def test_keys_and_queries_are_those_of_the_layer_before(name):
+    model = model_of(name, "eager")
+    inputs = zoo.inputs(name, model, "padded3")
+    method = Projections()
+    with method(model) as trace, torch.no_grad():
+        out = model(**inputs, output_attentions=True)
+    for seen, (keys, text_keys, queries) in method.shown:
+        cached = out.past_key_values.layers[seen.cut - 1].keys
+        for row, sample in enumerate(trace.samples):
+            visual, text = places(inputs, sample, row)
+            real = seen.mask[row]
+            assert torch.equal(keys[row][:, real], cached[row][:, visual])
+            assert torch.equal(text_keys[row][:, seen.text_mask[row]], cached[row][:, text])
+            query, key = queries[row][:, real], keys[row][:, real]
+            key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+            scores = (query @ key.transpose(1, 2)) * query.shape[-1] ** -0.5
+            weights = out.attentions[seen.cut - 1][row][:, visual][..., visual]
+            shares = scores[:, -1].softmax(dim=-1)
+            torch.testing.assert_close(
+                shares, weights[:, -1] / weights[:, -1].sum(-1, keepdim=True), atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)

@@ -1,0 +1,168 @@
+"""Every method through the engine: equality with the slow oracle, and what it really spends."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import autoprune
+from autoprune import Budget
+from autoprune.budget import InfeasibleBudget
+from autoprune.errors import UnsupportedError
+from autoprune.methods import METHODS
+from tests import oracle, zoo
+from tests.spy import Spy, for_oracle
+
+TOLERANCE = 3e-4
+FAMILIES = ["llava", "qwen2_5_vl", "internvl", "llava_next", "gemma3"]
+BATCHES = ["single", "padded3", "padded3_text"]
+# Rows that merge behind all others, with compacted positions: checked by the golden traces.
+OWN_TESTS = {"autoprune_reference"}
+NAMES = [name for name in METHODS if name not in OWN_TESTS]
+# Methods whose number of tokens depends on the picture.
+DATA_DEPENDENT = {"pact"}
+EXACT = {"autoprune"}
+model_of = functools.cache(zoo.build)
+
+
+def created(name, budget):
+    """The method with settings that fit the zoo's six layers."""
+    options = {"recycle": False} if name == "autoprune_reference" else {}
+    return autoprune.create(name, budget=budget, **options)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_pruning_equals_the_oracle(name, family, batch):
+    model = model_of(family, zoo.FAMILIES[family].attentions[0])
+    inputs = zoo.inputs(family, model, batch)
+    spy = Spy(created(name, Budget.ratio(0.5)))
+    with spy(model) as trace:
+        logits, tokens = oracle.generate_logits(model, inputs, steps=2)
+    (decisions,) = spy.decisions
+    visual = zoo.visual_mask(model, inputs["input_ids"])
+    kept, states = for_oracle(decisions, inputs, visual, zoo.LAYERS)
+    expected = oracle.oracle_logits(model, inputs, kept, tokens[:, :2], spy.positions, states)
+    assert (logits - expected).abs().max() < TOLERANCE
+    plain = oracle.plain_logits(model, inputs)
+    for row, sample in enumerate(trace.samples):
+        counts = [int((kept[layer][row] & visual[row]).sum()) for layer in range(zoo.LAYERS)]
+        assert counts == sample.tokens_per_layer
+        if sample.num_visual:
+            assert (expected[row, 0] - plain[row, 0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget.ratio(0.5),
+        Budget.ratio(0.34),
+        Budget.tokens(9),
+        Budget.tokens(7, counted="leaving"),
+        Budget.flops(0.6),
+        Budget.kv_bytes(9_000),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_spends_the_budget_it_reports(name, budget):
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3_text")
+    if refusal(lambda: prefill(model, name, budget, inputs)):
+        with pytest.raises(ValueError, match="budget"):
+            prefill(model, name, budget, inputs)
+        return
+    samples, cache = prefill(model, name, budget, inputs)
+    assert len(samples) == len(inputs["attention_mask"])
+    for sample in samples:
+        counts, kept = sample.tokens_per_layer, sample.kept
+        assert counts == sorted(counts, reverse=True)
+        assert all(len(k) <= n for k, n in zip(kept, counts, strict=True))
+        assert spent(sample, budget) <= allowed(sample, budget)
+        if sample.num_visual and name in EXACT and budget.kind in ("tokens", "ratio"):
+            assert spent(sample, budget) == allowed(sample, budget)
+        if name not in DATA_DEPENDENT:
+            assert counts == sample.schedule
+    held = [layer.keys.shape[-2] for layer in cache.layers]
+    longest = [
+        max(s.tokens_per_layer[layer] + s.num_text for s in samples) for layer in range(zoo.LAYERS)
+    ]
+    assert held == longest, "the cache holds what the trace says"
+    assert samples[0].flops < samples[0].flops_full
+
+
+def prefill(model, name, budget, inputs):
+    """Samples and cache of one pruned forward."""
+    with torch.no_grad(), created(name, budget)(model) as trace:
+        cache = model(**inputs, use_cache=True).past_key_values
+    return trace.samples, cache
+
+
+def refusal(run):
+    """The message with which something is refused, or None."""
+    try:
+        run()
+    except (InfeasibleBudget, UnsupportedError, ValueError) as refused:
+        return str(refused)
+
+
+def spent(sample, budget):
+    counts = sample.tokens_per_layer
+    if budget.kind == "flops":
+        return sample.flops
+    if budget.kind == "kv_bytes":
+        return sample.kv_bytes
+    return sum(counts[1:]) + counts[-1] if budget.counted == "leaving" else sum(counts)
+
+
+def allowed(sample, budget):
+    if budget.kind == "flops":
+        return budget.value * sample.flops_full
+    if budget.kind == "kv_bytes":
+        return budget.value if sample.num_visual else sample.kv_bytes_full
+    return round(zoo.LAYERS * budget.value * (sample.num_visual if budget.kind == "ratio" else 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name):
+    if name == "random":
+        pytest.skip("its draw belongs to the place in the batch")
+    model = model_of("llava", "eager")
+    with created(name, Budget.ratio(0.5))(model) as trace, torch.no_grad():
+        model(**zoo.inputs("llava", model, "padded3_text"))
+        for row in range(3):
+            model(**zoo.inputs("llava", model, "padded3_text", only=row))
+    together, alone = trace.samples[:3], trace.samples[3:]
+    for first, second in zip(together, alone, strict=True):
+        assert first.tokens_per_layer == second.tokens_per_layer
+        assert [k.tolist() for k in first.kept] == [k.tolist() for k in second.kept]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_budget_of_everything_changes_no_bit(name):
+    if name == "no_image":
+        pytest.skip("it never keeps anything")
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3_text")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with created(name, 1000)(model) as trace:
+            whole = model(**inputs).logits
+    assert torch.equal(whole, plain)
+    assert all(s.tokens_per_layer == [s.num_visual] * zoo.LAYERS for s in trace.samples)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_runs_on_every_family_or_says_what_is_missing(name, family):
+    model = model_of(family, zoo.FAMILIES[family].attentions[0])
+    inputs = zoo.inputs(family, model, "padded3")
+    budget = Budget.ratio(0.5)
+    if message := refusal(lambda: prefill(model, name, budget, inputs)):
+        assert "vision" in message, "only the vision tower differs that much between families"
+        return
+    for sample in prefill(model, name, budget, inputs)[0]:
+        assert sum(sample.tokens_per_layer) <= round(0.5 * zoo.LAYERS * sample.num_visual)

@@ -1,0 +1,109 @@
+"""What a method decided, in the words of the slow oracle: columns that stay, and states they take on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from autoprune.method import Method, Observation, Selection
+
+Inputs = dict[str, torch.Tensor]
+States = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Decisions:
+    """The cuts of one prefill: for each prompt the original visual index that every token stands at,
+    and the states [tokens, hidden] that tokens take on there."""
+
+    anchors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    states: dict[int, list[dict[int, torch.Tensor]]] = field(default_factory=dict)
+
+
+class Spy(Method):
+    """Decides as `method` does and writes it down."""
+
+    name, paper = "spy", "none"
+
+    def __init__(self, method: Method):
+        self.method, self.budget, self.positions = method, method.budget, method.positions
+        self.decisions: list[Decisions] = []
+        self._present: list[torch.Tensor] = []
+
+    def tower(self):
+        return self.method.tower()
+
+    def check(self, shape):
+        self.method.check(shape)
+
+    def begin(self, state):
+        self.method.begin(state)
+        self.decisions.append(Decisions())
+        self._present = [torch.arange(n) for n in state.prompts.num_visual]
+
+    def needs(self, cut, state):
+        return self.method.needs(cut, state)
+
+    def select(self, seen: Observation, state) -> Selection | None:
+        selection = self.method.select(seen, state)
+        if selection is None or (
+            selection.merged is None and list(selection.counts) == list(seen.counts)
+        ):
+            return selection
+        anchors, states = [], []
+        for prompt, present in enumerate(self._present):
+            stands, becomes = _of_prompt(selection, prompt, present)
+            anchors.append(stands)
+            states.append(becomes)
+        self._present = anchors
+        self.decisions[-1].anchors[seen.cut] = anchors
+        self.decisions[-1].states[seen.cut] = states
+        return selection
+
+
+def _of_prompt(
+    selection: Selection, prompt: int, present: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    kept = selection.kept[prompt, : selection.counts[prompt]]
+    stands, becomes = present[kept], {}
+    if selection.states is not None:
+        becomes = dict(zip(stands.tolist(), selection.states[prompt].float(), strict=False))
+    if (merged := selection.merged) is not None:
+        places = present[merged.place[prompt, : merged.counts[prompt]]]
+        assert not set(places.tolist()) & set(stands.tolist())
+        becomes.update(zip(places.tolist(), merged.hidden[prompt].float(), strict=False))
+        stands = torch.cat([stands, places])
+    return stands.sort().values, becomes
+
+
+def for_oracle(
+    decisions: Decisions, inputs: Inputs, visual: torch.Tensor, num_layers: int
+) -> tuple[list[torch.Tensor], States]:
+    """`kept_columns` and `states` of the oracle.
+
+    Args:
+        visual: bool [batch, length], the visual tokens of the padded prompt.
+    """
+    real = inputs["attention_mask"].bool()
+    columns = [row.nonzero().squeeze(1) for row in visual]
+    kept, states, now = [], {}, real.clone()
+    for layer in range(num_layers):
+        if layer in decisions.anchors:
+            now = real & ~visual
+            for row, anchors in enumerate(decisions.anchors[layer]):
+                now[row, columns[row][anchors]] = True
+            states[layer] = _states_at(decisions.states[layer], columns, visual.shape)
+        kept.append(now)
+    return kept, {layer: given for layer, given in states.items() if given is not None}
+
+
+def _states_at(becomes: list[dict[int, torch.Tensor]], columns: list[torch.Tensor], shape: Any):
+    given = [(row, index, value) for row, one in enumerate(becomes) for index, value in one.items()]
+    if not given:
+        return None
+    mask, values = torch.zeros(shape, dtype=torch.bool), torch.zeros(*shape, len(given[0][2]))
+    for row, index, value in given:
+        mask[row, columns[row][index]], values[row, columns[row][index]] = True, value
+    return mask, values
