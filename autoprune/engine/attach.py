@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,10 @@ class Attachment:
     ):
         self.method, self.model = method, model
         self.located = locate(model)
-        self.vision = VisionTap(self.located.base, self.located.vision)
+        wanted = method.tower()
+        if vision_scores is not None:
+            wanted = replace(wanted, attention=False)
+        self.vision = VisionTap(self.located.base, self.located.vision, wanted)
         self.visual_mask = None if visual_mask is None else torch.atleast_2d(visual_mask)
         self.vision_scores = vision_scores
         self.trace = Trace()
@@ -103,12 +107,11 @@ class Attachment:
                 )
             self.vision.install()
             watch_generate(self.located.outer)
-            self._tagged = dict.fromkeys(located.attentions, self._observe)
-            if self.vision.attention is not None:
-                self._tagged[self.vision.attention] = self.vision.observe
+            self._tagged = dict.fromkeys(located.attentions, self._attend)
             self._implementations = {located.implementation}
-            if self.vision.attention is not None:
-                self._implementations.add(self.vision.attention.config._attn_implementation)
+            for attention in self.vision.tapped:
+                self._tagged[attention] = tap.watching(self.vision.observe)
+                self._implementations.add(attention.config._attn_implementation)
             tap.tag(self._tagged, self._implementations)
         except BaseException:
             self.detach()
@@ -221,10 +224,11 @@ class Attachment:
         kwargs = static_step(self.located, layers[index], args[0], kwargs)
         return None if kwargs is None else (args, kwargs)
 
-    def _observe(self, module, query, key, attention_mask, **kwargs) -> None:
+    def _attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
         run = getattr(self._local, "run", None)
         if isinstance(run, Prefill):
-            run.observe(module, query, key, attention_mask, **kwargs)
+            return run.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -247,7 +251,8 @@ class Attachment:
                 f"vision_scores has {scores.numel()} entries but the prompts hold {total} visual tokens; "
                 "pass one score per visual token, prompt by prompt"
             )
-        return VisionView({"vision_scores": scores})
+        others = {} if collected is None else collected.values
+        return VisionView({**others, "vision_scores": scores})
 
     @staticmethod
     def _length(cache: Any) -> bool:

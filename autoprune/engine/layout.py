@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,27 @@ class Layout:
     def num_text(self) -> list[int]:
         return (self.real & ~self.visual)[:, : self.length].sum(axis=1).tolist()
 
-    def text_columns(self, rows: str) -> list[np.ndarray]:
-        """Columns of the query rows that may score a prompt's visual tokens.
+    def text_rows(self, rows: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """The query rows that may score a prompt's visual tokens.
 
         "text": all text after the last visual token; "last": the prompt's last token. A prompt that
         ends with its picture is scored by its last token; one without picture by nothing.
+
+        Returns:
+            Their columns [batch, rows]; how many real tokens each prompt has from there on (no cut
+            changes that) [batch, rows], 0 for padding; and how many rows each prompt has.
         """
+        found = self._text_columns(rows)
+        counts = [len(columns) for columns in found]
+        column = np.zeros((len(found), max(counts)), dtype=np.int64)
+        from_end = np.zeros_like(column)
+        behind = self.real[:, ::-1].cumsum(axis=1)[:, ::-1]
+        for prompt, columns in enumerate(found):
+            column[prompt, : len(columns)] = columns
+            from_end[prompt, : len(columns)] = behind[prompt, columns]
+        return column, from_end, counts
+
+    def _text_columns(self, rows: str) -> list[np.ndarray]:
         found = []
         for real, visual in zip(self.real, self.visual, strict=True):
             seen = np.flatnonzero(visual)
@@ -73,7 +89,6 @@ class Tokens:
     lengths: list[int]
     counts: list[int]
     padded: bool
-    _slots: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
@@ -99,20 +114,29 @@ class Tokens:
     def width(self) -> int:
         return self.column.shape[1]
 
+    @cached_property
+    def is_visual(self) -> torch.Tensor:
+        """bool [batch, n]."""
+        return (self.visual >= 0) | (self.visual == MERGED)
+
+    @cached_property
     def slots(self) -> torch.Tensor:
         """Positions of the visual tokens in the padded sequence, [batch, max(counts)], ascending.
 
         Entries beyond a prompt's count are padding and point anywhere.
         """
-        if self._slots is None:
-            is_visual = (self.visual >= 0) | (self.visual == MERGED)
-            order = is_visual.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-            self._slots = order[:, : max(self.counts)]
-        return self._slots
+        order = self.is_visual.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return order[:, : max(self.counts)]
 
+    @cached_property
     def slot_mask(self) -> torch.Tensor:
         """bool [batch, max(counts)], False beyond a prompt's own count."""
         return length_mask(self.counts, max(self.counts), self.column.device)
+
+    @property
+    def waste(self) -> float:
+        """Padding as a share of the real tokens."""
+        return len(self.lengths) * self.width / max(sum(self.lengths), 1) - 1
 
     def after(self, selection: Selection) -> tuple[Tokens, torch.Tensor]:
         """The tokens after a cut, and where each comes from.
@@ -121,10 +145,9 @@ class Tokens:
             The new tokens, and LongTensor [batch, n'] of sources: positions in this sequence, or
             width + i for merged token i. Sources of padding point anywhere.
         """
-        slots, kept, merged = self.slots(), selection.kept, selection.merged
+        slots, kept, merged = self.slots, selection.kept, selection.merged
         # Even sort keys for columns leave the odd ones for merged tokens that go between two columns.
-        is_visual = (self.visual >= 0) | (self.visual == MERGED)
-        key = torch.where(is_visual, -1, self.column * 2)
+        key = torch.where(self.is_visual, -1, self.column * 2)
         survivors = slots.gather(1, kept.clamp(min=0))
         key = _scatter_real(key, survivors, self.column.gather(1, survivors) * 2, kept >= 0)
         column, visual = self.column, self.visual
@@ -149,7 +172,7 @@ class Tokens:
         return Tokens(column, visual, lengths, counts, padded), source
 
     def _place(self, merged) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self.slots()
+        slots = self.slots
         real = length_mask(merged.counts, merged.hidden.shape[1], slots.device)
         if merged.place is None:
             last = torch.as_tensor([max(n - 1, 0) for n in self.counts]).to(slots.device)
@@ -173,15 +196,6 @@ def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> tor
     """bool [batch, width]: the first `lengths[b]` entries of row b."""
     limit = torch.as_tensor(list(lengths)).to(device)
     return torch.arange(width, device=device) < limit[:, None]
-
-
-def pad_rows(rows: Sequence[np.ndarray], fill: int) -> np.ndarray:
-    """Stack rows of different lengths, filled at the end."""
-    width = max((len(row) for row in rows), default=0)
-    out = np.full((len(rows), width), fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
 
 
 def read_layout(

@@ -12,9 +12,10 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Needs, Observation, PromptState, Selection
-from .cache import PrunedCache, Stage, is_static
-from .layout import Layout, Tokens, length_mask, pad_rows
+from .cache import PrunedCache, Stage, is_static, sliding_window
+from .layout import Layout, Tokens, length_mask
 from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask, row_mask
+from .packing import WORTH_PACKING, Packing, can_pack
 from .positions import compacted_positions, take_columns
 from .tap import row_attention
 
@@ -57,6 +58,7 @@ class Prefill:
         self.layout, self.state, self.cache = layout, state, cache
         self.tokens = Tokens.of(layout, device)
         self.stages = [Stage(0, self.tokens)]
+        self.packings: list[Packing | None] = [None]
         self.records: list[CutRecord] = []
         self.vision = self._by_prompt(vision, device)
         self.deepstack = deepstack
@@ -66,6 +68,7 @@ class Prefill:
         self.peeking = False
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
+        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._slices: dict[tuple, tuple[Any, Any]] = {}
         self.method.begin(state)
 
@@ -79,6 +82,11 @@ class Prefill:
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
             stacked[name] = padded.to(device)
         return stacked
+
+    @property
+    def packing(self) -> Packing | None:
+        """How hidden states are packed at present; None where they are [batch, n, hidden size]."""
+        return self.packings[-1]
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
@@ -126,12 +134,29 @@ class Prefill:
         visual = self.tokens.visual.to(hidden.device)
         row = visual.clamp(min=0) + torch.from_numpy(first).to(hidden.device)[:, None]
         original = (visual >= 0)[..., None]
-        features = features.to(hidden.device, hidden.dtype)
-        return torch.where(original, hidden + features[row], hidden)
+        features = features.to(hidden.device, hidden.dtype)[row]
+        if self.packing is not None:
+            original, features = self.packing.pack(original), self.packing.pack(features)
+        return torch.where(original, hidden + features, hidden)
 
-    def observe(
-        self, module, query, key, attention_mask, scaling=None, softcap=None, **kwargs
-    ) -> None:
+    def attend(
+        self, attend, module, query, key, value, attention_mask, *args, **kwargs
+    ) -> tuple[torch.Tensor, Any]:
+        """The attention of one decoder layer, observed, and padded if its tokens came packed."""
+        packing = self.packing
+        if packing is None:
+            self._observe(query, key, attention_mask, **kwargs)
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        query, key, value = map(packing.unpack_heads, (query, key, value))
+        self._observe(query, key, attention_mask, **kwargs)
+        if self.cache is not None:
+            # The layer has put the packed row into its cache.
+            layer = self.cache.layers[module.layer_idx]
+            layer.keys, layer.values = key, value
+        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        return packing.pack(output), weights
+
+    def _observe(self, query, key, attention_mask, scaling=None, softcap=None, **kwargs) -> None:
         """Compute the attention rows that the next cut asked for, and remember its projections."""
         if self.armed is None or self.armed.ahead != self.peeking:
             return
@@ -139,58 +164,84 @@ class Prefill:
         if self.armed.keys:
             self.projections = query, key
         if self.armed.rows is not None:
-            self.attention = self._attend(query, key, attention_mask, scaling, softcap)
+            self.attention = self._row_attention(query, key, attention_mask, scaling, softcap)
         if self.peeking:
             raise _SeenEnough
 
-    def _attend(self, query, key, attention_mask, scaling, softcap) -> torch.Tensor:
+    def _row_attention(self, query, key, attention_mask, scaling, softcap) -> torch.Tensor:
         """Attention of the rows asked for to the visual tokens, [batch, heads, rows, V]."""
         slots, text_mask = self._rows(self.armed.rows)
         slots = slots.to(query.device)  # a layer may live on another device than the prompt
-        rows = _take(query, slots)
         blocked, bias = row_mask(attention_mask, self.tokens, slots)
-        attention = row_attention(rows, key, scaling, blocked, bias, softcap)
-        visual = self.tokens.slots().to(query.device)
-        visual = visual[:, None, None, :].expand(*attention.shape[:3], -1)
-        return attention.gather(3, visual).to(text_mask.device)
+        attention = row_attention(_take(query, slots), key, scaling, blocked, bias, softcap)
+        return _take_last(attention, self.tokens.slots.to(query.device)).to(text_mask.device)
 
     def _rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the scoring rows are in the present sequence, [batch, rows], and which are real."""
-        columns = self.layout.text_columns(rows)
-        device = self.tokens.column.device
-        counts = [len(c) for c in columns]
-        wanted = self._memo(
-            ("rows", rows), None, lambda: torch.from_numpy(pad_rows(columns, 0)).to(device)
-        )
+        column, from_end, mask = self._text_rows(rows)
         if len(self.stages) == 1:
-            slots = wanted
-        else:
-            # Columns ascend behind the padding (-1), so a search finds each row's place.
-            slots = torch.searchsorted(self.tokens.column, wanted).clamp(max=self.tokens.width - 1)
-        return slots, length_mask(counts, wanted.shape[1], device)
+            return column, mask
+        # A cut pads on the left and drops nothing behind the last visual token.
+        return (self.tokens.width - from_end).clamp(max=self.tokens.width - 1), mask
+
+    def _text_rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if rows not in self._text:
+            device = self.tokens.column.device
+            column, from_end, counts = self.layout.text_rows(rows)
+            mask = length_mask(counts, column.shape[1], device)
+            self._text[rows] = (
+                torch.from_numpy(column).to(device),
+                torch.from_numpy(from_end).to(device),
+                mask,
+            )
+        return self._text[rows]
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
         selection = self.method.select(self._observation(index, needs, hidden), self.state)
         if selection is None or self._keeps_all(selection):
             return hidden
         self._check(index, selection)
-        self.tokens, source = self.tokens.after(selection)
-        if selection.merged is not None:
-            hidden = torch.cat([hidden, selection.merged.hidden.to(hidden)], dim=1)
-        hidden = _take(hidden, source)
-        if selection.states is not None:
-            slots = self.tokens.slots().to(hidden.device)[..., None]
-            slots = slots.expand(-1, -1, hidden.shape[2])
-            real = self.tokens.slot_mask().to(hidden.device)[..., None]
-            states = torch.where(real, selection.states.to(hidden), hidden.gather(1, slots))
-            hidden = hidden.scatter(1, slots, states)
+        hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
         self.records.append(CutRecord(index, self.tokens.visual, self.tokens.counts))
         return hidden
 
+    def _apply(self, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the tokens that stay: rows of the old ones, and of those that are new."""
+        rows = [hidden.flatten(0, 1)]
+        batch, before, device = len(self.tokens.lengths), self.packing, self.tokens.column.device
+        place = before.place if before else _count(batch, self.tokens.width, 0, device)
+        self.tokens, source = self.tokens.after(selection)
+        if selection.merged is not None:
+            new = selection.merged.hidden
+            place = torch.cat([place, _count(batch, new.shape[1], len(rows[0]), device)], dim=1)
+            rows.append(new.flatten(0, 1))
+        source = place.gather(1, source)
+        if selection.states is not None:
+            slots, new = self.tokens.slots, selection.states
+            changed = _count(batch, new.shape[1], sum(map(len, rows)), device)
+            changed = torch.where(self.tokens.slot_mask, changed, source.gather(1, slots))
+            source = source.scatter(1, slots, changed)
+            rows.append(new.flatten(0, 1))
+        self.packings.append(self._pack_if_worth_it())
+        if self.packing is not None:
+            source = self.packing.pack(source)
+        pool = torch.cat([r.to(hidden) for r in rows]) if len(rows) > 1 else rows[0]
+        return pool.index_select(0, source.flatten().to(pool.device)).unflatten(0, source.shape)
+
+    def _pack_if_worth_it(self) -> Packing | None:
+        tokens, located = self.tokens, self.located
+        if tokens.waste < WORTH_PACKING:
+            return None
+        config, layers = located.text.config, range(len(located.layers))
+        has_windows = any(sliding_window(config, layer) is not None for layer in layers)
+        if not can_pack(self.cache, located.implementation, has_windows):
+            return None
+        return Packing(tokens.column >= 0, sum(tokens.lengths))
+
     def _observation(self, index: int, needs: Needs, hidden: torch.Tensor) -> Observation:
         tokens = self.tokens
-        slots, mask = tokens.slots(), tokens.slot_mask()
+        slots, mask = tokens.slots, tokens.slot_mask
         visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
         if (needs.rows is not None and self.attention is None) or (
             needs.keys and self.projections is None
@@ -204,10 +255,9 @@ class Prefill:
         if needs.rows is not None or needs.hidden or needs.keys:
             text, seen.text_mask = self._rows(needs.rows or "text")
         if needs.hidden:
-            seen.hidden, seen.text_hidden = (
-                partial(_take, hidden, slots),
-                partial(_take, hidden, text),
-            )
+            states = hidden if self.packing is None else self.packing.unpack(hidden)
+            seen.hidden = partial(_take, states, slots)
+            seen.text_hidden = partial(_take, states, text)
         if needs.keys:
             query, key = self.projections
             seen.keys, seen.text_keys = partial(_take, key, slots), partial(_take, key, text)
@@ -288,11 +338,13 @@ class Prefill:
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
         if self.method.positions == "compacted":
             return self._compacted(hidden)
-        return tuple(take_columns(part, self.tokens.column, dim=-2) for part in embeddings)
+        parts = [take_columns(part, self.tokens.column, dim=-2) for part in embeddings]
+        return self._packed(parts, dim=-3)
 
     def _compacted(self, hidden: torch.Tensor) -> tuple:
         def rotate():
-            return self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+            embeddings = self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+            return self._packed(embeddings, dim=-3)
 
         return self._memo("compacted", None, rotate)
 
@@ -303,8 +355,17 @@ class Prefill:
                 ids[..., : self.tokens.width]
             )
         if self.method.positions == "compacted":
-            return compacted_positions(self.tokens)
-        return take_columns(ids[..., None], self.tokens.column, dim=-2)[..., 0]
+            ids = compacted_positions(self.tokens)
+        else:
+            ids = take_columns(ids[..., None], self.tokens.column, dim=-2)[..., 0]
+        return self._packed([ids], dim=-2)[0]
+
+    def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
+        """Tensors [..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""
+        packing = self.packing
+        if packing is None:
+            return tuple(values)
+        return tuple(packing.pack(value, value.ndim + dim) for value in values)
 
     def _guard(self, kwargs: dict) -> None:
         length = self.layout.real.shape[1]
@@ -322,12 +383,12 @@ class Prefill:
         """Put the remaining tokens' states back to their columns and remember the cut on the cache."""
         if len(self.stages) == 1 and not self.counts_positions:
             return output
-        output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.tokens)
+        output["last_hidden_state"] = self._restore(output["last_hidden_state"], -1)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
                 states
                 if states is None
-                else self._restore(states, self.stage_of(max(i - 1, 0)).tokens)
+                else self._restore(states, self.stages.index(self.stage_of(max(i - 1, 0))))
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:
@@ -338,10 +399,14 @@ class Prefill:
         """The tokens that layer `layer` ran on."""
         return next(stage for stage in reversed(self.stages) if stage.first_layer <= layer)
 
-    def _restore(self, states: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    def _restore(self, states: torch.Tensor, stage: int) -> torch.Tensor:
+        """Hidden states of a stage in the prompt's own columns, [batch, S, hidden size]."""
         length = self.layout.real.shape[1]
+        tokens, packing = self.stages[stage].tokens, self.packings[stage]
         if tokens is self.stages[0].tokens:
             return states
+        if packing is not None:
+            states = packing.unpack(states)
         from_prompt = (tokens.column >= 0) & (tokens.visual != -2)
         column = torch.where(from_prompt, tokens.column, length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
@@ -350,6 +415,21 @@ class Prefill:
 
 def _take(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Entries of [batch, n, size] or [batch, heads, n, size] at `slots` [batch, m]."""
-    index = slots.to(states.device).view(slots.shape[0], *[1] * (states.ndim - 3), -1, 1)
+    slots = slots.to(states.device)
+    if len(slots) == 1:
+        return states.index_select(states.ndim - 2, slots[0])
+    index = slots.view(slots.shape[0], *[1] * (states.ndim - 3), -1, 1)
     shape = (*states.shape[:-2], slots.shape[1], states.shape[-1])
     return states.gather(states.ndim - 2, index.expand(shape))
+
+
+def _take_last(attention: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Columns `slots` [batch, m] of [batch, heads, rows, n]."""
+    if len(slots) == 1:
+        return attention.index_select(3, slots[0])
+    return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))
+
+
+def _count(batch: int, width: int, start: int, device: torch.device) -> torch.Tensor:
+    """start, start + 1, ... as [batch, width]."""
+    return torch.arange(start, start + batch * width, device=device).view(batch, width)

@@ -1,7 +1,7 @@
-"""See attention without changing it: shadow transformers' attention functions under their own names.
+"""Come between a model and its attention: shadow transformers' functions under their own names.
 
-The shadow calls the original and hands the query and key of tagged modules to whoever tagged them. A
-module that nobody tagged runs the original directly. The shadow is gone when the last tag is.
+The shadow hands the attention of tagged modules to whoever tagged them, together with the original
+function. A module that nobody tagged runs the original directly. The shadow is gone when the last tag is.
 """
 
 from __future__ import annotations
@@ -16,15 +16,28 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Observer = Callable[..., None]
+# Called as handler(attend, module, query, key, value, attention_mask, *args, **kwargs), where `attend`
+# is the original function of (module, query, ...), whose result it returns.
+Handler = Callable[..., Any]
 
 _lock = threading.Lock()
-_observers: dict[nn.Module, Observer] = {}
+_handlers: dict[nn.Module, Handler] = {}
 _users: dict[str, int] = {}
 _covered: dict[str, Any] = {}
 
 
-def tag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None:
-    """Let `observer(module, query, key, attention_mask, **kwargs)` see each module's attention."""
+def watching(observer: Observer) -> Handler:
+    """Show `observer(module, query, key, attention_mask, **kwargs)` an attention that stays as it is."""
+
+    def handler(attend, module, query, key, value, attention_mask, *args, **kwargs):
+        observer(module, query, key, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return handler
+
+
+def tag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
+    """Let each module's handler compute its attention."""
     with _lock:
         for name in implementations:
             if not _users.get(name):
@@ -32,14 +45,14 @@ def tag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None:
                 _covered[name] = local.get(name)
                 ALL_ATTENTION_FUNCTIONS[name] = _shadow(name, ALL_ATTENTION_FUNCTIONS.get(name))
             _users[name] = _users.get(name, 0) + 1
-        _observers.update(modules)
+        _handlers.update(modules)
 
 
-def untag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None:
+def untag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
     """Undo `tag`; the last one to leave restores the attention functions."""
     with _lock:
         for module in modules:
-            _observers.pop(module, None)
+            _handlers.pop(module, None)
         for name in implementations:
             _users[name] -= 1
             if not _users[name]:
@@ -50,10 +63,10 @@ def untag(modules: dict[nn.Module, Observer], implementations: set[str]) -> None
 
 def _shadow(name: str, original: Callable | None) -> Callable:
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
-        if not torch.compiler.is_compiling() and (observer := _observers.get(module)) is not None:
-            observer(module, query, key, attention_mask, **kwargs)
-        function = original or _eager(module)
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
+        attend = original or _eager(module)
+        if torch.compiler.is_compiling() or (handler := _handlers.get(module)) is None:
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        return handler(attend, module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.__name__ = name
     return attention
