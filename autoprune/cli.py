@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `methods`, `families`.
+"""The command line: `autoprune demo`, `run`, `plan`, `methods`, `families`, `bench`.
 
 What is imported here is cheap; each command imports the library when it runs, so that `--help` is
 instant.
@@ -165,6 +165,127 @@ def families(
     from .commands import families as command
 
     command.families(_console(), as_json, as_markdown)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help="A built-in configuration, or the folder of a checkpoint.")
+    ] = "small",
+    method: Annotated[
+        str | None, typer.Option(help="One or more, by commas; default: autoprune,random.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="One or more, by commas.")] = "192,128,64",
+    batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
+    text: Annotated[int, typer.Option(min=2, help="Other tokens of each prompt.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    spread: Annotated[
+        float,
+        typer.Option(min=0, help="Bits over which the prompts of a batch differ; 0: as measured."),
+    ] = 1.0,
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; auto takes a GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Attention backend of transformers.")] = "sdpa",
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; with 1, other programs disturb least.")
+    ] = 1,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; default: 10.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Decoding steps; default: 32.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="AutoPrune alone, 3 rounds of 4 steps.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder, or JSON file, for the figures and a plot.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what pruning saves in time and memory, beside what its FLOPs promise."""
+    from .commands import bench as command
+
+    request = command.Request(
+        model=model,
+        method=method,
+        budget=budget,
+        batch=batch,
+        text=text,
+        images=images,
+        spread=spread,
+        settings=tuple(settings or ()),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        threads=threads,
+        repeats=repeats,
+        new_tokens=new_tokens,
+        quick=quick,
+        output=output,
+        as_json=as_json,
+    )
+    command.bench(request, _console())
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="By commas, options after a colon: autoprune:k0=0.2,random.")
+    ] = "all",
+    budgets: Annotated[
+        str | None, typer.Option(help="By commas; default: 1/2,1/3,1/4,1/6,1/9.")
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each kind; default: 200, or all of the task file."),
+    ] = None,
+    kinds: Annotated[str | None, typer.Option(help="Kinds of questions, by commas.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint; default: the embedded model.")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="JSON lines with image, question, answer and kind.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("compare"),
+    baseline: Annotated[
+        str | None, typer.Option(help="Whom to compare with; default: autoprune, or the first.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default on a CPU: one per core, up to 4.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; auto takes a GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    timing: Annotated[bool, typer.Option(help="Measure prefill times, too.")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer questions and budgets: a few minutes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods and budgets on the same questions; interrupted runs continue."""
+    from .commands import compare as command
+
+    wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",") if kind.strip()]
+    request = command.CompareRequest(
+        methods=methods,
+        budgets=budgets,
+        questions=questions,
+        kinds=wanted,
+        seed=seed,
+        model=model,
+        tasks=tasks,
+        output=output,
+        baseline=baseline,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        timing=timing,
+        quick=quick,
+        as_json=as_json,
+    )
+    command.compare(request, _console())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

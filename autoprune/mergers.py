@@ -8,7 +8,8 @@ import torch
 
 from .method import Merged, Observation, Selection
 from .reference_math import cluster_and_merge, cluster_count, recycled_count
-from .selectors import top_k
+from .scorers import cosine
+from .selectors import ranks, top_k
 
 Merger = Callable[[Observation, torch.Tensor, Sequence[int]], Selection]
 
@@ -93,3 +94,92 @@ def get_merger(name: str | None) -> Merger:
 
 def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
     return Selection(top_k(scores, counts, seen.mask), list(counts))
+
+
+def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Make every kept token the mean of itself and of the dropped tokens that it owns.
+
+    Args:
+        hidden: [batch, V, size].
+        kept: LongTensor [batch, K], positions; -1 is padding.
+        owner: LongTensor [batch, V], position of the kept token that takes each one in; -1 where no
+            other does.
+
+    Returns:
+        [batch, K, size], for `Selection.states`. A token that owns no other is bit for bit the same.
+    """
+    kept, owner = kept.to(hidden.device), owner.to(hidden.device)
+    itself = torch.arange(owner.shape[1], device=owner.device)
+    owner = torch.where(owner < 0, itself, owner)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    total.scatter_add_(1, owner[..., None].expand_as(hidden), hidden.float())
+    size = torch.zeros(owner.shape, device=hidden.device)
+    size.scatter_add_(1, owner, torch.ones_like(size))
+    means = (total / size.clamp(min=1)[..., None]).to(hidden.dtype)
+    return means.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def merge_similar(
+    features: torch.Tensor,
+    pool: torch.Tensor,
+    present: Sequence[int],
+    counts: Sequence[int],
+    rounds: int,
+    worth: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Bipartite soft matching, in rounds: the tokens of a pool become groups of similar ones.
+
+    A round splits what is left into every other token and the rest, finds for each of the first its
+    most similar one among the second, and joins the most similar pairs there; a group's features are the
+    mean of its tokens'. What is to go is spread evenly over the rounds, but no round takes more than half;
+    further rounds follow until it is gone. From ToMe (ICLR 2023), where every block is a round.
+
+    Args:
+        features: [batch, V, size], compared by cosine.
+        pool: bool [batch, V], the tokens that take part.
+        present: how many tokens of each prompt there are, in the pool or not.
+        counts: groups of each prompt; a smaller pool is left as it is.
+        rounds: 1 or more; 1 takes half of what is left each time.
+        worth: [batch, V], taken off the similarity with which a token joins another.
+
+    Returns:
+        LongTensor [batch, V]: for each token of the pool the position of the one that stands for its
+        group (its own, for that one), and -1 outside the pool.
+    """
+    position = torch.arange(pool.shape[1], device=pool.device).expand(pool.shape)
+    owner = position.masked_fill(~pool, -1)
+    goal = torch.as_tensor(list(counts)).to(pool.device)
+    total = features.float()
+    if worth is not None:
+        total = torch.cat([total, worth[..., None]], dim=2)
+    total, size = total * pool[..., None], pool.float()
+    left, done = list(present), 0
+    while any(n > count for n, count in zip(left, counts, strict=True)):
+        # The same arithmetic on the host says when every prompt is done, without waiting for the device.
+        share = max(rounds - done, 1)
+        left = [
+            n - max(min(-((c - n) // share), n // 2), 0) for n, c in zip(left, counts, strict=True)
+        ]
+        alive = owner == position
+        number = alive.sum(dim=1)
+        leaving = torch.minimum(-((goal - number) // share), number // 2)
+        into = _joining(total / size.clamp(min=1)[..., None], alive, leaving, worth is not None)
+        owner = torch.where(owner < 0, owner, into.gather(1, owner.clamp(min=0)))
+        total = torch.zeros_like(total).scatter_add(1, into[..., None].expand_as(total), total)
+        size = torch.zeros_like(size).scatter_add(1, into, size)
+        done += 1
+    return owner
+
+
+def _joining(
+    features: torch.Tensor, alive: torch.Tensor, leaving: torch.Tensor, has_worth: bool
+) -> torch.Tensor:
+    """One round of `merge_similar`: where each token goes, LongTensor [batch, V], itself if it stays."""
+    odd = (alive.cumsum(dim=1) - 1) % 2 == 1
+    worth = features[..., -1] if has_worth else 0.0
+    features = features[..., :-1] if has_worth else features
+    similarity = cosine(features, features).masked_fill(~(alive & odd)[:, None], float("-inf"))
+    best, partner = similarity.max(dim=2)
+    joins = ranks(best - worth, alive & ~odd) < leaving[:, None]
+    position = torch.arange(alive.shape[1], device=alive.device)
+    return torch.where(joins, partner, position)

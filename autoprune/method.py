@@ -190,6 +190,22 @@ class Method(abc.ABC):
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional for a method
         """Raise ValueError if this method cannot run on such a model."""
 
+    def capacity(
+        self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
+    ) -> list[int]:
+        """The most visual tokens that any prompt of this size can have entering each layer, [L].
+
+        Merged tokens count. A static cache is made for it before the prompt is seen; no count may rise
+        with `num_text`, or with depth. By default nothing is known but N.
+
+        Args:
+            num_layers: L.
+            num_visual: N.
+            num_text: other tokens of the prompt.
+            cost: the decoder's cost.
+        """
+        return [num_visual] * num_layers
+
     def begin(self, state: PromptState) -> None:  # noqa: B027 - optional for a method
         """Called once per prefill, before the first layer: plan what can be planned already."""
 

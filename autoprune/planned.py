@@ -70,6 +70,11 @@ class Planned(Method):
             num_text,
         )
 
+    def capacity(
+        self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
+    ) -> list[int]:
+        return self.plan(num_layers, num_visual, num_text, cost)
+
     def tower(self) -> Tower:
         return self.sees
 

@@ -50,3 +50,56 @@ def as_shares(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scale non-negative scores [batch, V] so that each prompt's sum to 1 over its real tokens."""
     scores = scores.masked_fill(~mask, 0.0)
     return scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def required_vision(seen: Observation, name: str) -> torch.Tensor:
+    """What was seen of the vision tower under a name of `Observation`, such as "vision_keys".
+
+    Raises:
+        ValueError: the tower gave nothing of that kind.
+    """
+    values = getattr(seen, name)
+    if values is None:
+        raise ValueError(
+            f"this method needs {name.replace('_', ' ')}, but the tower gave none: the model's family is "
+            "not in the table, or its picture features were not computed inside the context; let the "
+            "model see the pixels, or use a method without them, such as divprune or random"
+        )
+    return values
+
+
+def real_patches(seen: Observation, values: torch.Tensor) -> torch.Tensor:
+    """Which visual tokens show something of the picture, bool [batch, V].
+
+    Not those without a patch (image newlines), where `values` [batch, V] or [batch, V, ...] of the tower
+    are NaN, nor patches that hold nothing but the padding of a square-padded picture.
+    """
+    real = seen.mask & ~values.isnan().reshape(*seen.mask.shape, -1).any(dim=2)
+    return real if seen.vision_padding is None else real & ~seen.vision_padding
+
+
+def text_relevance(
+    hidden: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Cosine between each visual token and the text, mean over its tokens, scaled to [0, 1].
+
+    Args:
+        hidden, text: hidden states [batch, V, size] and [batch, text, size].
+        text_mask, mask: bool [batch, text] and [batch, V], False for padding.
+
+    Returns:
+        float32 [batch, V]: 0 for a prompt's least and 1 for its most relevant token; 1 for all where
+        they do not differ.
+    """
+    rows = text_mask.sum(dim=1).clamp(min=1)
+    similarity = cosine(hidden, text).to(mask.device)
+    similarity = (similarity * text_mask[:, None]).sum(dim=2) / rows[:, None]
+    low = similarity.masked_fill(~mask, float("inf")).amin(dim=1, keepdim=True)
+    span = similarity.masked_fill(~mask, float("-inf")).amax(dim=1, keepdim=True) - low
+    return torch.where(span > 0, (similarity - low) / span, 1.0)
+
+
+def cosine(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Cosine of [batch, V, size] and [batch, W, size], float32 [batch, V, W]."""
+    others = torch.nn.functional.normalize(others.float(), dim=-1)
+    return torch.nn.functional.normalize(features.float(), dim=-1) @ others.transpose(1, 2)

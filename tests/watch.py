@@ -9,18 +9,26 @@ import torch
 from torch import nn
 
 from autoprune.budget import Budget
-from autoprune.method import Method, Needs, Observation, PromptState, Selection
+from autoprune.method import Method, Needs, Observation, PromptState, Selection, Tower
+
+SCORES = Tower(attention=True)
+# A quarter of the depth is the first block of every tower of the zoo.
+EVERYTHING = Tower(attention=True, keys=True, middle=0.25, places=True)
 
 
 @dataclass(frozen=True)
 class Watch(Method):
-    """Asks for the vision tower's scores before layer 0 and keeps every token."""
+    """Asks for what the vision tower tells before layer 0 and keeps every token."""
 
     name: ClassVar[str] = "watch"
     paper: ClassVar[str] = "none"
 
     budget: Budget = field(default_factory=lambda: Budget.ratio(1.0))
     seen: list[Observation] = field(default_factory=list)
+    wanted: Tower = SCORES
+
+    def tower(self) -> Tower:
+        return self.wanted
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         return Needs(vision=True) if cut == 0 else None
@@ -30,9 +38,11 @@ class Watch(Method):
         return None
 
 
-def observe(model: nn.Module, arguments: dict[str, Any], **generation: Any) -> Observation:
+def observe(
+    model: nn.Module, arguments: dict[str, Any], wanted: Tower = SCORES, **generation: Any
+) -> Observation:
     """What is seen before layer 0 in a plain forward, or while generating if options are given."""
-    method = Watch()
+    method = Watch(wanted=wanted)
     with method(model), torch.no_grad():
         if generation:
             model.generate(**arguments, max_new_tokens=1, **generation)
@@ -48,3 +58,28 @@ def vision_scores(
     seen = observe(model, arguments, **generation)
     assert seen.vision_scores is not None
     return [scores[real] for scores, real in zip(seen.vision_scores, seen.mask, strict=True)]
+
+
+def tower_values(
+    model: nn.Module, arguments: dict[str, Any], **generation: Any
+) -> list[torch.Tensor]:
+    """All the tower tells of each prompt's visual tokens: [N, places, scores, middle and keys].
+
+    The pictures of a prompt are numbered in the order in which its tokens mention them.
+    """
+    seen = observe(model, arguments, EVERYTHING, **generation)
+    assert seen.places is not None and seen.vision_scores is not None
+    assert seen.vision_middle is not None and seen.vision_keys is not None
+    scores = torch.stack([seen.vision_scores, seen.vision_middle], dim=-1)
+    values = torch.cat([seen.places, scores, seen.vision_keys], dim=-1)
+    return [renumbered(prompt[real]) for prompt, real in zip(values, seen.mask, strict=True)]
+
+
+def renumbered(values: torch.Tensor) -> torch.Tensor:
+    """The same with the pictures, its first column, numbered as they come."""
+    numbers: dict[float, float] = {}
+    pictures = [
+        number if number != number else numbers.setdefault(number, float(len(numbers)))
+        for number in values[:, 0].tolist()
+    ]
+    return torch.cat([torch.tensor(pictures)[:, None], values[:, 1:]], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Sequence
@@ -134,6 +135,30 @@ class Attachment:
         _attached.discard(self.located.text)
         self._local = threading.local()
 
+    def encode(self, **inputs: Any) -> dict[str, Any]:
+        """The features of pictures and videos, to be asked about many times.
+
+        Pass the result as `mm_encoder_outputs=` instead of the pixel values, to `model.generate` or to
+        the model, in this context or in one whose method sees no more of the vision tower.
+
+        Args:
+            inputs: `pixel_values` and what belongs to it, as the processor gave it.
+
+        Raises:
+            UnsupportedError: the model takes no features (transformers before 5.20, or its family), or
+                pruning is not switched on.
+        """
+        if "mm_encoder_outputs" not in inspect.signature(self.located.outer.forward).parameters:
+            raise UnsupportedError(
+                f"{type(self.located.outer).__name__} takes no features in place of pictures in this "
+                "release of transformers; pass the pixel values each time"
+            )
+        if not self._handles:
+            raise UnsupportedError(
+                "pruning is not switched on; call encode between attach and detach"
+            )
+        return self.vision.encode(inputs)
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         if torch.compiler.is_compiling():
@@ -149,6 +174,7 @@ class Attachment:
             if new.shape[1] > 1:
                 refuse_compiled_prefill()
             return
+        self.vision.recall(kwargs.get("mm_encoder_outputs"))
         self._local.prompt = {
             "input_ids": ids,
             "attention_mask": kwargs.get("attention_mask"),

@@ -1,102 +1,138 @@
-"""Scores of visual tokens from the vision tower, in the order in which the decoder sees the tokens.
+"""What methods see of the vision tower, in the order in which the decoder sees the visual tokens.
 
-The tower's attention is tapped in the block whose output the decoder receives. With a CLS token the
-score is the CLS row; without one it is the attention that a patch receives within its picture. The
-model's own packing then carries the scores from patches to visual tokens.
+The tower's attention is tapped in the block whose output the decoder receives. With a CLS token a
+patch's score is the CLS row; without one it is the attention that the patch receives within its picture.
+The model's own packing then carries scores, keys and places from patches to visual tokens.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
-from .vision_maps import FAMILIES, setting, tower_depth
+from .vision_maps import FAMILIES, setting, token_places, tower_depth
 from .vision_patches import cls_attention, padded_patches, received_attention
 
+if TYPE_CHECKING:
+    from ..method import Tower
+
 MEDIA = ("image", "video")
+# What was seen of the tower travels with the features it belongs to, under this name.
+ATTRIBUTE = "_autoprune"
+# What the tower's output holds beside the features that the decoder reads.
+INTERMEDIATE = {"last_hidden_state", "hidden_states", "attentions"}
 
 
 @dataclass
-class VisionScores:
-    """Scores of the visual tokens of a batch, flat, prompt by prompt.
+class VisionView:
+    """What was seen of the tower, flat over the visual tokens of a batch, prompt by prompt.
 
-    scores: float32 [tokens], NaN for tokens without a patch. padding: bool [tokens] or None.
+    values: tensors [tokens, ...] under the names of `Observation`: vision_scores, vision_padding, ...
     """
 
-    scores: torch.Tensor
-    padding: torch.Tensor | None
+    values: dict[str, torch.Tensor]
 
-    def per_prompt(
-        self, counts: Sequence[int]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Split by prompt, repeating each prompt's scores where generation expanded the batch.
+    def per_prompt(self, counts: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+        """Split by prompt, repeating each prompt's values where generation expanded the batch.
 
         Returns:
-            Scores and padding of each prompt; no scores at all if they are not of these prompts.
+            For each name one tensor per prompt, except for values that are not of these prompts.
         """
-        total, have = sum(counts), self.scores.shape[0]
-        if not have or not total or total % have:
-            return [], None
-        repeats = total // have
-        own = list(counts[::repeats])
-        if [n for n in own for _ in range(repeats)] != list(counts):
-            return [], None
-
-        def split(flat: torch.Tensor) -> list[torch.Tensor]:
-            return [part for part in flat.split(own) for _ in range(repeats)]
-
-        return split(self.scores), None if self.padding is None else split(self.padding)
+        prompts, total = {}, sum(counts)
+        for name, flat in self.values.items():
+            if not len(flat) or not total or total % len(flat):
+                continue
+            repeats = total // len(flat)
+            own = list(counts[::repeats])
+            if [n for n in own for _ in range(repeats)] == list(counts):
+                prompts[name] = [part for part in flat.split(own) for _ in range(repeats)]
+        return prompts
 
 
 def in_prompt_order(
-    image: VisionScores, video: VisionScores, is_video: Sequence[np.ndarray]
-) -> VisionScores:
-    """Merge the scores of both media. Families that take videos know of no padding.
+    image: VisionView, video: VisionView, is_video: Sequence[np.ndarray]
+) -> VisionView:
+    """Merge what was seen of both media, as far as both have it (no video knows of padding).
 
     Args:
-        image, video: the scores of each medium; the batch may have been expanded since.
+        image, video: the values of each medium; the batch may have been expanded since.
         is_video: bool [N] for each prompt, which of its visual tokens hold a video.
     """
-    images, _ = image.per_prompt([int((~kind).sum()) for kind in is_video])
-    videos, _ = video.per_prompt([int(kind.sum()) for kind in is_video])
-    if not images or not videos:
-        # Only one medium is in these prompts; `per_prompt` will find out whether it fits.
-        return video if videos else image
-    merged = []
-    for first, second, kind in zip(images, videos, is_video, strict=True):
-        place = np.argsort(np.argsort(kind, kind="stable"))
-        merged.append(torch.cat([first, second])[torch.from_numpy(place).to(first.device)])
-    return VisionScores(torch.cat(merged), None)
+    of_images = [int((~kind).sum()) for kind in is_video]
+    of_videos = [int(kind.sum()) for kind in is_video]
+    if not any(of_images) or not any(of_videos):
+        # `per_prompt` will find out whether the one medium fits.
+        return video if any(of_videos) else image
+    images, videos = image.per_prompt(of_images), video.per_prompt(of_videos)
+    if "places" in images and "places" in videos:
+        pictures = 1 + float(image.values["places"][:, 0].nan_to_num().max())
+        behind = torch.tensor([pictures, 0.0, 0.0])
+        videos["places"] = [places + behind for places in videos["places"]]
+    orders = [torch.from_numpy(np.argsort(np.argsort(k, kind="stable"))) for k in is_video]
+    merged = {}
+    for name in (name for name in images if name in videos):
+        parts = zip(images[name], videos[name], orders, strict=True)
+        merged[name] = torch.cat(
+            [torch.cat([first, second])[order.to(first.device)] for first, second, order in parts]
+        )
+    return VisionView(merged)
 
 
 @dataclass
 class _Call:
-    """One computation of image or video features: its arguments, and its patches' scores so far."""
+    """One computation of image or video features.
+
+    arguments: those of the call.
+    pictures: how many pictures the tower saw at a time, and patches in each.
+    seen: under the names of `Observation`, what each of these had, [pictures, patches, channels].
+    """
 
     arguments: dict[str, Any]
-    patches: list[torch.Tensor] = field(default_factory=list)
+    pictures: list[tuple[int, int]] = field(default_factory=list)
+    seen: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, patches: torch.Tensor) -> None:
+        self.seen.setdefault(name, []).append(patches)
+
+    def shape(self) -> tuple[int, ...]:
+        """(pictures, patches), or (patches,) if the pictures differ in size."""
+        if len({patches for _, patches in self.pictures}) == 1:
+            return sum(number for number, _ in self.pictures), self.pictures[0][1]
+        return (sum(number * patches for number, patches in self.pictures),)
 
 
 class VisionTap:
-    """Collects scores while a model computes its image and video features.
+    """Collects what was asked for while a model computes its image and video features.
 
     It wraps `get_image_features` and `get_video_features` on the instance (generation calls them
     ahead of the forward, a plain forward inside it) and is undone by `remove`. What was collected
-    waits, per thread, for `take`. A family that is not in the table gives no scores.
+    waits, per thread, for `take`, and stays with the features for when they are used again
+    (`mm_encoder_outputs`). A family that is not in the table gives nothing.
+
+    Keys are those the attention uses: where a tower rotates them by their place (Qwen, Pixtral), a
+    token's key is a mean over rotations that differ by a patch or so. Where the middle block looks at
+    windows only (Qwen2.5-VL), attention is received within the window; a CLS token gives some, too.
+
+    Args:
+        base: the model without its language head.
+        vision: its vision tower.
+        wanted: what the method must see.
     """
 
-    def __init__(self, base: nn.Module, vision: nn.Module):
-        self.base, self.vision = base, vision
+    def __init__(self, base: nn.Module, vision: nn.Module, wanted: Tower):
+        self.base, self.vision, self.wanted = base, vision, wanted
         self.family = FAMILIES.get(base.config.model_type)
-        self.attention = self._attention()
+        self.attention, self.middle = self._attentions()
         self.has_cls = any(
             getattr(module, name, None) is not None
             for module in vision.modules()
@@ -107,10 +143,19 @@ class VisionTap:
 
     @property
     def available(self) -> bool:
+        """Whether the tower gives scores, be they wanted or not."""
         return self.attention is not None
 
+    @property
+    def tapped(self) -> list[nn.Module]:
+        """The tower's attention modules that `observe` must see."""
+        wanted = self.wanted
+        if not (wanted.attention or wanted.keys or wanted.places or wanted.middle is not None):
+            return []
+        return [module for module in (self.attention, self.middle) if module is not None]
+
     def install(self) -> None:
-        if self.available:
+        if self.tapped:
             for medium in MEDIA:
                 if getattr(self.family, medium) is not None:
                     self._wrap(medium)
@@ -124,14 +169,14 @@ class VisionTap:
         self._covered = {}
         self._local = threading.local()
 
-    def take(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionScores | None:
-        """The scores collected in this thread since the last call, in the order of the prompts.
+    def take(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionView | None:
+        """What was collected in this thread since the last call, in the order of the prompts.
 
         Args:
             input_ids: [batch, length]; tells videos from images where both were seen.
             visual: bool [batch, length], the visual tokens.
         """
-        ready, self._local.ready = getattr(self._local, "ready", None) or {}, None
+        ready, self._local.ready = self._ready(), {}
         if len(ready) < 2:
             return next(iter(ready.values()), None)
         if input_ids is None:
@@ -140,27 +185,72 @@ class VisionTap:
         rows = [kind[seen] for kind, seen in zip(is_video, visual, strict=True)]
         return in_prompt_order(ready["image"], ready["video"], rows)
 
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Features of pictures and videos, by medium, with what was seen of the tower.
+
+        Args:
+            inputs: what the processor gave; the rest of it is passed over.
+        """
+        encoded = {}
+        for medium in MEDIA:
+            features = getattr(self.base, f"get_{medium}_features", None)
+            pixels = "pixel_values" if medium == "image" else "pixel_values_videos"
+            if features is None or inputs.get(pixels) is None:
+                continue
+            taken = inspect.signature(features).parameters
+            output = features(**{name: inputs[name] for name in taken if name in inputs})
+            kept = {name: value for name, value in output.items() if name not in INTERMEDIATE}
+            encoded[medium] = type(output)(**kept)
+            if (view := getattr(output, ATTRIBUTE, None)) is not None:
+                setattr(encoded[medium], ATTRIBUTE, view)
+        self._local.ready = {}
+        return encoded
+
+    def recall(self, encoded: Mapping[str, Any] | None) -> None:
+        """Take what was collected when these features were computed, for features that are used again.
+
+        Args:
+            encoded: the model's `mm_encoder_outputs`: what `get_image_features` and
+                `get_video_features` returned, by medium.
+        """
+        for medium, features in (encoded or {}).items():
+            view = getattr(features, ATTRIBUTE, None)
+            if view is not None:
+                self._ready()[medium] = view
+
+    def _ready(self) -> dict[str, VisionView]:
+        """What waits for `take` in this thread, by medium."""
+        if not hasattr(self._local, "ready"):
+            self._local.ready = {}
+        return self._local.ready
+
     @torch.no_grad()
     def observe(
         self, module, query, key, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
     ) -> None:
-        """Called with the tower's query and key, [images, heads, tokens, head dim]."""
+        """Called with the query and key of a tapped block, [images, heads, tokens, head dim]."""
         call = getattr(self._local, "call", None)
         if call is None:
             return
         strategy = setting(self.base, call.arguments, "vision_feature_select_strategy")
-        first = 1 if strategy == "default" else 0
-        if first and self.has_cls:
-            call.patches.append(cls_attention(query, key, scaling))
-            return
+        first = int(strategy == "default")
         pictures = [(query, key)]
         if cu_seq_lens_q is not None:
             lengths = cu_seq_lens_q.diff().tolist()
             pictures = list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
         for queries, keys in pictures:
-            call.patches.append(
-                received_attention(queries, keys, scaling, attention_mask)[:, first:]
-            )
+            if module is self.middle:
+                received = received_attention(queries, keys, scaling, attention_mask)
+                call.add("vision_middle", received[:, first:, None])
+            if module is self.attention:
+                call.pictures.append((keys.shape[0], keys.shape[2] - first))
+                if self.wanted.keys:
+                    call.add("vision_keys", keys.float().mean(dim=1)[:, first:])
+                if self.wanted.attention and first and self.has_cls:
+                    call.add("vision_scores", cls_attention(queries, keys, scaling)[..., None])
+                elif self.wanted.attention:
+                    received = received_attention(queries, keys, scaling, attention_mask)
+                    call.add("vision_scores", received[:, first:, None])
 
     def _wrap(self, medium: str) -> None:
         name = f"get_{medium}_features"
@@ -172,42 +262,69 @@ class VisionTap:
             if getattr(self._local, "call", None) is not None:
                 # A video may be computed by way of the images.
                 return original(*args, **kwargs)
-            call = self._local.call = _Call(dict(signature.bind(*args, **kwargs).arguments))
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            # Older releases pass a picture's size on without naming it.
+            arguments |= arguments.pop("kwargs", {})
+            call = self._local.call = _Call(arguments)
             try:
                 features = original(*args, **kwargs)
             finally:
                 self._local.call = None
-            if call.patches:
-                ready = getattr(self._local, "ready", None) or {}
-                self._local.ready = {**ready, medium: self._map(medium, call)}
+            if call.pictures:
+                view = self._map(medium, call)
+                self._ready()[medium] = view
+                if isinstance(features, ModelOutput):
+                    setattr(features, ATTRIBUTE, view)
             return features
 
         self._covered[name] = self.base.__dict__.get(name)
         setattr(self.base, name, get_features)
 
     @torch.no_grad()
-    def _map(self, medium: str, call: _Call) -> VisionScores:
-        same_size = len({tuple(p.shape[1:]) for p in call.patches}) == 1
-        patches = torch.cat(call.patches if same_size else [p.flatten() for p in call.patches])
-        to_tokens, padding = getattr(self.family, medium), None
-        if self.family.squares:
-            size = self.base.config.vision_config.patch_size
-            size = size if isinstance(size, int) else size[0]
-            padding = padded_patches(call.arguments.get("pixel_values"), patches.shape, size)
+    def _map(self, medium: str, call: _Call) -> VisionView:
+        to_tokens, shape = getattr(self.family, medium), call.shape()
+        values = {}
+        for name, parts in call.seen.items():
+            patches = torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, shape)
+            tokens = to_tokens(self.base, patches, call.arguments)
+            values[name] = tokens if name == "vision_keys" else tokens[:, 0]
+        padding = self._padding(call, shape)
         if padding is not None:
             # A token is padding if none of its patches is real.
-            padding = to_tokens(self.base, (~padding).float(), call.arguments) == 0
-        return VisionScores(to_tokens(self.base, patches, call.arguments), padding)
+            real = to_tokens(self.base, (~padding).float()[..., None], call.arguments)
+            values["vision_padding"] = real[:, 0] == 0
+        if self.wanted.places:
+            places = token_places(to_tokens, self.base, shape, call.arguments)
+            if places is not None:
+                values["places"] = places
+        return VisionView(values)
 
-    def _attention(self) -> nn.Module | None:
+    def _padding(self, call: _Call, shape: Sequence[int]) -> torch.Tensor | None:
+        """Which patches hold the padding of a picture; only its scores must not win by it."""
+        if not self.wanted.attention or not self.family.squares:
+            return None
+        size = self.base.config.vision_config.patch_size
+        size = size if isinstance(size, int) else size[0]
+        return padded_patches(call.arguments.get("pixel_values"), shape, size)
+
+    def _attentions(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The attention of the scored block, and that of the middle one if it is wanted."""
         depth = tower_depth(self.base.config)
         if self.family is None or depth is None:
-            return None
+            return None, None
         index = self.family.block(self.base.config)
         modules = self.vision.modules()
         blocks = next(
             (m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth), None
         )
         if blocks is None or index < 0:
-            return None
-        return next((m for m in blocks[index].modules() if hasattr(m, "is_causal")), None)
+            return None, None
+        if self.wanted.middle is None:
+            return _attention_of(blocks[index]), None
+        # 29 / 45 * 45 is a hair more than 29.
+        middle = math.ceil(round(self.wanted.middle * depth, 6)) - 1
+        return _attention_of(blocks[index]), _attention_of(blocks[min(max(middle, 0), index)])
+
+
+def _attention_of(block: nn.Module) -> nn.Module | None:
+    return next((module for module in block.modules() if hasattr(module, "is_causal")), None)

@@ -1,13 +1,15 @@
 """From the vision tower's patches to the decoder's visual tokens: the table of families.
 
-Every map repeats what the model does between tower and decoder (packing, pooling, shuffling) on one
-channel instead of the hidden size: a token's score is the mean of the scores of its patches.
+Every map repeats what the model does between tower and decoder (packing, pooling, shuffling) on a few
+channels instead of the hidden size: what a token has is the mean of what its patches have.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.vision_utils import get_vision_window_index
 
-# (base model, patch scores, arguments of get_image_features or get_video_features) -> token scores.
-# Patch scores are float32 [pictures, patches], flat where a tower packs pictures of several sizes.
-# Token scores are flat, in the order in which the model scatters features into the prompts, and NaN
-# where a token has no patch.
+# (base model, patches, arguments of get_image_features or get_video_features) -> tokens.
+# Patches are float32 [pictures, patches, channels], or [patches, channels] where a tower packs pictures
+# of several sizes. Tokens are [tokens, channels], in the order in which the model scatters features
+# into the prompts, and NaN where a token has no patch.
 Map = Callable[[nn.Module, torch.Tensor, Mapping[str, Any]], torch.Tensor]
+# With the same arguments: rows and columns of each picture's tokens, None if they are not known.
+Grids = Callable[[nn.Module, torch.Tensor, Mapping[str, Any]], Sequence[tuple[int, int]] | None]
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,51 @@ def setting(base: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
     return getattr(base.config, name, None) if given is None else given
 
 
+def token_places(
+    to_tokens: Map, base: nn.Module, shape: Sequence[int], arguments: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Where tokens lie: every map leaves the tokens of a picture row by row.
+
+    Args:
+        shape: [pictures, patches], or [patches] where a tower packs pictures of several sizes.
+
+    Returns:
+        float32 [tokens, 3] on the CPU: the picture's number within the call, row, column; NaN for
+        tokens without a patch. The tiles of one picture, once joined, are one picture; its small
+        version is another. None if the tokens do not fill their grids, as with a CLS token.
+    """
+    patches = torch.ones(*shape, 1)
+    has_patch = ~to_tokens(base, patches, arguments)[:, 0].isnan()
+    count = int(has_patch.sum())
+    grids = GRIDS[to_tokens](base, patches, arguments) if to_tokens in GRIDS else None
+    if grids is None and len(shape) == 2:
+        grids = [(math.isqrt(count // shape[0]),) * 2] * shape[0]
+    if grids is None or count != sum(rows * columns for rows, columns in grids):
+        return None
+    places = torch.full((len(has_patch), 3), float("nan"))
+    places[has_patch] = torch.cat(
+        [
+            torch.cartesian_prod(torch.tensor([number]), torch.arange(rows), torch.arange(columns))
+            for number, (rows, columns) in enumerate(grids)
+        ]
+    ).float()
+    return places
+
+
 def _each_patch(base, patches, arguments):
-    return patches.flatten()
+    return patches.flatten(0, -2)
 
 
 def _any_resolution(base, patches, arguments):
     """Tiles are joined, unpadded and given a newline per row."""
-    strategy = setting(base, arguments, "vision_feature_select_strategy")
-    return _pack(base, patches, arguments, vision_feature_select_strategy=strategy)
+    return torch.cat(_pack(base, patches, arguments))
 
 
-def _onevision_image(base, patches, arguments):
-    """As `_any_resolution`, but large pictures are shrunk, and several pictures are not tiled."""
-    ratio = setting(base, arguments, "vision_aspect_ratio")
-    return _pack(base, patches, arguments, vision_aspect_ratio=ratio)
+def _pack(base, patches, arguments):
+    """[tokens, channels] of each picture: its small version, then its joined tiles.
 
-
-def _pack(base, patches, arguments, **options):
+    LLaVA-OneVision also shrinks large pictures, and does not tile several of one prompt.
+    """
     config, sizes = base.config, arguments["image_sizes"]
     count = sys.modules[type(base).__module__].image_size_to_num_patches
     tiles = [
@@ -87,82 +119,145 @@ def _pack(base, patches, arguments, **options):
     if per_prompt is not None:
         alone = [n == 1 for n in per_prompt for _ in range(n)]
         tiles = [n if tiled else 1 for n, tiled in zip(tiles, alone, strict=True)]
-    newline = torch.full((1,), float("nan"), device=patches.device)
+    known = inspect.signature(base.pack_image_features).parameters
+    options = {
+        name: setting(base, arguments, name)
+        for name in ("vision_feature_select_strategy", "vision_aspect_ratio")
+        if name in known
+    }
+    newline = patches.new_full((patches.shape[-1],), float("nan"))
     packed, _ = base.pack_image_features(
-        patches[..., None].split(tiles), sizes, image_newline=newline, **options
+        patches.split(tiles), sizes, image_newline=newline, **options
     )
-    return torch.cat(list(packed)).flatten()
+    return list(packed)
+
+
+def _joined_grids(base, patches, arguments):
+    """The small version's grid, then that of the joined tiles, whose rows are as many as newlines."""
+    grids, small = [], patches.shape[1]
+    for tokens in _pack(base, patches, arguments):
+        newlines = int(tokens[:, 0].isnan().sum())
+        joined = len(tokens) - small - newlines
+        grids += [(math.isqrt(small),) * 2, (newlines, joined // newlines)]
+    return grids
 
 
 def _onevision_video(base, patches, arguments):
     """Every frame is shrunk, and every video ends with a newline."""
     # Called pixel_values in older releases.
     pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
-    frames = base.apply_pooling(patches[..., None])
-    return F.pad(frames.reshape(len(pixels), -1), (0, 1), value=float("nan")).flatten()
+    frames = base.apply_pooling(patches)
+    videos = frames.reshape(len(pixels), -1, frames.shape[-1])
+    return F.pad(videos, (0, 0, 0, 1), value=float("nan")).flatten(0, 1)
 
 
 def _next_video(base, patches, arguments):
     stride = base.config.spatial_pool_stride
-    return F.avg_pool2d(_as_square(patches), stride).flatten()
+    return _row_by_row(F.avg_pool2d(_as_square(patches), stride))
 
 
 def _merge_neighbours(base, patches, arguments):
     """The tower sees the patches of one token next to each other."""
     merged = base.config.vision_config.spatial_merge_size**2
-    return patches.reshape(-1, merged).mean(dim=1)
+    return patches.reshape(-1, merged, patches.shape[-1]).mean(dim=1)
 
 
 def _merge_windows(base, patches, arguments):
     """As `_merge_neighbours`, but tokens are sorted by attention windows inside the tower."""
     vision = base.config.vision_config
-    grid = arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
     order, _ = get_vision_window_index(
-        grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        _frames(arguments), vision.spatial_merge_size, vision.window_size, vision.patch_size
     )
     tokens = _merge_neighbours(base, patches, arguments)
     return tokens[order.argsort().to(tokens.device)]
 
 
+def _frame_grids(base, patches, arguments):
+    """Every frame of a video is a picture."""
+    merge = base.config.vision_config.spatial_merge_size
+    return [
+        (rows // merge, columns // merge)
+        for frames, rows, columns in _frames(arguments).tolist()
+        for _ in range(frames)
+    ]
+
+
+def _frames(arguments):
+    return arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
+
+
 def _shuffle_internvl(base, patches, arguments):
-    square = _as_square(patches)[:, 0, :, :, None]
-    return base.pixel_shuffle(square, scale_factor=base.config.downsample_ratio).mean(-1).flatten()
+    square = _as_square(patches).movedim(1, -1)
+    shuffled = base.pixel_shuffle(square, scale_factor=base.config.downsample_ratio)
+    return _mean_of_shuffled(shuffled, patches)
 
 
 def _shuffle_idefics(base, patches, arguments):
     connector = base.connector
-    return connector.pixel_shuffle(patches[..., None], connector.scale_factor).mean(-1).flatten()
+    return _mean_of_shuffled(connector.pixel_shuffle(patches, connector.scale_factor), patches)
 
 
 def _shuffle_aya(base, patches, arguments):
-    return base.multi_modal_projector.pixel_shuffle(patches[..., None]).mean(-1).flatten()
+    return _mean_of_shuffled(base.multi_modal_projector.pixel_shuffle(patches), patches)
+
+
+def _mean_of_shuffled(shuffled, patches):
+    """A pixel shuffle puts the channels of a token's patches behind each other."""
+    return shuffled.reshape(-1, shuffled.shape[-1] // patches.shape[-1], patches.shape[-1]).mean(1)
 
 
 def _pool_gemma(base, patches, arguments):
-    return base.multi_modal_projector.avg_pool(_as_square(patches)).flatten()
+    return _row_by_row(base.multi_modal_projector.avg_pool(_as_square(patches)))
 
 
 def _merge_grids(base, patches, arguments):
     """Mistral 3 merges the patches of every picture on the picture's own grid."""
-    side, merge = base.config.vision_config.patch_size, base.config.spatial_merge_size
-    grids = [
-        (int(height) // side, int(width) // side) for height, width in arguments["image_sizes"]
+    merge = base.config.spatial_merge_size
+    grids = _sized_grids(arguments, base.config.vision_config.patch_size)
+    pictures = patches.flatten(0, -2).split([rows * columns for rows, columns in grids])
+    maps = [
+        p.unflatten(0, (1, *grid)).movedim(-1, 1) for p, grid in zip(pictures, grids, strict=True)
     ]
-    pictures = patches.flatten().split([rows * columns for rows, columns in grids])
-    maps = [p.view(1, *grid) for p, grid in zip(pictures, grids, strict=True)]
-    return torch.cat([F.avg_pool2d(scores, merge).flatten() for scores in maps])
+    return torch.cat([_row_by_row(F.avg_pool2d(channels, merge)) for channels in maps])
+
+
+def _picture_grids(base, patches, arguments):
+    """Pixtral's tower takes pictures of any size, in Mistral 3 and in LLaVA."""
+    merge = getattr(base.config, "spatial_merge_size", 1)
+    return _sized_grids(arguments, base.config.vision_config.patch_size * merge)
+
+
+def _sized_grids(arguments, side):
+    sizes = arguments.get("image_sizes")
+    if sizes is None:
+        return None
+    return [(height // side, width // side) for height, width in torch.as_tensor(sizes).tolist()]
 
 
 def _as_square(patches: torch.Tensor) -> torch.Tensor:
-    """[pictures, patches] -> [pictures, 1, side, side]."""
-    return patches.unflatten(1, (1, round(patches.shape[1] ** 0.5), -1))
+    """[pictures, patches, channels] -> [pictures, channels, side, side]."""
+    return patches.unflatten(1, (round(patches.shape[1] ** 0.5), -1)).movedim(-1, 1)
 
+
+def _row_by_row(grids: torch.Tensor) -> torch.Tensor:
+    """[pictures, channels, rows, columns] -> [tokens, channels]."""
+    return grids.movedim(1, -1).flatten(0, 2)
+
+
+# Of the maps that may leave pictures whose tokens are no square.
+GRIDS: dict[Map, Grids] = {
+    _each_patch: _picture_grids,
+    _any_resolution: _joined_grids,
+    _merge_neighbours: _frame_grids,
+    _merge_windows: _frame_grids,
+    _merge_grids: _picture_grids,
+}
 
 FAMILIES: dict[str, VisionFamily] = {
     "llava": VisionFamily(_each_patch, squares=True),
     "llava_next": VisionFamily(_any_resolution),
     "llava_next_video": VisionFamily(_any_resolution, _next_video),
-    "llava_onevision": VisionFamily(_onevision_image, _onevision_video),
+    "llava_onevision": VisionFamily(_any_resolution, _onevision_video),
     "qwen2_vl": VisionFamily(_merge_neighbours, _merge_neighbours),
     "qwen2_5_vl": VisionFamily(
         _merge_windows,

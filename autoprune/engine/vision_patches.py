@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> tor
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def padded_patches(pixels: Any, shape: torch.Size, patch_size: int) -> torch.Tensor | None:
+def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> torch.Tensor | None:
     """Which patches lie wholly in the constant border that pads a picture to a square.
 
     Args:

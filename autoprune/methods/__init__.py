@@ -10,14 +10,53 @@ from ..budget import Budget
 from ..method import Method
 from .autoprune import AutoPrune
 from .autoprune_reference import AutoPruneReference
+from .cdpruner import CDPruner
+from .dart import DART
+from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .fastv import FastV
+from .folder import Folder
+from .hiprune import HiPrune
 from .no_image import NoImage
+from .pact import PACT
+from .pdrop import PDrop
+from .pooling import Pooling
+from .prumerge import PruMerge
 from .random import Random
+from .sparsevlm import SparseVLM
+from .tome import ToMe
+from .turbo import Turbo
+from .uniform import Uniform
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 from .vtw import VTW
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (AutoPrune, AutoPruneReference, FastV, VTW, FasterVLM, Random, NoImage)
+    cls.name: cls
+    for cls in (
+        AutoPrune,
+        AutoPruneReference,
+        FastV,
+        PDrop,
+        SparseVLM,
+        DART,
+        PACT,
+        VTW,
+        FasterVLM,
+        VisPruner,
+        VisionZip,
+        PruMerge,
+        HiPrune,
+        DivPrune,
+        CDPruner,
+        ToMe,
+        Turbo,
+        Folder,
+        Pooling,
+        Uniform,
+        Random,
+        NoImage,
+    )
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,6 +14,7 @@ import torch
 from ..budget import Budget, solve_schedule
 from ..cost import DecoderCost
 from ..curves import get_curve
+from ..envelope import envelope
 from ..information import mutual_information
 from ..mergers import get_merger
 from ..method import (
@@ -25,10 +27,13 @@ from ..method import (
     PromptState,
     Selection,
 )
+from ..schedules import REFERENCE_DEPTH
 from ..scorers import as_shares, text_attention, vision_attention
 
-REFERENCE_DEPTH = 32
 REMEMBERED_PRIORS = 256
+
+# Where `capacity` looks at the curves; more points tighten the bound between them.
+POINTS = 65
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class AutoPrune(Method):
         merger: what becomes of dropped tokens after the first cut: None discards them, "dpc_knn"
             recycles the best of them as cluster means, inside the budget.
         positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
+        noise: the paper's robustness experiment: each prompt's I is multiplied by 1 + noise u, with u
+            uniform in [-1, 1], and the schedule and the trace get the product. In [0, 1].
+        seed: which u. It follows from the seed and I to a thousandth of a bit, so that a prompt gets
+            the same in every batch.
+
+    gamma=0 and beta=0 make it a fixed schedule of that curve: I is still measured and recorded, and
+    nothing follows from it.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -76,6 +88,8 @@ class AutoPrune(Method):
     text_weight: float = 1.0
     merger: str | None = None
     positions: Positions = "original"
+    noise: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.of(self.budget))
@@ -87,6 +101,8 @@ class AutoPrune(Method):
                 raise ValueError(
                     f"{name} must be a finite number (k0, text_weight >= 0), got {value!r}"
                 )
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise must be a share in [0, 1], got {self.noise!r}")
         if self.mi_layer < 0:
             raise ValueError(
                 f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer}"
@@ -122,12 +138,53 @@ class AutoPrune(Method):
         prior = self._prior(num_layers, prompts, cost)
         return self._posterior(num_layers, prompts, cost, prior, [mutual_information])[0].tolist()
 
+    def capacity(
+        self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
+    ) -> list[int]:
+        """See `Method.capacity`: the plan up to `mi_layer`, behind it the envelope of the plans for every
+        mutual information from 0 to log2 N bits.
+
+        Raises:
+            InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
+        """
+        if not num_visual:
+            return [0] * num_layers
+        assert isinstance(self.budget, Budget)
+        prior = self._prior(num_layers, Prompts([num_visual], [num_text]), cost)
+        slopes, midpoints = self._parameters(num_layers, self._every_information(num_visual))
+        return envelope(
+            get_curve(self.curve),
+            slopes,
+            midpoints,
+            num_visual,
+            self.budget,
+            prior[:, : self.mi_layer + 1],
+            num_layers,
+            cost,
+            num_text,
+        )
+
+    def _every_information(self, num_visual: int) -> np.ndarray:
+        """Ascending points over all mutual information that N visual tokens allow, in bits.
+
+        From where the slope reaches 0 on, the curve stays as it is.
+        """
+        # What is measured in float32 may exceed the logarithm a little.
+        most = (1 + self.noise) * np.log2(num_visual) + 1e-3
+        flat = min(self.k0 / self.gamma, most) if self.gamma > 0 else most
+        turn = -self.x0 / self.beta if self.beta else 0.0
+        return np.unique(np.clip([*np.linspace(0, flat, POINTS), turn, most], 0, most))
+
     def retention(self, num_layers: int, information: Sequence[float]) -> np.ndarray:
         """The curve before normalisation, [prompts, L], for each prompt's mutual information in bits."""
-        bits = np.asarray(information, dtype=np.float64)
+        slope, midpoint = self._parameters(num_layers, np.asarray(information, dtype=np.float64))
+        return get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
+
+    def _parameters(self, num_layers: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slope and midpoint for each mutual information, in layers of this model."""
         slope = np.maximum(self.k0 - self.gamma * bits, 0.0) * (REFERENCE_DEPTH / num_layers)
         midpoint = (self.x0 + self.beta * bits) * (num_layers / REFERENCE_DEPTH)
-        return get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
+        return slope, midpoint
 
     def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
         """The schedule of a prompt without information: it decides the layers up to the measurement."""
@@ -186,7 +243,8 @@ class AutoPrune(Method):
             due = (plan[:, 0] < np.asarray(state.prompts.num_visual)).any()
             return Needs(vision=True) if due else None
         if cut == self.mi_layer + 1 or (plan[:, cut] < plan[:, cut - 1]).any():
-            return Needs(rows="text", vision=cut == 1 and self.first_cut == "after_layer_0")
+            vision = cut == 1 and self.first_cut == "after_layer_0"
+            return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
@@ -200,12 +258,16 @@ class AutoPrune(Method):
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
         per_head = mutual_information(seen.attention, seen.text_mask, seen.mask)
-        bits = per_head.mean(dim=1).tolist()
+        bits = [self._disturbed(value) for value in per_head.mean(dim=1).tolist()]
         shape, prior = state.shape, state.notes["plan"]
         plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)
         state.mutual_information = bits
         state.notes["plan"] = plan
         state.schedule = plan.tolist()
+
+    def _disturbed(self, bits: float) -> float:
+        draw = random.Random(f"{self.seed} {bits:.3f}").uniform(-1, 1)
+        return bits * (1 + self.noise * draw)
 
     def _scores(self, seen: Observation) -> torch.Tensor:
         if seen.cut == 0:

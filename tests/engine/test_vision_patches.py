@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,11 +13,11 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from autoprune import scorers
 from autoprune.engine import vision_patches
-from autoprune.engine.vision import VisionScores
+from autoprune.engine.vision import VisionView, in_prompt_order
 from autoprune.engine.vision_patches import received_attention
 from tests import zoo
 from tests.kernels import flash_attention
-from tests.watch import observe, vision_scores
+from tests.watch import observe, renumbered, tower_values, vision_scores
 
 RECENT = Version(transformers.__version__) >= Version("5.19")
 BOTH_MEDIA = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -77,15 +78,15 @@ def test_masked_pixels_get_no_score(name, attention):
 @pytest.mark.parametrize(
     "name", ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"]
 )
-def test_flash_attention_conventions_give_the_same_scores(name):
+def test_flash_attention_conventions_give_the_same(name):
     if name == "mistral3" and not RECENT:
         pytest.skip("does not tell flash attention where a picture ends")
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3")
-    expected = vision_scores(model, arguments)
+    expected = tower_values(model, arguments)
     with flash_attention(model):
-        scores = vision_scores(model, arguments)
-    for one, other in zip(scores, expected, strict=True):
+        values = tower_values(model, arguments)
+    for one, other in zip(values, expected, strict=True):
         assert same(one, other)
 
 
@@ -172,17 +173,35 @@ def test_images_and_videos_of_a_prompt_are_put_in_its_order(name, beams):
         [("image", 2)],
     ]
     one = {
-        item: vision_scores(model, mixed(name, model, [[item]]))[0] for p in prompts for item in p
+        item: tower_values(model, mixed(name, model, [[item]]))[0] for p in prompts for item in p
     }
-    seen = vision_scores(model, mixed(name, model, prompts), num_beams=beams)
+    seen = tower_values(model, mixed(name, model, prompts), num_beams=beams)
     assert len(seen) == beams * len(prompts)
-    for row, scores in enumerate(seen):
-        assert same(scores, torch.cat([one[item] for item in prompts[row // beams]]))
+    for row, values in enumerate(seen):
+        alone = [one[item].clone() for item in prompts[row // beams]]
+        for number, item in enumerate(alone):
+            item[:, 0] += 100 * number  # no two items share a picture
+        assert same(values, renumbered(torch.cat(alone)))
+
+
+def test_only_what_both_media_have_is_merged():
+    scores, places = torch.arange(6.0), torch.zeros(6, 3)
+    image = VisionView({"vision_scores": scores, "places": places})
+    video = VisionView({"vision_scores": 10 + scores})
+    is_video = np.arange(12) % 2 == 0
+    merged = in_prompt_order(image, video, [is_video]).values
+    assert list(merged) == ["vision_scores"]
+    assert merged["vision_scores"].view(6, 2).tolist() == [[10 + i, i] for i in range(6)]
+    assert in_prompt_order(image, video, [~is_video | is_video]) is video
+    assert in_prompt_order(image, video, [~is_video & is_video]) is image
 
 
 def test_scores_of_other_prompts_are_not_used():
-    scores = VisionScores(torch.arange(12.0), None)
-    assert [s.tolist() for s in scores.per_prompt([6, 6])[0]] == [[*range(6)], [*range(6, 12)]]
-    assert [len(s) for s in scores.per_prompt([8, 8, 4, 4])[0]] == [8, 8, 4, 4]
+    view = VisionView({"vision_scores": torch.arange(12.0)})
+    assert [s.tolist() for s in view.per_prompt([6, 6])["vision_scores"]] == [
+        [*range(6)],
+        [*range(6, 12)],
+    ]
+    assert [len(s) for s in view.per_prompt([8, 8, 4, 4])["vision_scores"]] == [8, 8, 4, 4]
     for counts in ([8, 4, 8, 4], [5], [24], [0, 0], []):
-        assert scores.per_prompt(counts)[0] == []
+        assert view.per_prompt(counts) == {}

@@ -1,4 +1,4 @@
-"""Scores from the vision tower: the right numbers, on the right tokens, for the right prompts."""
+"""Scores from the vision tower: the right numbers on the right tokens; all it tells, for each prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autoprune import AutoPrune
 from autoprune.engine import vision
 from autoprune.engine.vision_maps import FAMILIES
 from tests import zoo
-from tests.watch import observe, vision_scores
+from tests.watch import observe, tower_values, vision_scores
 
 SCORED = {
     name: family for name, family in zoo.FAMILIES.items() if family.config().model_type in FAMILIES
@@ -123,7 +123,7 @@ def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
 
 
 def patches_seen(monkeypatch, model, arguments, media: str) -> torch.Tensor:
-    """What the map from patches to tokens was given, flat."""
+    """The scores that the map from patches to tokens was given first, flat."""
     key = model.config.model_type
     to_tokens, seen = getattr(FAMILIES[key], media), []
 
@@ -133,7 +133,24 @@ def patches_seen(monkeypatch, model, arguments, media: str) -> torch.Tensor:
 
     monkeypatch.setitem(FAMILIES, key, dataclasses.replace(FAMILIES[key], **{media: spy}))
     observe(model, arguments)
-    return seen[-1].flatten()
+    return seen[0].flatten()
+
+
+def record_attention(monkeypatch, model, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gathers the keys and weights of each call of a block's attention from now on."""
+    tower = blocks_of(model)[block]
+    attention = next(m for m in tower.modules() if hasattr(m, "is_causal"))
+    module = sys.modules[type(attention).__module__]
+    eager, recorded = module.eager_attention_forward, []
+
+    def record(module, query, key, *args, **kwargs):
+        output = eager(module, query, key, *args, **kwargs)
+        if module is attention:
+            recorded.append((key, output[1]))
+        return output
+
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    return recorded
 
 
 def received(weights: torch.Tensor) -> torch.Tensor:
@@ -145,19 +162,9 @@ def received(weights: torch.Tensor) -> torch.Tensor:
 def test_scores_are_the_attention_weights_of_the_selected_block(name, media, monkeypatch):
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3", media)
-    block = blocks_of(model)[selected_block(model)]
-    attention = next(m for m in block.modules() if hasattr(m, "is_causal"))
-    module = sys.modules[type(attention).__module__]
-    eager, weights = module.eager_attention_forward, []
-
-    def record(module, *args, **kwargs):
-        output = eager(module, *args, **kwargs)
-        if module is attention:
-            weights.append(output[1])
-        return output
-
-    monkeypatch.setattr(module, "eager_attention_forward", record)
+    recorded = record_attention(monkeypatch, model, selected_block(model))
     scores = patches_seen(monkeypatch, model, arguments, media)
+    weights = [weights for _, weights in recorded]
     if has_cls(model):
         expected = [w[:, :, 0, 1:].mean(dim=1).flatten() for w in weights]
     elif name == "mistral3":
@@ -191,56 +198,56 @@ def test_attention_backends_agree(name):
     arguments = zoo.inputs(name, model, "padded3")
     other = zoo.build(name, "sdpa")
     for one, two in zip(
-        vision_scores(model, arguments), vision_scores(other, arguments), strict=True
+        tower_values(model, arguments), tower_values(other, arguments), strict=True
     ):
         assert same(one, two)
 
 
 @functools.cache
 def alone(name: str, batch: str, media: str) -> list[torch.Tensor]:
-    """Scores of each prompt of a batch when it is run by itself; none for a prompt of text only."""
-    model, scores = model_of(name), []
+    """What each prompt of a batch has when it is run by itself; nothing for a prompt of text only."""
+    model, values = model_of(name), []
     for prompt in range(3):
         arguments = zoo.inputs(name, model, batch, media, only=prompt)
         has_visual = zoo.visual_mask(model, arguments["input_ids"]).any()
-        scores.append(vision_scores(model, arguments)[0] if has_visual else torch.empty(0))
-    return scores
+        values.append(tower_values(model, arguments)[0] if has_visual else torch.empty(0, 1))
+    return values
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
 @pytest.mark.parametrize(("name", "media"), SETTINGS)
-def test_a_prompt_in_a_batch_has_the_scores_it_has_alone(name, media, batch, side):
+def test_a_prompt_has_in_a_batch_what_it_has_alone(name, media, batch, side):
     model = model_of(name)
     arguments = zoo.inputs(name, model, batch, media, padding_side=side)
-    for one, other in zip(vision_scores(model, arguments), alone(name, batch, media), strict=True):
+    for one, other in zip(tower_values(model, arguments), alone(name, batch, media), strict=True):
         assert same(one, other)
 
 
 @pytest.mark.parametrize("batch", ["padded3_text", pytest.param("padded3", marks=repeats_features)])
 @pytest.mark.parametrize(("name", "media"), SETTINGS)
-def test_every_beam_has_the_scores_of_its_prompt(name, media, batch):
+def test_every_beam_has_what_its_prompt_has(name, media, batch):
     if (name, media) == ("glm4v", "video"):
         pytest.skip("transformers cannot repeat GLM-4V's videos: it looks for video tokens")
     model = model_of(name)
     arguments = zoo.inputs(name, model, batch, media)
-    seen = vision_scores(model, arguments, num_beams=2)
+    seen = tower_values(model, arguments, num_beams=2)
     assert len(seen) == 6
-    for row, scores in enumerate(alone(name, batch, media)):
-        assert same(seen[2 * row], scores)
-        assert same(seen[2 * row + 1], scores)
+    for row, values in enumerate(alone(name, batch, media)):
+        assert same(seen[2 * row], values)
+        assert same(seen[2 * row + 1], values)
 
 
 @pytest.mark.parametrize(
     "generation", [{"do_sample": False}, {"do_sample": True, "num_return_sequences": 3}]
 )
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "idefics3"])
-def test_generation_has_the_scores_of_a_forward(name, generation):
+def test_generation_has_what_a_forward_has(name, generation):
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3_text")
     copies = generation.get("num_return_sequences", 1)
-    forward = [s for s in vision_scores(model, arguments) for _ in range(copies)]
-    for one, other in zip(vision_scores(model, arguments, **generation), forward, strict=True):
+    forward = [v for v in tower_values(model, arguments) for _ in range(copies)]
+    for one, other in zip(tower_values(model, arguments, **generation), forward, strict=True):
         assert same(one, other)
 
 

@@ -1,0 +1,1 @@
+"""The speed benchmark: what pruning really saves in time and memory, beside what its FLOPs promise."""

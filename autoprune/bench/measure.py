@@ -1,0 +1,84 @@
+"""One prefill and a few greedy steps: how long they take, and how much memory they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..method import Method
+from ..trace import Sample
+from .clock import Clock
+from .memory import PeakMemory, cache_bytes
+from .subjects import Tensors
+
+PHASES = ("vision", "prefill", "ttft", "decode")
+"""Seconds from the call to the decoder's entry, from there to the first token's logits, both, and
+of one greedy step."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory of one prefill: peak of allocations, bytes the cache holds, and the trace."""
+
+    peak: int
+    kv: int
+    samples: list[Sample]
+
+
+@torch.inference_mode()
+def time_once(
+    model: Any, prompts: Tensors, method: Method | None, steps: int, clock: Clock
+) -> dict[str, float]:
+    """Seconds of each of `PHASES`; attaching the method is not timed."""
+    entered: list[Any] = []
+    with _pruned(model, method), _at_decoder(model, lambda: entered.append(clock.mark())):
+        clock.settle()
+        start = clock.mark()
+        output = model(**prompts, use_cache=True, logits_to_keep=1)
+        decoded = [clock.mark()]
+        for _ in range(steps):
+            token = output.logits[:, -1:].argmax(dim=-1)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            decoded.append(clock.mark())
+        vision, prefill = clock.seconds([start, entered[0], decoded[0]])
+        times = {"vision": vision, "prefill": prefill, "ttft": vision + prefill}
+        return times | {"decode": median(clock.seconds(decoded))}
+
+
+@torch.inference_mode()
+def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
+    """Memory of the decoder's prefill, from its entry to the first token's logits."""
+    with (
+        PeakMemory(model.device) as memory,
+        _pruned(model, method) as trace,
+        _at_decoder(model, memory.start),
+    ):
+        output = model(**prompts, use_cache=True, logits_to_keep=1)
+        peak = memory.stop()
+        samples = trace.samples if trace is not None else []
+        return Held(peak, cache_bytes(output.past_key_values), samples)
+
+
+def _pruned(model: Any, method: Method | None) -> Any:
+    return nullcontext() if method is None else method(model)
+
+
+@contextmanager
+def _at_decoder(model: Any, action: Callable[[], object]) -> Iterator[None]:
+    """Do something when the decoder is first entered, before the hooks of a method."""
+    waiting = [action]
+
+    def enter(*_: Any) -> None:
+        if waiting:
+            waiting.pop()()
+
+    handle = model.get_decoder().register_forward_pre_hook(enter, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,133 @@
+"""What was measured, beside what the FLOPs promise; one row per variant and batch size."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..trace import Sample
+from .clock import Clock
+from .policy import policy_seconds
+from .session import Measured
+from .subjects import Subject
+
+Row = dict[str, Any]
+
+
+def rows(measured: Sequence[Measured]) -> list[Row]:
+    """One row per variant; those that have not been timed yet are left out."""
+    plain: dict[int, Measured] = {}
+    for own in measured:
+        plain.setdefault(own.batch, own)
+    return [_row(plain[own.batch], own) for own in measured if own.seconds["prefill"]]
+
+
+def describe(subject: Subject, clock: Clock) -> dict[str, Any]:
+    """The model, the machine and the versions behind the figures."""
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    decoder = subject.model.get_decoder().config
+    return {
+        "date": date.today().isoformat(),
+        "model": {
+            "name": subject.name,
+            "type": subject.model.config.model_type,
+            "layers": decoder.num_hidden_layers,
+            "hidden_size": decoder.hidden_size,
+            "attention": decoder._attn_implementation,
+            "dtype": str(subject.model.dtype).removeprefix("torch."),
+        },
+        "machine": _machine(clock),
+        "versions": {
+            "autoprune": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def policy() -> dict[str, float]:
+    """Seconds of AutoPrune's planning for one prompt and for a batch of 64."""
+    return {"one_prompt": policy_seconds(1), "batch_of_64": policy_seconds(64)}
+
+
+def padding_waste(samples: Sequence[Sample]) -> float:
+    """Positions computed for nothing, as a share of the real ones.
+
+    Prompts of a batch are as long, in every layer, as the longest of them:
+    `sum_l batch * max_i n_il / sum_l sum_i n_il - 1`, text included.
+    """
+    counts = np.array([[n + s.num_text for n in s.tokens_per_layer] for s in samples])
+    return float(len(counts) * counts.max(axis=0).sum() / counts.sum() - 1)
+
+
+def _row(plain: Measured, own: Measured) -> Row:
+    """Ratios are those of the same round: the plain model's time over the variant's."""
+    samples, method = own.held.samples, own.variant.method
+    row: Row = {
+        "batch": own.batch,
+        "variant": own.variant.label,
+        "kind": own.variant.kind,
+        "seconds": {phase: _spread(taken) for phase, taken in own.seconds.items()},
+        "speedup": {
+            phase: _spread(_ratios(plain.seconds[phase], taken))
+            for phase, taken in own.seconds.items()
+        },
+        "peak_bytes": own.held.peak,
+        "peak_bytes_plain": plain.held.peak,
+        "kv_bytes_held": own.held.kv,
+        "kv_bytes_held_plain": plain.held.kv,
+    }
+    if method is None:
+        return row
+    ideal = sum(s.flops_full for s in samples) / sum(s.flops for s in samples)
+    return row | {
+        "budget": str(method.budget),
+        "visual_tokens": float(np.mean([s.num_visual for s in samples])),
+        "mean_tokens": float(np.mean([s.mean_tokens for s in samples])),
+        "text_tokens": samples[0].num_text,
+        "tokens_per_layer": [s.tokens_per_layer for s in samples],
+        "flops": sum(s.flops for s in samples),
+        "flops_full": sum(s.flops_full for s in samples),
+        "ideal_speedup": ideal,
+        "realised_share": row["speedup"]["prefill"]["median"] / ideal,
+        "kv_bytes": sum(s.kv_bytes for s in samples),
+        "padding_waste": padding_waste(samples),
+    }
+
+
+def _ratios(plain: Sequence[float], own: Sequence[float]) -> list[float]:
+    """Rounds that were interrupted have no partner."""
+    return [before / after for before, after in zip(plain, own, strict=False)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": middle, "q1": low, "q3": high, "all": list(values)}
+
+
+def _machine(clock: Clock) -> dict[str, Any]:
+    import torch
+
+    machine = {"device": str(clock.device), "clock": clock.name, "cpu": _cpu()}
+    if clock.on_gpu:
+        return machine | {"gpu": torch.cuda.get_device_name(clock.device)}
+    return machine | {"threads": torch.get_num_threads()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

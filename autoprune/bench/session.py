@@ -1,0 +1,90 @@
+"""A whole benchmark; variants take turns, so that a machine that gets slower hits all of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ..method import Method
+from .clock import Clock
+from .measure import PHASES, Held, hold_once, time_once
+from .subjects import Subject, Tensors
+from .variants import OVERHEADS, Variant, overheads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    batches: batch sizes; overheads are measured at the first.
+    methods: one per method and budget. keeps_all: the first of them with a budget of all tokens.
+    repeats: rounds. steps: greedy steps after each prefill.
+    """
+
+    batches: Sequence[int]
+    methods: Sequence[Method]
+    keeps_all: Method
+    repeats: int
+    steps: int
+
+    @property
+    def runs(self) -> int:
+        """How many runs of the model `measure` makes."""
+        variants = len(self.batches) * (1 + len(self.methods)) + len(OVERHEADS)
+        return variants * (1 + self.repeats)
+
+
+@dataclass
+class Measured:
+    """One variant at one batch size; `seconds` has one entry per round for each phase."""
+
+    batch: int
+    variant: Variant
+    held: Held
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
+
+
+def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measured]]:
+    """After every run of the model, all that has been measured so far: one list that grows.
+
+    Raises:
+        ValueError, UnsupportedError: a method cannot prune the model.
+    """
+    done: list[Measured] = []
+    for batch in plan.batches:
+        prompts, first = subject.prompts(batch), len(done)
+        if clock.on_gpu:
+            # Libraries allocate workspaces at their first use; the plain model's peak is not to hold them.
+            time_once(subject.model, prompts, None, plan.steps, clock)
+        for variant in _variants(plan):
+            done.append(_hold(subject, prompts, batch, variant))
+            yield done
+        if batch == plan.batches[0]:
+            for variant in _overheads(plan, done[1:]):
+                done.append(_hold(subject, prompts, batch, variant))
+                yield done
+        for _ in range(plan.repeats):
+            for own in done[first:]:
+                model, method = subject.model, own.variant.method
+                times = time_once(model, prompts, method, plan.steps, clock)
+                for phase, seconds in times.items():
+                    own.seconds[phase].append(seconds)
+                yield done
+
+
+def _variants(plan: Plan) -> list[Variant]:
+    return [Variant("plain"), *(Variant(method.name, method) for method in plan.methods)]
+
+
+def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:
+    """Looks at the cheapest setting: it cuts most."""
+    samples = [own.held.samples for own in pruned]
+    price = [sum(sample.flops for sample in each) for each in samples]
+    cheapest = price.index(min(price))
+    schedule = [sample.tokens_per_layer for sample in samples[cheapest]]
+    return overheads(plan.keeps_all, plan.methods[cheapest], schedule)
+
+
+def _hold(subject: Subject, prompts: Tensors, batch: int, variant: Variant) -> Measured:
+    """The first run of a variant: what it holds, and a warm-up."""
+    return Measured(batch, variant, hold_once(subject.model, prompts, variant.method))

@@ -1,0 +1,287 @@
+"""`autoprune bench`: what pruning saves in time and memory, beside what its FLOPs promise."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..budget import Budget
+from ..files import write_whole
+from .inputs import build_method, parse_budget
+from .models import DTYPES, _device, load_model
+from .report import print_json
+
+if TYPE_CHECKING:
+    from ..bench.clock import Clock
+    from ..bench.session import Plan
+    from ..bench.subjects import Subject
+
+FULL, QUICK = ("autoprune,random", 10, 32), ("autoprune", 3, 4)
+"""Methods, rounds, and greedy steps after each prefill."""
+
+HEADINGS = (
+    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "TTFT\nfaster",
+    "decode\nfaster", "peak\nMB", "KV\nMB", "pad-\nding",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure and how to show it; lists are separated by commas, as they were typed."""
+
+    model: str = "small"
+    method: str | None = None
+    budget: str = "192,128,64"
+    batch: str = "1,8"
+    text: int = 64
+    images: int = 1
+    spread: float = 1.0
+    settings: Sequence[str] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    threads: int = 1
+    repeats: int | None = None
+    new_tokens: int | None = None
+    quick: bool = False
+    output: Path | None = None
+    as_json: bool = False
+
+
+def bench(request: Request, console: Console) -> None:
+    """Measure and show; what can be wrong is checked before a model is built.
+
+    With an output, the figures are in the file after every run of the model, so that an interruption
+    loses none of them.
+
+    Raises:
+        ValueError: bad input, or a method or budget that does not fit the model.
+        UnsupportedError: a model that cannot be pruned.
+    """
+    import torch
+
+    from ..bench.clock import Clock
+    from ..bench.results import describe, policy
+
+    plan = _plan(request)
+    output = None if request.output is None else _output(request.output)
+    torch.set_num_threads(request.threads)
+    subject = _subject(request)
+    clock = Clock(subject.model.device)
+    record = {
+        "command": _command(request),
+        **describe(subject, clock),
+        "repeats": plan.repeats,
+        "new_tokens": plan.steps,
+        "policy_seconds": policy(),
+        "rows": [],
+    }
+    interrupted = False
+    try:
+        _fill(record, subject, plan, clock, output)
+    except KeyboardInterrupt:
+        interrupted = True
+    picture = None if output is None else _plot(record, output)
+    if request.as_json:
+        print_json(console, record)
+    else:
+        _show(record, [path for path in (output, picture) if path is not None], console)
+    if interrupted:
+        raise SystemExit(130)
+
+
+def _fill(
+    record: dict[str, Any], subject: Subject, plan: Plan, clock: Clock, output: Path | None
+) -> None:
+    """Measure; the record, and its file, hold what there is after every run of the model."""
+    from ..bench.results import rows
+    from ..bench.session import measure
+
+    with _progress() as progress:
+        task = progress.add_task(subject.name, total=plan.runs)
+        for measured in measure(subject, plan, clock):
+            progress.advance(task)
+            record["rows"] = rows(measured)
+            if output is not None:
+                write_whole(output, json.dumps(record, indent=1))
+
+
+def _plan(request: Request) -> Plan:
+    from ..bench.session import Plan
+    from ..bench.variants import spread_curves
+
+    method, repeats, steps = QUICK if request.quick else FULL
+    names = _listed("--method", method if request.method is None else request.method)
+    budgets = [parse_budget(text) for text in _listed("--budget", request.budget)]
+    methods = [
+        build_method(name, budget, {}, request.settings) for name in names for budget in budgets
+    ]
+    return Plan(
+        batches=[_positive("--batch", text) for text in _listed("--batch", request.batch)],
+        methods=[spread_curves(method, request.spread) for method in methods],
+        keeps_all=build_method(names[0], Budget.ratio(1), {}, request.settings),
+        repeats=request.repeats or repeats,
+        steps=request.new_tokens or steps,
+    )
+
+
+def _listed(option: str, text: str) -> list[str]:
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise ValueError(f"{option} expects one or more values separated by commas, got {text!r}")
+    return parts
+
+
+def _positive(option: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{option} expects whole numbers of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _output(path: Path) -> Path:
+    """The JSON file for `--output`; the plot goes beside it."""
+    from ..viz import _matplotlib
+
+    _matplotlib()
+    if path.suffix.lower() == ".json":
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(
+                f"cannot write {str(path)!r}: give a file in a folder that exists, or a folder"
+            )
+        return path
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; give a folder, or a name ending in .json")
+    path.mkdir(parents=True, exist_ok=True)
+    return path / "bench.json"
+
+
+def _subject(request: Request) -> Subject:
+    import torch
+
+    from ..bench.subjects import CONFIGURATIONS, build, from_checkpoint
+
+    if request.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
+    if request.model in CONFIGURATIONS:
+        device = _device(request.device)
+        usual = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = getattr(torch, usual if request.dtype == "auto" else request.dtype)
+        subject = build(request.model, request.text, request.images, device, dtype)
+    elif request.images != 1:
+        raise ValueError(
+            "--images is for the built-in configurations; a checkpoint sees one picture"
+        )
+    else:
+        try:
+            loaded = load_model(request.model, request.device, request.dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}; built in are {', '.join(CONFIGURATIONS)}") from error
+        subject = from_checkpoint(loaded, request.text)
+    subject.model.set_attn_implementation(request.attention)
+    return subject
+
+
+def _command(request: Request) -> str:
+    """The command that repeats the measurement."""
+    words = ["autoprune", "bench"]
+    for name, value in vars(request).items():
+        if value == getattr(Request, name) or name in ("output", "as_json"):
+            continue
+        if name == "settings":
+            words += [word for setting in value for word in ("--set", setting)]
+        else:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _plot(record: dict[str, Any], output: Path) -> Path | None:
+    from ..bench.plot import plot_speedups
+    from ..viz import to_png
+
+    if not any(row["kind"] == "pruned" for row in record["rows"]):
+        return None
+    path = output.with_suffix(".png")
+    write_whole(path, to_png(plot_speedups(record["rows"], record["model"]["name"])))
+    return path
+
+
+def _show(record: dict[str, Any], files: Sequence[Path], console: Console) -> None:
+    model, machine, rows = record["model"], record["machine"], record["rows"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
+    console.print(f"{model['name']}, {model['dtype']}, {model['attention']}; {where}")
+    console.print(f"medians of {record['repeats']} rounds, {machine['clock']}")
+    console.print()
+    console.print(_speeds([row for row in rows if row["kind"] != "overhead"]))
+    console.print()
+    console.print(_overheads([row for row in rows if row["kind"] == "overhead"]))
+    console.print()
+    policy = record["policy_seconds"]
+    console.print(
+        f"policy and solver, 32 layers, 2880 visual tokens: {1e3 * policy['one_prompt']:.3f} ms for "
+        f"one prompt, {1e3 * policy['batch_of_64']:.3f} ms for 64"
+    )
+    for path in files:
+        console.print(f"written: {path}", soft_wrap=True)
+
+
+def _speeds(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("batch", justify="right", no_wrap=True)
+    table.add_column("method", overflow="fold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        is_pruned = row["kind"] == "pruned"
+        speedup = {phase: f"{row['speedup'][phase]['median']:.2f}" for phase in row["speedup"]}
+        table.add_row(
+            str(row["batch"]),
+            row["variant"],
+            f"{row['mean_tokens']:.4g}" if is_pruned else "all",
+            *_milliseconds(row["seconds"]["prefill"]),
+            speedup["prefill"],
+            f"{row['ideal_speedup']:.2f}" if is_pruned else "",
+            f"{row['realised_share']:.3f}" if is_pruned else "",
+            speedup["ttft"],
+            speedup["decode"],
+            f"{row['peak_bytes'] / 1e6:.4g}",
+            f"{row['kv_bytes_held'] / 1e6:.4g}",
+            f"{row['padding_waste']:.1%}" if is_pruned else "",
+        )
+    return table
+
+
+def _overheads(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("batch", justify="right")
+    table.add_column("overhead", no_wrap=True)
+    for heading in ("prefill ms", "± %", "of plain", "decode of plain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shares = (1 / row["speedup"][phase]["median"] for phase in ("prefill", "decode"))
+        table.add_row(
+            str(row["batch"]),
+            row["variant"],
+            *_milliseconds(row["seconds"]["prefill"]),
+            *(f"{share:.3f}" for share in shares),
+        )
+    return table
+
+
+def _milliseconds(seconds: dict[str, Any]) -> tuple[str, str]:
+    """Median, and half the distance between the quartiles in per cent of it."""
+    spread = 50 * (seconds["q3"] - seconds["q1"]) / seconds["median"]
+    return f"{1e3 * seconds['median']:.4g}", f"{spread:.1f}"

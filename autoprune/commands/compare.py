@@ -1,0 +1,194 @@
+"""`autoprune compare`: methods and budgets on the same questions, at the compute that was asked for."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..evaluation import Options, Setting, Task, embedded_tasks, read_tasks
+from ..evaluation import compare as run_comparison
+from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
+from ..evaluation.results import Row
+from ..methods import list_methods
+from .inputs import build_method, parse_budget
+from .models import load_embedded, load_model
+from .report import print_json
+
+QUESTIONS = 200
+BUDGETS = "1/2,1/3,1/4,1/6,1/9"
+QUICK_QUESTIONS = 30
+QUICK_BUDGETS = "1/4,1/9"
+_MAX_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What to compare and how; None takes the default, which may depend on `quick`."""
+
+    methods: str
+    output: Path
+    budgets: str | None = None
+    questions: int | None = None
+    kinds: Sequence[str] | None = None
+    seed: int = 0
+    model: str | None = None
+    tasks: Path | None = None
+    baseline: str | None = None
+    batch_size: int = 64
+    workers: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    timing: bool = True
+    quick: bool = False
+    as_json: bool = False
+
+
+def compare(request: CompareRequest, console: Console) -> None:
+    """Run the comparison, or continue it, and print the table; exit code 130 after Ctrl-C.
+
+    Raises:
+        ValueError: bad input; see `parse_methods`, `parse_budgets`, `read_tasks` and
+            `evaluation.compare`.
+        UnsupportedError: a model that cannot be pruned.
+    """
+    settings = list(_settings(request))
+    with Console(stderr=True).status("reading the questions"):
+        tasks = _tasks(request)
+    where = (request.device, request.dtype)
+    loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
+    options = Options(
+        batch_size=request.batch_size,
+        workers=request.workers or _workers(loaded.model.device),
+        baseline=request.baseline,
+        model_name=loaded.name,
+        timing=request.timing,
+        command=_command(request),
+        show_progress=True,
+    )
+    try:
+        rows = run_comparison(
+            loaded.model, loaded.processor, settings, tasks, request.output, options
+        )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            f"autoprune: stopped; the same command continues in {str(request.output)!r}",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(130) from None
+    if request.as_json:
+        print_json(console, rows)
+    else:
+        _show(rows, request.output, console)
+
+
+def parse_methods(text: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Label, name and options of each method in "autoprune:k0=0.2,beta=1,random" or "all".
+
+    Options follow a colon, separated by commas as the methods are. The text of a method is its
+    label, unless it is given one: "steep@autoprune:k0=0.8".
+
+    Raises:
+        ValueError: no method, no such method, or an option that is not of the form name=value.
+    """
+    chosen: list[tuple[str, str, tuple[str, ...]]] = []
+    for part in (part.strip() for part in text.split(",")):
+        head, _, option = part.partition(":")
+        if not part:
+            continue
+        if "=" in head:
+            if not chosen or not chosen[-1][2]:
+                raise ValueError(f"option {part!r} follows no method; write method:{part}")
+            label, name, options = chosen.pop()
+            label = f"{label},{part}" if label.startswith(f"{name}:") else label
+            chosen.append((label, name, (*options, part)))
+        elif part == "all":
+            chosen += [(name, name, ()) for name in list_methods()]
+        else:
+            label, at, name = head.rpartition("@")
+            chosen.append((label if at else part, name, (option,) if option else ()))
+    if not chosen:
+        raise ValueError("--methods is empty; give names by commas, or all")
+    return list(dict.fromkeys(chosen))
+
+
+def parse_budgets(text: str) -> list[str]:
+    """The budgets of "1/2,64", each as `parse_budget` takes it.
+
+    Raises:
+        ValueError: one of them is none, or there are none.
+    """
+    budgets = [part.strip() for part in text.split(",") if part.strip()]
+    for budget in budgets:
+        parse_budget(budget)
+    if not budgets:
+        raise ValueError("--budgets is empty; give some by commas, such as 1/4,1/9")
+    return list(dict.fromkeys(budgets))
+
+
+def _settings(request: CompareRequest) -> Iterator[Setting]:
+    budgets = parse_budgets(request.budgets or (QUICK_BUDGETS if request.quick else BUDGETS))
+    for label, name, options in parse_methods(request.methods):
+        # Without its budget a method only fails on what is wrong with it.
+        build_method(name, parse_budget("64"), {}, options)
+        for budget in budgets:
+            try:
+                method = build_method(name, parse_budget(budget), {}, options)
+            except ValueError as error:
+                yield Setting(label, budget, None, str(error))
+            else:
+                yield Setting(label, budget, method)
+
+
+def _tasks(request: CompareRequest) -> list[Task]:
+    questions = request.questions
+    if questions is None and request.quick:
+        questions = QUICK_QUESTIONS
+    if request.tasks is not None:
+        return read_tasks(request.tasks, questions, request.kinds)
+    return embedded_tasks(
+        QUESTIONS if questions is None else questions, request.kinds, request.seed
+    )
+
+
+def _command(request: CompareRequest) -> str:
+    """The call as one would type it, without what does not change the answers."""
+    words = ["autoprune", "compare"]
+    for name in ("methods", "budgets", "questions", "kinds", "seed", "model", "tasks", "output"):
+        value = getattr(request, name)
+        if value is not None:
+            text = ",".join(value) if name == "kinds" else str(value)
+            words += [f"--{name}", text]
+    return shlex.join([*words, *(["--quick"] if request.quick else [])])
+
+
+def _workers(device: torch.device) -> int:
+    """A process per core on the CPU: one model is too small to keep several busy."""
+    if device.type != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+def _show(rows: Sequence[Row], output: Path, console: Console) -> None:
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("budget", *HEADINGS):
+        text = heading in ("budget", "method")
+        table.add_column(
+            heading, justify="left" if text else "right", overflow="fold", no_wrap=not text
+        )
+    for budget, group in [("1", rows[:1]), *by_budget(rows)]:
+        for index, row in enumerate(group):
+            table.add_row("" if index else budget, *cells(row, brief=True))
+        table.add_section()
+    console.print(table)
+    console.print("*: the difference to the baseline is larger than chance explains (95 %)")
+    for line in infeasible(rows):
+        console.print(f"infeasible: {line}")
+    console.print(f"Report, predictions and plot: {output}", soft_wrap=True)

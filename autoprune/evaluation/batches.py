@@ -1,0 +1,124 @@
+"""Tasks as model inputs: chat template, processor, left padding, prepared once for all settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..commands.inputs import load_image
+from .encoding import Encode
+from .tasks import Task
+
+PREPARED_BYTES = 4 * 2**30
+"""Inputs up to this size are kept; those beyond are prepared again for every setting."""
+ROOM = 2
+"""New tokens beyond the longest right answer: running on is a mistake, too."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks that are asked together."""
+
+    tasks: Sequence[Task]
+    inputs: Callable[[], Any]
+
+
+def prepare(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    batch_size: int,
+    on_progress: Callable[[int], None] = lambda prepared: None,
+    encode: Encode | None = None,
+) -> list[Batch]:
+    """Batches of tasks with prompts of similar length; one by one where the tokenizer cannot pad.
+
+    Args:
+        on_progress: called with the number of tasks in each batch that is ready.
+        encode: makes features of the pixels of what is kept.
+
+    Raises:
+        ValueError: a picture that cannot be read, or a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if getattr(_tokenizer(processor), "pad_token_id", None) is None:
+        batch_size = 1
+    lengths = [_length(processor, task) for task in tasks]
+    order = sorted(range(len(tasks)), key=lengths.__getitem__)
+    batches, room = [], PREPARED_BYTES
+    for start in range(0, len(tasks), batch_size):
+        chosen = [tasks[index] for index in order[start : start + batch_size]]
+        again = partial(_encode, model, processor, chosen)
+        if room > 0:
+            inputs = encode(again()) if encode else again()
+            room -= _bytes(inputs)
+            batches.append(Batch(chosen, _given(inputs)))
+        else:
+            batches.append(Batch(chosen, again))
+        on_progress(len(chosen))
+    return batches
+
+
+def longest_answer(processor: Any, tasks: Sequence[Task]) -> int:
+    """New tokens that the longest right answer takes, and `ROOM`."""
+    tokenizer = _tokenizer(processor)
+    answers = {answer for task in tasks for answer in task.answers}
+    return ROOM + max(
+        len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers
+    )
+
+
+def _given(inputs: Any) -> Callable[[], Any]:
+    return lambda: inputs
+
+
+def _bytes(values: Any) -> int:
+    """Size of all tensors in nested mappings and lists."""
+    if torch.is_tensor(values):
+        return values.numel() * values.element_size()
+    if isinstance(values, Mapping):
+        return sum(_bytes(value) for value in values.values())
+    return sum(map(_bytes, values)) if isinstance(values, (list, tuple)) else 0
+
+
+def _tokenizer(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _length(processor: Any, task: Task) -> int:
+    return len(_tokenizer(processor)(task.question, add_special_tokens=False).input_ids)
+
+
+def _encode(model: Any, processor: Any, tasks: Sequence[Task]) -> Any:
+    """Inputs of a left-padded batch on the model's device."""
+    texts = [_prompt(processor, task.question) for task in tasks]
+    images = [[_picture(task)] for task in tasks]
+    options: dict[str, Any] = {}
+    if len(tasks) > 1:
+        options.update(padding=True, padding_side="left")
+    start = getattr(_tokenizer(processor), "bos_token", None)
+    if start and texts[0].startswith(start):
+        # The template has written it already.
+        options.update(add_special_tokens=False)
+    inputs = processor(images=images, text=texts, return_tensors="pt", **options)
+    return inputs.to(model.device).to(model.dtype)
+
+
+def _picture(task: Task) -> Image.Image:
+    return task.image if isinstance(task.image, Image.Image) else load_image(task.image)
+
+
+def _prompt(processor: Any, question: str) -> str:
+    if not getattr(processor, "chat_template", None):
+        return f"{getattr(processor, 'image_token', '<image>')}\n{question}"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return text

@@ -1,0 +1,179 @@
+"""The results as files: CSV, JSON, Markdown and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_whole
+from ..viz import _matplotlib, to_png
+from .results import Row, overspends
+from .settings import FULL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without its pale yellow.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_MARKERS = "osD^vP*X<>ph"
+HEADINGS = (
+    "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "difference", "prefill",
+)  # fmt: skip
+
+
+def check_plotting() -> None:
+    """Raise ImportError now, rather than after hours of work, if matplotlib is missing."""
+    _matplotlib()
+
+
+def write_report(folder: Path, rows: Sequence[Row], config: dict[str, Any], baseline: str) -> None:
+    """Write results.csv, results.json, report.md and accuracy_vs_flops.png."""
+    write_whole(folder / "results.csv", to_csv(rows))
+    record = {**config, "baseline": baseline, "rows": rows}
+    write_whole(folder / "results.json", json.dumps(record, indent=1, allow_nan=False))
+    write_whole(folder / "report.md", to_markdown(rows, config, baseline))
+    write_whole(folder / "accuracy_vs_flops.png", to_png(plot(rows)))
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line per setting; cells without a value are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def by_budget(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each budget that ran, best first."""
+    for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] != FULL):
+        group = [row for row in rows if row["budget"] == budget and row["method"] != FULL]
+        ran = [row for row in group if row["status"] == "ok"]
+        if ran:
+            yield budget, sorted(ran, key=lambda row: -row["accuracy"])
+
+
+def infeasible(rows: Sequence[Row]) -> list[str]:
+    """Which settings could not run, one line for each reason."""
+    settings: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            settings.setdefault(row["reason"], []).append(f"{row['method']} at {row['budget']}")
+    return [f"{', '.join(names)}: {reason}" for reason, names in settings.items()]
+
+
+def cells(row: Row, brief: bool = False) -> list[str]:
+    """A row as a reader wants it, under `HEADINGS`; `brief` leaves out most intervals."""
+    entering = f"{row['tokens_entering']:.4g}" + (" (over)" if overspends(row) else "")
+    return [
+        row["method"],
+        entering,
+        f"{row['flops_share']:.1%}",
+        f"{row['kv_bytes_share']:.1%}",
+        _interval(row, "accuracy"),
+        _interval(row, "relative", brief),
+        _verdict(row, brief),
+        "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f} ms",
+    ]
+
+
+def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> str:
+    """The whole report."""
+    kinds = config["kinds"]
+    lines = ["# Comparison of pruning methods", ""]
+    lines += [f"`{config['command']}`", "", *(f"* {line}" for line in _setup(config)), ""]
+    lines += [
+        f"The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
+        "Brackets hold 95 % confidence intervals over questions.",
+        "",
+    ]
+    lines += ["![Accuracy against decoder prefill FLOPs](accuracy_vs_flops.png)", ""]
+    for budget, group in [("1 (nothing pruned)", rows[:1]), *by_budget(rows)]:
+        lines += [f"## Budget {budget}", "", *_table(HEADINGS, [cells(row) for row in group]), ""]
+        head = ("method", *kinds)
+        body = [
+            [row["method"], *(f"{row[f'accuracy_{kind}']:.3f}" for kind in kinds)] for row in group
+        ]
+        lines += [*_table(head, body), ""]
+    refused = infeasible(rows)
+    if refused:
+        lines += ["## Infeasible", "", *(f"* {line}" for line in refused), ""]
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Accuracy over the share of decoder prefill FLOPs, one line per method, with intervals."""
+    figure_class, formatter = _matplotlib()
+    ran = [row for row in rows if row["status"] == "ok"]
+    labels = list(dict.fromkeys(row["method"] for row in ran if row["method"] != FULL))
+    figure = figure_class(figsize=(9.6, max(4.8, 1.2 + 0.25 * len(labels))), layout="constrained")
+    axes = figure.subplots()
+    full = rows[0]
+    axes.axhline(full["accuracy"], color="#495057", linewidth=1, linestyle="--", label=FULL)
+    for index, label in enumerate(labels):
+        own = sorted((r for r in ran if r["method"] == label), key=lambda r: r["flops_share"])
+        heights = [row["accuracy"] for row in own]
+        bounds = [
+            (row["accuracy"], row["accuracy"])
+            if row["accuracy_low"] is None
+            else (row["accuracy_low"], row["accuracy_high"])
+            for row in own
+        ]
+        below = [max(0.0, y - low) for y, (low, _) in zip(heights, bounds, strict=True)]
+        above = [max(0.0, high - y) for y, (_, high) in zip(heights, bounds, strict=True)]
+        axes.errorbar(
+            [row["flops_share"] for row in own],
+            heights,
+            (below, above),
+            label=label,
+            color=_COLOURS[index % len(_COLOURS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.3,
+            elinewidth=0.8,
+            capsize=2,
+        )
+    axes.xaxis.set_major_formatter(formatter(lambda value, _: f"{100 * value:g}%"))
+    axes.set_xlabel("decoder prefill FLOPs, share of the unpruned model's")
+    axes.set_ylabel("accuracy, mean over kinds")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e9ecef")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _setup(config: dict[str, Any]) -> Iterator[str]:
+    yield f"{config['compared']['model']['name']}, {config['machine']}"
+    yield f"{config['questions']} questions: " + ", ".join(
+        f"{count} {kind}" for kind, count in config["kinds"].items()
+    )
+    yield ", ".join(f"{name} {version}" for name, version in config["compared"]["version"].items())
+
+
+def _interval(row: Row, name: str, brief: bool = False) -> str:
+    if row[name] is None:
+        return "-"
+    return f"{row[name]:.3f}" + ("" if brief else _bounds(row, name, ".3f"))
+
+
+def _verdict(row: Row, brief: bool) -> str:
+    if row["difference"] is None:
+        return "-"
+    low, high = row["difference_low"], row["difference_high"]
+    mark = "*" if low is not None and (low > 0 or high < 0) else ""
+    bounds = "" if brief else _bounds(row, "difference", "+.3f")
+    return f"{row['difference']:+.3f}{mark}{bounds}"
+
+
+def _bounds(row: Row, name: str, form: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if low is None else f" [{low:{form}}, {high:{form}}]"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in body]

@@ -1,0 +1,77 @@
+"""What is compared: a method with its options under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..budget import Budget
+from ..method import Method, Needs, Observation, PromptState, Tower
+
+FULL = "full"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A row of the comparison; `label` and `budget` are how it is called there.
+
+    Where the method itself refuses the budget or its options, `method` is None and `refusal` says why.
+    """
+
+    label: str
+    budget: str
+    method: Method | None
+    refusal: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of its file of predictions, without the ending."""
+        return f"{_plain(self.label)}__{_plain(self.budget)}"
+
+
+@dataclass(frozen=True)
+class Whole(Method):
+    """Prunes nothing and looks at nothing: the reference, recorded as the methods are."""
+
+    name: ClassVar[str] = FULL
+    paper: ClassVar[str] = "none: the whole picture"
+
+    budget: Budget = field(default_factory=lambda: Budget.ratio(1))
+
+    def tower(self) -> Tower:
+        return Tower()
+
+    def needs(self, cut: int, state: PromptState) -> Needs | None:
+        return None
+
+    def select(self, seen: Observation, state: PromptState) -> None:
+        """Never asked."""
+
+
+REFERENCE = Setting(FULL, "1", Whole())
+
+
+def with_reference(settings: Sequence[Setting]) -> list[Setting]:
+    """The unpruned model, then the settings.
+
+    Raises:
+        ValueError: there are none, or two of them share a name.
+    """
+    if not settings:
+        raise ValueError("there is nothing to compare: give at least one method and one budget")
+    whole = [REFERENCE, *settings]
+    seen: dict[str, Setting] = {}
+    for setting in whole:
+        # File systems may not tell cases apart.
+        other = seen.setdefault(setting.name.casefold(), setting)
+        if other is not setting:
+            raise ValueError(
+                f"{setting.label!r} at {setting.budget!r} and {other.label!r} at {other.budget!r} "
+                "would share their file of predictions; give one of them a label of its own"
+            )
+    return whole
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._=+-%" else "-" for c in text)

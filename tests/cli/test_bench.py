@@ -1,0 +1,131 @@
+"""`autoprune bench` measures what it is asked to, shows it and keeps it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from autoprune.bench import session
+from autoprune.bench.subjects import CONFIGURATIONS
+from tests.cli.conftest import LAYERS, VISUAL
+
+
+@pytest.fixture
+def measure(call, model_folder):
+    """`autoprune bench` on the small checkpoint, one round of one step unless told."""
+
+    def run(*words):
+        once = () if "--quick" in words else ("--repeats", 1, "--new-tokens", 1)
+        fixed = ("--model", model_folder, "--text", 8, *once)
+        return call("bench", *fixed, *(() if "--batch" in words else ("--batch", 1)), *words)
+
+    return run
+
+
+def test_json_holds_every_figure_and_what_it_was_measured_on(measure):
+    record = measure("--budget", "1/2,40", "--batch", "1,2", "--json").record
+    assert record["command"].startswith("autoprune bench --model ")
+    assert "--batch 1,2" in record["command"] and "--json" not in record["command"]
+    assert record["model"]["layers"] == LAYERS and record["model"]["dtype"] == "float32"
+    assert record["machine"]["clock"] == "process time" and record["machine"]["threads"] == 1
+    assert {"autoprune", "python", "torch", "transformers"} == set(record["versions"])
+    assert 0 < record["policy_seconds"]["one_prompt"] < record["policy_seconds"]["batch_of_64"]
+    pruned = [row for row in record["rows"] if row["kind"] == "pruned"]
+    asked = [(b, m, t) for b in (1, 2) for m in ("autoprune", "random") for t in (VISUAL / 2, 40)]
+    assert [(row["batch"], row["variant"], row["mean_tokens"]) for row in pruned] == asked
+    for row in pruned:
+        share = row["speedup"]["prefill"]["median"] * row["flops"] / row["flops_full"]
+        assert row["realised_share"] == pytest.approx(share)
+        assert row["kv_bytes_held"] == pytest.approx(row["kv_bytes"] * (1 + row["padding_waste"]))
+        assert set(row["seconds"]) == {"vision", "prefill", "ttft", "decode"}
+
+
+def test_the_table_fits_100_characters(measure):
+    out = measure("--budget", 40).out
+    assert all(word in out for word in ("plain", "autoprune", "hooks only", "cuts only", "policy"))
+    table = out[out.index("batch") : out.index("policy")]
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_quick_means_less_unless_told(measure):
+    quick = measure("--quick", "--budget", 40, "--json").record
+    assert (quick["repeats"], quick["new_tokens"]) == (3, 4)
+    assert {row["variant"] for row in quick["rows"] if row["kind"] == "pruned"} == {"autoprune"}
+    told = measure("--quick", "--repeats", 2, "--budget", 40, "--method", "random", "--json").record
+    assert (told["repeats"], told["new_tokens"]) == (2, 4)
+    assert all(len(row["seconds"]["prefill"]["all"]) == 2 for row in told["rows"])
+
+
+@pytest.mark.parametrize("target", ["new/folder", "speed.json"])
+def test_figures_and_plot_are_written(measure, tmp_path, target):
+    outcome = measure("--budget", "60,40", "--output", tmp_path / target, "--json")
+    written = tmp_path / target if target.endswith("json") else tmp_path / target / "bench.json"
+    assert json.loads(written.read_text()) == outcome.record
+    with Image.open(written.with_suffix(".png")) as image:
+        assert image.width > 600
+
+
+def test_an_interruption_keeps_what_was_measured(measure, tmp_path, monkeypatch):
+    once, left = session.time_once, iter(range(3))
+
+    def interrupted(*words):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return once(*words)
+
+    monkeypatch.setattr(session, "time_once", interrupted)
+    outcome = measure("--budget", "60,40", "--output", tmp_path)
+    assert outcome.code == 130
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["plain", "autoprune", "autoprune"]
+    assert (tmp_path / "bench.png").exists()
+    assert "autoprune" in outcome.out
+
+
+def test_options_of_the_method_are_passed_on(measure):
+    words = ("--budget", 30, "--method", "autoprune", "--set", "first_cut=pre_llm", "--json")
+    record = measure(*words).record
+    pruned = next(row for row in record["rows"] if row["kind"] == "pruned")
+    assert max(pruned["tokens_per_layer"][0]) < VISUAL
+    assert "--set first_cut=pre_llm" in record["command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "magic"), "there is no method 'magic'"),
+        (("--method", ","), "--method expects one or more values"),
+        (("--budget", "64,0"), "budget '0'"),
+        (("--budget", "1"), "smallest feasible budget"),
+        (("--batch", "1,two"), "--batch expects whole numbers of 1 or more, got 'two'"),
+        (("--batch", "0"), "--batch expects whole numbers"),
+        (("--dtype", "float8"), "dtype must be one of"),
+        (("--device", "abacus"), "device 'abacus' is not available"),
+        (("--attention", "magic"), "magic"),
+        (("--images", 2), "a checkpoint sees one picture"),
+        (("--model", "no/such/folder"), "there is no model folder"),
+        (("--output", "no/bench.json"), "cannot write 'no/bench.json'"),
+    ],
+)
+def test_what_it_cannot_do(measure, words, message):
+    outcome = measure(*(("--budget", 40) if "--budget" not in words else ()), *words)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.startswith("autoprune: ") and outcome.err.count("\n") == 1
+    assert outcome.out == ""
+
+
+def test_an_unknown_model_is_told_of_the_built_in_ones(call):
+    outcome = call("bench", "--model", "llava-7b")
+    assert outcome.code == 2
+    assert all(name in outcome.err for name in CONFIGURATIONS)
+
+
+def test_an_output_that_is_a_file(measure, tmp_path):
+    path = tmp_path / "bench"
+    path.write_text("mine")
+    outcome = measure("--budget", 40, "--output", path)
+    assert outcome.code == 2 and "is a file" in outcome.err
+    assert path.read_text() == "mine"

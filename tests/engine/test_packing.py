@@ -1,0 +1,113 @@
+"""Ragged batches: what the layers are given, and that no padding is computed where it is worth it."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from autoprune.engine.packing import WORTH_PACKING, Packing
+from tests import oracle, zoo
+from tests.scattered import DEEP, PRE_LLM, Scattered
+
+model_of = functools.cache(zoo.build)
+
+
+@contextmanager
+def shapes_of_layers(model):
+    """Shapes of the hidden states that each decoder layer's MLP computes on."""
+    shapes = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+        for layer in model.get_decoder().layers
+    ]
+    yield shapes
+    for hook in hooks:
+        hook.remove()
+
+
+def ragged_forward(model, name="llava", schedules=DEEP, **options):
+    inputs = zoo.inputs(name, model, "padded3")
+    with Scattered(schedules)(model) as trace, shapes_of_layers(model) as shapes, torch.no_grad():
+        out = model(**inputs, **options)
+    lengths = [
+        [sample.tokens_per_layer[layer] + sample.num_text for sample in trace.samples]
+        for layer in range(zoo.LAYERS)
+    ]
+    return inputs, out, shapes, lengths
+
+
+def test_packing_and_unpacking_are_inverse():
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    packing = Packing(real, 9)
+    padded = torch.arange(24.0).view(3, 4, 2)
+    row = packing.pack(padded)
+    assert row.shape == (1, 9, 2)
+    assert torch.equal(row[0], padded[real])
+    assert torch.equal(packing.unpack(row)[real], padded[real])
+    states = torch.arange(48.0).view(2, 3, 4, 2)
+    assert torch.equal(packing.pack(states, dim=1)[:, 0], states[:, real])
+    keys = row.view(1, 9, 1, 2).transpose(1, 2)
+    assert torch.equal(packing.unpack_heads(keys)[:, 0][real], padded[real])
+
+
+@pytest.mark.parametrize("schedules", [DEEP, PRE_LLM], ids=["deep", "pre_llm"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_layers_compute_no_padding_where_it_would_be_much(name, schedules):
+    _, out, shapes, lengths = ragged_forward(model_of(name), name, schedules)
+    packed = 0
+    for layer, (shape, own) in enumerate(zip(shapes, lengths, strict=True)):
+        cut = any(cut <= layer for shares in schedules for cut in shares)
+        if cut and len(own) * max(own) / sum(own) - 1 >= WORTH_PACKING:
+            assert shape == (1, sum(own))
+            packed += 1
+        elif cut:
+            assert shape == (len(own), max(own))
+    assert packed
+    for layer, own in zip(out.past_key_values.layers, lengths, strict=True):
+        assert layer.keys.shape[0] == len(own)
+        assert layer.keys.shape[2] == layer.values.shape[2] == max(own)
+
+
+def test_prompts_that_lost_the_same_number_stay_a_batch():
+    shares = ({1: 0.5},)
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, "single")
+    inputs = {name: value.repeat_interleave(3, dim=0) for name, value in inputs.items()}
+    with Scattered(shares)(model), shapes_of_layers(model) as shapes, torch.no_grad():
+        model(**inputs)
+    assert {shape[0] for shape in shapes} == {3}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_where_keys_could_not_be_put_back_the_batch_is_padded(name):
+    model = model_of(name)
+    cache = {}
+    if name == "llava":
+        cache = {
+            "past_key_values": StaticCache(config=model.get_decoder().config, max_cache_len=128)
+        }
+    _, _, shapes, _ = ragged_forward(model, name, **cache)
+    assert {shape[0] for shape in shapes} == {3}
+
+
+def test_hidden_states_and_logits_come_back_in_their_columns():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    method = Scattered(DEEP)
+    with method(model) as trace, torch.no_grad():
+        out = model(**inputs, output_hidden_states=True, use_cache=False)
+    kept = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
+    with torch.no_grad(), oracle.hiding(model, kept):
+        expected = model(**inputs, output_hidden_states=True, use_cache=False)
+    real = inputs["attention_mask"].bool()
+    for index, states in enumerate(out.hidden_states):
+        there = kept[max(index - 1, 0)] & real
+        torch.testing.assert_close(
+            states[there], expected.hidden_states[index][there], atol=2e-4, rtol=0
+        )
+    there = kept[-1] & real
+    torch.testing.assert_close(out.logits[there], expected.logits[there], atol=2e-4, rtol=0)

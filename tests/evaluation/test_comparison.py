@@ -1,0 +1,321 @@
+"""A comparison asks every question once, says what was really spent, and can be continued."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import autoprune
+from autoprune import AutoPrune, Budget, tiny
+from autoprune.errors import UnsupportedError
+from autoprune.evaluation import Options, Setting, Task, answering, compare, embedded_tasks
+from autoprune.evaluation.batches import prepare
+
+KINDS = ["colour", "count"]
+PER_KIND = 4
+QUESTIONS = PER_KIND * len(KINDS)
+SETTINGS = [
+    Setting("autoprune", "1/4", AutoPrune(Budget.ratio(1 / 4))),
+    Setting("random", "1/4", autoprune.create("random", Budget.ratio(1 / 4))),
+    Setting("random", "8", autoprune.create("random", Budget.tokens(8))),
+]
+BRISK = Options(batch_size=3, timing=False)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return tiny.load()
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return embedded_tasks(PER_KIND, KINDS)
+
+
+@pytest.fixture(scope="module")
+def finished(loaded, tasks, tmp_path_factory):
+    """The rows of a comparison, and its folder."""
+    folder = tmp_path_factory.mktemp("run") / "new" / "folder"
+    return compare(*loaded, SETTINGS, tasks, folder, Options(batch_size=3)), folder
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The number of prompts of every batch that the model is asked."""
+    sizes, original = [], answering._answer
+
+    def count(model, processor, method, inputs, max_new_tokens):
+        sizes.append(len(inputs["input_ids"]))
+        return original(model, processor, method, inputs, max_new_tokens)
+
+    monkeypatch.setattr(answering, "_answer", count)
+    return sizes
+
+
+def predictions(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "predictions").iterdir()}
+
+
+def test_the_unpruned_model_comes_first_and_every_setting_is_a_row(finished):
+    rows, _ = finished
+    assert [(row["method"], row["budget"]) for row in rows] == [
+        ("full", "1"),
+        ("autoprune", "1/4"),
+        ("random", "1/4"),
+        ("random", "8"),
+    ]
+    assert all(row["questions"] == QUESTIONS for row in rows)
+
+
+def test_what_is_reported_is_what_entered(finished):
+    full, first, second, third = finished[0]
+    assert full["tokens_entering"] == full["tokens_asked"] == 144
+    assert full["flops_share"] == full["kv_bytes_share"] == full["relative"] == 1
+    for row in (first, second):
+        assert row["tokens_entering"] == row["tokens_asked"] == 36
+        assert 0.2 < row["flops_share"] < 0.3
+    assert third["tokens_entering"] == 8
+    assert third["kv_bytes_share"] < second["kv_bytes_share"]
+
+
+def test_differences_are_to_autoprune_at_the_same_budget(finished):
+    full, first, second, third = finished[0]
+    assert first["difference"] == 0
+    assert second["difference"] == pytest.approx(second["accuracy"] - first["accuracy"], abs=1e-6)
+    assert full["difference"] is third["difference"] is None
+
+
+def test_mutual_information_is_reported_where_it_is_measured(finished):
+    _, first, second, _ = finished[0]
+    assert first["mutual_information_count"] > 0
+    assert second["mutual_information_count"] is None
+
+
+def test_prefill_times_are_of_one_prompt(finished):
+    for row in finished[0]:
+        assert 0 < row["prefill_ms"] < 1000
+        assert row["prefill_speedup"] > 0
+
+
+def test_answers_are_those_of_the_plain_model_one_by_one(finished, loaded, tasks):
+    lines = predictions(finished[1])["full__1.jsonl"].splitlines()
+    found = {record["id"]: record["prediction"] for record in map(json.loads, lines)}
+    for task in tasks:
+        assert found[task.id] == tiny.answer(*loaded, task.image, task.question)
+
+
+def test_the_folder_holds_the_whole_record(finished):
+    rows, folder = finished
+    with (folder / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == list(rows[0])
+    assert [float(line["accuracy"]) for line in table] == [row["accuracy"] for row in rows]
+    assert table[0]["mutual_information_count"] == ""
+    assert json.loads((folder / "results.json").read_text())["rows"] == rows
+    report = (folder / "report.md").read_text()
+    assert all(words in report for words in ("| random |", "## Budget 1/4", "| colour | count |"))
+    with Image.open(folder / "accuracy_vs_flops.png") as picture:
+        assert picture.width > picture.height
+    record = json.loads(predictions(folder)["autoprune__1-4.jsonl"].splitlines()[0])
+    assert set(record) == {
+        "id", "kind", "prediction", "correct", "entering", "flops", "kv_bytes", "mutual_information",
+    }  # fmt: skip
+
+
+def test_a_verdict_needs_more_than_a_handful_of_questions(finished):
+    report = (finished[1] / "report.md").read_text()
+    assert "*" not in "".join(line for line in report.splitlines() if line.startswith("| random"))
+
+
+def test_a_clear_difference_is_marked(loaded, tmp_path):
+    settings = [SETTINGS[0], Setting("random", "1/4", autoprune.create("random", 3))]
+    options = Options(timing=False)
+    *_, floor = compare(*loaded, settings, embedded_tasks(10, ["sign"]), tmp_path, options)
+    assert floor["difference_high"] < 0
+    assert f"{floor['difference']:+.3f}* [" in (tmp_path / "report.md").read_text()
+
+
+def test_columns_are_grouped_and_documented(finished):
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    names = list(finished[0][0])
+    for name in names:
+        base = name.removesuffix("_low").removesuffix("_high")
+        for kind in KINDS:
+            base = base.replace(f"_{kind}", "_KIND")
+        assert f"`{base}`" in page
+    assert names.index("accuracy_colour") + 3 == names.index("accuracy_count")
+
+
+def test_a_finished_run_is_not_asked_again(finished, loaded, tasks, asked):
+    rows, folder = finished
+    again = compare(*loaded, SETTINGS, tasks, folder, BRISK)
+    assert asked == []
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("cut", "sizes"),
+    [(10, [2]), (5000, [3, 3, 2])],
+    ids=["a torn last line", "nothing but a torn line"],
+)
+def test_a_run_that_was_cut_goes_on_where_it_stopped(loaded, tasks, tmp_path, asked, cut, sizes):
+    compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
+    whole = predictions(tmp_path)
+    path = tmp_path / "predictions" / "random__1-4.jsonl"
+    path.write_bytes(path.read_bytes()[: max(20, path.stat().st_size - cut)])
+    (tmp_path / "predictions" / "random__8.jsonl").unlink()
+    asked.clear()
+    compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
+    assert asked == [*sizes, 3, 3, 2]
+    assert predictions(tmp_path) == whole
+
+
+def test_an_interrupted_run_keeps_what_it_has(loaded, tasks, tmp_path, monkeypatch):
+    original, calls = answering._answer, []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(answering, "_answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
+    lines = {name: text.count("\n") for name, text in predictions(tmp_path).items()}
+    assert lines == {"full__1.jsonl": QUESTIONS, "autoprune__1-4.jsonl": 3}
+    rows = compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
+    assert all(row["questions"] == QUESTIONS for row in rows)
+
+
+def test_another_comparison_in_the_same_folder_is_refused(finished, loaded, tasks):
+    _, folder = finished
+    before = predictions(folder)
+    for settings, chosen, options, message in (
+        (SETTINGS, tasks[:-1], BRISK, "tasks count was 4 and is 3"),
+        (SETTINGS[:-1], tasks, BRISK, "setting random at 8 was Random.* and is absent"),
+        (SETTINGS, tasks, Options(batch_size=2), "batch_size was 3 and is 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(*loaded, settings, chosen, folder, options)
+    other = torch.nn.Parameter(torch.zeros(1))
+    loaded[0].register_parameter("extra", other)
+    try:
+        with pytest.raises(ValueError, match="model digest was"):
+            compare(*loaded, SETTINGS, tasks, folder, BRISK)
+    finally:
+        del loaded[0].extra
+    assert predictions(folder) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(loaded, tasks, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
+    with pytest.raises(ValueError, match="is a file"):
+        compare(*loaded, SETTINGS, tasks, tmp_path / "mine.txt", BRISK)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_cannot_run_is_a_row_with_its_reason(loaded, tasks, tmp_path):
+    settings = [
+        Setting("autoprune", "8", AutoPrune(8)),
+        Setting("deep", "1/4", AutoPrune(Budget.ratio(1 / 4), mi_layer=40)),
+        Setting("none", "1/4", None, "it takes no such budget"),
+        SETTINGS[2],
+    ]
+    _, small, deep, none, last = compare(*loaded, settings, tasks, tmp_path, BRISK)
+    assert small["status"] == deep["status"] == none["status"] == "infeasible"
+    assert "smallest feasible budget here is Budget.tokens(9.9375)" in small["reason"]
+    assert "mi_layer is 40" in deep["reason"]
+    assert none["reason"] == "it takes no such budget"
+    assert (last["status"], last["accuracy"] is None) == ("ok", False)
+    assert small["accuracy"] is None
+    assert "deep at 1/4: mi_layer is 40" in (tmp_path / "report.md").read_text()
+
+
+def test_a_model_in_training_mode_cannot_be_compared(loaded, tasks, tmp_path):
+    model, processor = loaded
+    model.train()
+    try:
+        with pytest.raises(UnsupportedError, match="eval"):
+            compare(model, processor, SETTINGS, tasks, tmp_path, BRISK)
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ([], BRISK, "nothing to compare"),
+        ([*SETTINGS, Setting("Random", "8", None)], BRISK, "a label of its own"),
+        (SETTINGS, Options(baseline="fastv"), "choose one of autoprune, random"),
+        (SETTINGS, Options(workers=0), "workers must be at least 1"),
+        (SETTINGS, Options(batch_size=0), "batch_size must be at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(loaded, tasks, tmp_path, settings, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(*loaded, settings, tasks, tmp_path, options)
+
+
+def test_two_workers_give_what_one_gives(finished, loaded, tasks, tmp_path):
+    rows = compare(
+        *loaded, SETTINGS, tasks, tmp_path, Options(batch_size=3, workers=2, timing=False)
+    )
+    assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in finished[0]]
+    assert predictions(tmp_path).keys() == predictions(finished[1]).keys()
+
+
+def test_the_baseline_is_asked_for_or_else_the_first(loaded, tasks, tmp_path):
+    *_, whole = compare(*loaded, SETTINGS[1:], tasks, tmp_path, BRISK)
+    assert whole["difference"] == 0
+    asked = Options(batch_size=3, timing=False, baseline="random")
+    _, first, second, _ = compare(*loaded, SETTINGS, tasks, tmp_path / "other", asked)
+    assert second["difference"] == 0
+    assert first["difference"] == pytest.approx(first["accuracy"] - second["accuracy"], abs=1e-6)
+
+
+def test_a_failing_worker_says_what_happened(loaded, tasks, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(answering, "_answer", fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=2))
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left(loaded, tmp_path):
+    picture = tiny.draw_scene(3).image
+    picture.save(tmp_path / "scene.png")
+    words = ("what is it?", "is the red ring left of the blue square?")
+    tasks = [
+        Task(str(i), "all", text, ("no",), tmp_path / "scene.png") for i, text in enumerate(words)
+    ]
+    (batch,) = prepare(*loaded, tasks, 2)
+    mask = batch.inputs()["attention_mask"]
+    assert mask[:, -1].all()
+    assert not mask[0, 0]
+    assert mask[1].all()
+    alone = loaded[1](images=picture, text=tiny.prompt(loaded[1], words[0]), return_tensors="pt")
+    assert torch.equal(batch.inputs()["input_ids"][0][mask[0].bool()], alone["input_ids"][0])
+
+
+def test_a_tokenizer_that_cannot_pad_is_asked_one_by_one(tasks):
+    model, processor = tiny.load()
+    processor.tokenizer.pad_token = None
+    assert [len(batch.tasks) for batch in prepare(model, processor, tasks, 3)] == [1] * QUESTIONS
+
+
+def test_inputs_that_do_not_fit_into_memory_are_prepared_again(loaded, tasks, monkeypatch):
+    kept = prepare(*loaded, tasks[:2], 2)[0].inputs
+    monkeypatch.setattr("autoprune.evaluation.batches.PREPARED_BYTES", 0)
+    again = prepare(*loaded, tasks[:2], 2)[0].inputs
+    assert kept() is kept()
+    assert again() is not again()
+    assert torch.equal(kept()["pixel_values"], again()["pixel_values"])

@@ -1,0 +1,121 @@
+"""Room for a schedule before its prompt is seen: never too little, and not much too much."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import autoprune
+from autoprune import AutoPrune, Budget
+from autoprune.budget import InfeasibleBudget
+from autoprune.cost import DecoderCost
+from autoprune.curves import CURVES
+from autoprune.method import Prompts
+from autoprune.methods import METHODS
+from tests.policy.examples import examples
+
+SEEN = 64
+
+
+def costs(draw, layers):
+    hidden = draw(st.sampled_from([8, 64, 512, 4096]))
+    wide = draw(st.sampled_from([1, hidden, 3 * hidden]))
+    return DecoderCost(layers, hidden, hidden // 8, hidden // 8, 8, wide)
+
+
+def budgets(draw, layers, visual, text, cost):
+    share = draw(st.floats(0.01, 1))
+    kind = draw(st.sampled_from(["tokens", "leaving", "ratio", "flops", "kv_bytes"]))
+    if kind == "kv_bytes":
+        full = cost.kv_bytes([visual] * layers, text)
+        return Budget.kv_bytes(max(1, int(share * full)))
+    if kind in ("ratio", "flops"):
+        return Budget(kind, share)
+    return Budget.tokens(share * visual, counted="leaving" if kind == "leaving" else "entering")
+
+
+@st.composite
+def settings(draw):
+    """A method, and a size of prompt on a model."""
+    layers = draw(st.integers(2, 40))
+    visual = draw(st.one_of(st.integers(1, 40), st.integers(1, 3000)))
+    text = draw(st.integers(0, 200))
+    cost = costs(draw, layers)
+    method = AutoPrune(
+        budgets(draw, layers, visual, text, cost),
+        k0=draw(st.floats(0, 3)),
+        gamma=draw(st.one_of(st.floats(-1, 3), st.just(0.0))),
+        x0=draw(st.floats(-20, 50)),
+        beta=draw(st.one_of(st.floats(-5, 5), st.just(0.0))),
+        curve=draw(st.sampled_from(sorted(CURVES))),
+        mi_layer=draw(st.integers(0, min(layers - 2, 4))),
+        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm"])),
+        noise=draw(st.sampled_from([0.0, 1.0])),
+    )
+    return method, layers, visual, text, cost
+
+
+def plans(method, layers, visual, text, cost, bits):
+    """`AutoPrune.plan` for many prompts at once, [prompts, L]."""
+    prompts = Prompts([visual] * len(bits), [text] * len(bits))
+    prior = method._prior(layers, prompts, cost)
+    return method._posterior(layers, prompts, cost, prior, bits)
+
+
+@examples(300)
+@given(settings(), st.integers(0, 2**32))
+def test_no_prompt_needs_more_than_the_capacity(setting, seed):
+    method, layers, visual, text, cost = setting
+    try:
+        capacity = method.capacity(layers, visual, text, cost)
+    except InfeasibleBudget:
+        assume(False)
+    most = (1 + method.noise) * np.log2(visual)
+    rng = np.random.default_rng(seed)
+    # As likely in any order of magnitude, and both ends.
+    bits = most * np.concatenate([rng.random(SEEN), 10.0 ** -rng.uniform(0, 6, SEEN), [0, 1]])
+    seen = plans(method, layers, visual, text, cost, bits)
+    assert (seen <= capacity).all()
+    assert capacity == sorted(capacity, reverse=True)
+    decided = method.mi_layer + 1
+    assert (seen[:, :decided] == capacity[:decided]).all()
+
+
+@examples(100)
+@given(settings())
+def test_capacity_does_not_rise_with_the_text(setting):
+    method, layers, visual, text, cost = setting
+    try:
+        with_text = method.capacity(layers, visual, text, cost)
+    except InfeasibleBudget:
+        assume(False)
+    without = method.capacity(layers, visual, text // 2, cost)
+    assert all(more <= less for more, less in zip(with_text, without, strict=True))
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize(("layers", "visual", "budget"), [(32, 576, 64), (28, 2880, 320)])
+def test_capacity_is_hardly_more_than_the_largest_plan(curve, layers, visual, budget):
+    method = AutoPrune(budget, curve=curve)
+    bits = np.linspace(0, np.log2(visual), 2000)
+    largest = plans(method, layers, visual, 0, None, bits).max(axis=0)
+    assert sum(method.capacity(layers, visual)) <= 1.03 * largest.sum()
+
+
+PLANNED = [name for name in METHODS if not name.startswith("autoprune")]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_schedule_that_is_known_is_the_capacity(name):
+    method = autoprune.create(name, budget=Budget.ratio(0.4))
+    assert method.capacity(32, 576) == method.plan(32, 576)
+
+
+def test_a_method_that_plans_nothing_may_keep_everything():
+    assert autoprune.create("autoprune_reference", budget=64).capacity(4, 10) == [10] * 4
+
+
+def test_without_visual_tokens_no_room_is_needed():
+    assert AutoPrune(64).capacity(4, 0) == [0] * 4

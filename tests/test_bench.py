@@ -1,0 +1,256 @@
+"""The benchmark times what it says, in turns, and its stand-ins for a method do what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import autoprune
+from autoprune import AutoPrune, Budget
+from autoprune.bench import session
+from autoprune.bench.clock import Clock
+from autoprune.bench.measure import PHASES, Held, time_once
+from autoprune.bench.plot import plot_speedups
+from autoprune.bench.policy import policy_seconds
+from autoprune.bench.results import padding_waste, rows
+from autoprune.bench.session import Measured, Plan, measure
+from autoprune.bench.subjects import Subject
+from autoprune.bench.variants import (
+    OVERHEADS,
+    DecideOnly,
+    HooksOnly,
+    Replay,
+    SpreadAutoPrune,
+    Variant,
+    spread_curves,
+)
+from tests import zoo
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    model = zoo.build("llava", "sdpa")
+    single = zoo.inputs("llava", model)
+    return Subject("llava", model, lambda n: {k: torch.cat([v] * n) for k, v in single.items()})
+
+
+def plan(batches=(1, 3), budgets=(9, 6), repeats=2):
+    methods = [autoprune.create(name, b) for name in ("autoprune", "random") for b in budgets]
+    return Plan(batches, methods, AutoPrune(Budget.ratio(1)), repeats, steps=2)
+
+
+@torch.inference_mode()
+def logits(subject, method=None):
+    prompts = subject.prompts(2)
+    if method is None:
+        return subject.model(**prompts).logits, None
+    with method(subject.model) as trace:
+        return subject.model(**prompts).logits, trace.samples
+
+
+@pytest.mark.parametrize("method", [HooksOnly(), DecideOnly(AutoPrune(budget=6))])
+def test_overhead_runs_change_nothing(subject, method):
+    found, samples = logits(subject, method)
+    assert torch.equal(found, logits(subject)[0])
+    assert samples[0].tokens_per_layer == [16] * zoo.LAYERS
+
+
+def test_decisions_alone_are_really_taken(subject):
+    method = AutoPrune(budget=6, mi_layer=0)
+    samples = logits(subject, DecideOnly(method))[1]
+    pruned = logits(subject, method)[1]
+    assert samples[0].schedule == pruned[0].schedule
+    assert samples[0].mutual_information == pruned[0].mutual_information
+
+
+def test_cuts_alone_repeat_a_schedule(subject):
+    schedule = ((16, 9, 9, 4, 1, 1), (16, 16, 5, 5, 5, 2))
+    samples = logits(subject, Replay(schedule))[1]
+    assert [tuple(sample.tokens_per_layer) for sample in samples] == list(schedule)
+    assert samples[1].kept[3].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_curves_are_spread_over_a_batch_and_spend_the_same(subject):
+    method = spread_curves(AutoPrune(budget=8, k0=2.0), 5.0)
+    samples = logits(subject, method)[1]
+    first, second = (sample.tokens_per_layer for sample in samples)
+    assert first != second
+    assert sum(first) == sum(second) == 8 * zoo.LAYERS
+    measured = logits(subject, AutoPrune(budget=8, k0=2.0))[1]
+    assert samples[1].mutual_information == measured[1].mutual_information
+    assert first == AutoPrune(budget=8, k0=2.0).plan(zoo.LAYERS, 16, 0.0)
+    assert second == AutoPrune(budget=8, k0=2.0).plan(zoo.LAYERS, 16, 5.0)
+
+
+def test_a_single_prompt_keeps_its_own_curve(subject):
+    method, alone = AutoPrune(budget=8, k0=2.0), subject.prompts(1)
+    schedules = []
+    for each in (method, spread_curves(method, 5.0)):
+        with torch.inference_mode(), each(subject.model) as trace:
+            subject.model(**alone)
+        schedules.append(trace.samples[0].schedule)
+    assert schedules[0] == schedules[1]
+
+
+def test_only_autoprune_is_spread_and_keeps_its_settings():
+    method = AutoPrune(budget=8, k0=0.7, first_cut="pre_llm")
+    spread = spread_curves(method, 0.5)
+    assert isinstance(spread, SpreadAutoPrune) and spread.spread == 0.5
+    assert all(
+        getattr(spread, f.name) == getattr(method, f.name) for f in dataclasses.fields(method)
+    )
+    random = autoprune.create("random", 8)
+    assert spread_curves(random, 0.5) is random and spread_curves(method, 0.0) is method
+
+
+def test_phases_add_up_and_decoding_is_per_step(subject):
+    class Steps:
+        """A clock that counts its marks."""
+
+        count = 0
+
+        def mark(self):
+            self.count += 1
+            return self.count
+
+        def settle(self):
+            pass
+
+        def seconds(self, marks):
+            return [after - before for before, after in pairwise(marks)]
+
+    clock = Steps()
+    times = time_once(subject.model, subject.prompts(1), AutoPrune(budget=6), 3, clock)
+    assert times == {"vision": 1, "prefill": 1, "ttft": 2, "decode": 1}
+    assert clock.count == 3 + 3
+
+
+def test_pictures_are_encoded_before_the_decoder_is_entered(subject):
+    marks = []
+    clock = SimpleNamespace(
+        mark=lambda: marks.append("mark"),
+        settle=lambda: None,
+        seconds=lambda m: [1.0] * (len(m) - 1),
+    )
+    model = subject.model
+    handles = [
+        model.get_encoder(modality="image").register_forward_hook(lambda *_: marks.append("tower")),
+        model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: marks.append("layer 0")),
+    ]
+    time_once(model, subject.prompts(1), HooksOnly(), 1, clock)
+    for handle in handles:
+        handle.remove()
+    assert marks == ["mark", "tower", "mark", "layer 0", "mark", "layer 0", "mark"]
+
+
+def test_variants_take_turns(subject, monkeypatch):
+    order = []
+
+    def pretend(model, prompts, method, steps, clock):
+        order.append(method)
+        return dict.fromkeys(PHASES, 1.0)
+
+    monkeypatch.setattr(session, "time_once", pretend)
+    asked = plan(batches=(1,), repeats=3)
+    done = list(measure(subject, asked, Clock(CPU)))[-1]
+    assert order == [own.variant.method for own in done] * 3
+    assert order[0] is None and order[1:5] == asked.methods
+    assert [own.variant.label for own in done[5:]] == list(OVERHEADS)
+
+
+def test_every_run_is_announced_and_overheads_are_measured_once(subject):
+    asked = plan(repeats=1)
+    states = list(measure(subject, asked, Clock(CPU)))
+    assert len(states) == asked.runs == 2 * (5 + 5 + 4)
+    found = rows(states[-1])
+    assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * len(OVERHEADS)
+    assert [row["batch"] for row in found if row["kind"] == "plain"] == [1, 3]
+    cuts = next(row for row in found if row["variant"] == "cuts only")
+    assert cuts["mean_tokens"] == 6
+
+
+def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(subject):
+    plain = logits(subject)[0]
+    left = iter(range(40))
+
+    def interrupt(*_):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    handle = subject.model.get_decoder().layers[-1].register_forward_pre_hook(interrupt)
+    states = measure(subject, plan(repeats=50), Clock(CPU))
+    kept = next(states)
+    with pytest.raises(KeyboardInterrupt):
+        list(states)
+    handle.remove()
+    assert torch.equal(logits(subject)[0], plain)
+    assert [row["variant"] for row in rows(kept)][:2] == ["plain", "autoprune"]
+
+
+def sample(counts, text, flops=1.0):
+    return SimpleNamespace(
+        tokens_per_layer=counts, num_text=text, num_visual=counts[0], mean_tokens=np.mean(counts),
+        flops=flops, flops_full=4.0, kv_bytes=1,
+    )  # fmt: skip
+
+
+def test_padding_is_counted_over_all_layers():
+    assert padding_waste([sample([8, 2], 2), sample([8, 4], 2)]) == pytest.approx(32 / 30 - 1)
+    assert padding_waste([sample([8, 2], 2)]) == 0
+    assert padding_waste([sample([8, 2], 4), sample([8, 4], 2)]) == pytest.approx(36 / 34 - 1)
+
+
+def test_realised_share_compares_rounds_with_what_flops_promise():
+    held = Held(1, 1, [sample([8, 2], 2)])
+
+    def taken(method, seconds):
+        label = "plain" if method is None else "random"
+        return Measured(1, Variant(label, method), held, dict.fromkeys(PHASES, seconds))
+
+    plain = taken(None, [4.0, 8.0, 6.0])
+    pruned = taken(autoprune.create("random", 5), [2.0, 4.0])
+    row = rows([plain, pruned])[1]
+    assert row["ideal_speedup"] == 4
+    assert row["speedup"]["prefill"]["all"] == [2, 2]
+    assert row["realised_share"] == 0.5
+    assert row["seconds"]["prefill"]["median"] == 3
+
+
+def test_what_has_not_been_timed_yet_has_no_row():
+    assert rows([Measured(1, Variant("plain"), Held(1, 1, []))]) == []
+
+
+def test_one_thread_is_timed_by_the_process():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert Clock(CPU).name == "process time"
+        torch.set_num_threads(2)
+        assert Clock(CPU).name == "wall time"
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="cpu and cuda"):
+        Clock(torch.device("meta"))
+
+
+def test_planning_takes_little_time():
+    # Targets are 0.2 ms and 2 ms; other programs on a busy machine may cost ten times that.
+    assert policy_seconds(1) < 2e-3
+    assert policy_seconds(64) < 20e-3
+
+
+def test_the_plot_has_a_line_per_method_and_batch_size(subject):
+    found = rows(list(measure(subject, plan(repeats=1), Clock(CPU)))[-1])
+    axes = plot_speedups(found, "llava").axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == sorted(
+        ["as FLOPs promise"]
+        + [f"{name}, batch {batch}" for name in ("autoprune", "random") for batch in (1, 3)]
+    )

@@ -1,0 +1,99 @@
+"""What a prefill allocates and what its cache holds, counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autoprune import AutoPrune
+from autoprune.bench.measure import hold_once
+from autoprune.bench.memory import AllocationCounter, PeakMemory
+from autoprune.bench.results import padding_waste
+from autoprune.bench.variants import HooksOnly, Replay, spread_curves
+from tests import zoo
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.build("llava", "sdpa")
+
+
+def prompts(model, batch):
+    single = zoo.inputs("llava", model)
+    return {name: torch.cat([tensor] * batch) for name, tensor in single.items()}
+
+
+def megabyte():
+    return torch.zeros(MEGABYTE // 4)
+
+
+def test_the_peak_is_what_is_held_at_a_time():
+    before = megabyte()
+    with PeakMemory(torch.device("cpu")) as memory:
+        memory.start()
+        first = megabyte()
+        second = first + before
+        del first
+        third = torch.cat([second, second])
+        del second, third
+        last = megabyte()
+        peak = memory.stop()
+    assert peak == 3 * MEGABYTE
+    assert last.numel()
+
+
+def test_views_and_operations_in_place_hold_nothing_new():
+    tensor = megabyte()
+    with AllocationCounter() as counter:
+        tensor.view(2, -1).add_(1).t().relu_()
+    assert counter.peak == 0
+
+
+def test_nothing_is_counted_after_an_interruption():
+    memory = PeakMemory(torch.device("cpu"))
+
+    def interrupted():
+        with memory:
+            memory.start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    later = megabyte()
+    assert later.numel() and memory.stop() == 0
+
+
+def test_a_cache_holds_what_the_trace_says(model):
+    held = hold_once(model, prompts(model, 1), AutoPrune(budget=9))
+    assert held.kv == held.samples[0].kv_bytes < held.samples[0].kv_bytes_full
+
+
+def test_a_batch_of_equal_curves_holds_what_the_trace_says(model):
+    held = hold_once(model, prompts(model, 3), AutoPrune(budget=9))
+    assert padding_waste(held.samples) == 0
+    assert held.kv == sum(sample.kv_bytes for sample in held.samples)
+
+
+def test_a_ragged_batch_also_holds_its_padding(model):
+    held = hold_once(model, prompts(model, 4), spread_curves(AutoPrune(budget=9, k0=2.0), 6.0))
+    waste = padding_waste(held.samples)
+    assert waste > 0.01
+    assert held.kv == pytest.approx((1 + waste) * sum(s.kv_bytes for s in held.samples))
+
+
+def test_the_plain_cache_holds_all(model):
+    plain = hold_once(model, prompts(model, 2), None)
+    hooked = hold_once(model, prompts(model, 2), HooksOnly())
+    assert plain.samples == []
+    assert plain.kv == hooked.kv == sum(sample.kv_bytes_full for sample in hooked.samples)
+
+
+def test_pruning_lowers_the_peak_by_what_the_cache_lacks(model):
+    layers, batch = zoo.LAYERS, 8
+    schedule = [16] + [1] * (layers - 1)
+    plain = hold_once(model, prompts(model, batch), None)
+    pruned = hold_once(model, prompts(model, batch), Replay((tuple(schedule),) * batch))
+    # Layer 0 sees all tokens in both: what a layer needs at a time is the same.
+    assert pruned.peak <= plain.peak - 0.8 * (plain.kv - pruned.kv) < plain.peak
