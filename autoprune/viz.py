@@ -20,7 +20,7 @@ FAINT = (108, 117, 125)
 PAPER = (255, 255, 255)
 GAP = 12
 _VEIL = 0.80
-_COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#495057")
+COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#495057")
 
 
 def kept_patches(
@@ -122,11 +122,11 @@ def plot_schedule(
         raise ValueError(
             f"got {len(schedules)} schedules and {len(labels)} labels; give one label to each"
         )
-    figure_class, formatter = _matplotlib()
+    figure_class, formatter = matplotlib_parts()
     figure = figure_class(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, (schedule, label) in enumerate(zip(schedules, labels, strict=True)):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         axes.step(
             range(len(schedule)), schedule, where="mid", color=colour, linewidth=2, label=label
         )
@@ -144,7 +144,12 @@ def plot_schedule(
     return figure
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def matplotlib_parts() -> tuple[Any, Any]:
+    """matplotlib's Figure and FuncFormatter.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter

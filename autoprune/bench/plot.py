@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..viz import _COLOURS, _matplotlib
+from ..viz import COLOURS, matplotlib_parts
 from .results import Row
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def plot_speedups(rows: Sequence[Row], title: str) -> Figure:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure_class, _ = _matplotlib()
+    figure_class, _ = matplotlib_parts()
     figure = figure_class(figsize=(6.4, 5.2), layout="constrained")
     axes = figure.subplots()
     pruned = [row for row in rows if row["kind"] == "pruned"]
@@ -39,7 +39,7 @@ def plot_speedups(rows: Sequence[Row], title: str) -> Figure:
                     [speed["median"] - speed["q1"] for speed in measured],
                     [speed["q3"] - speed["median"] for speed in measured],
                 ],
-                color=_COLOURS[colour % len(_COLOURS)],
+                color=COLOURS[colour % len(COLOURS)],
                 linestyle=_DASHES[dash % len(_DASHES)],
                 marker="o",
                 markersize=4,

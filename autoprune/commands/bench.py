@@ -16,7 +16,7 @@ from rich.table import Table
 from ..budget import Budget
 from ..files import write_whole
 from .inputs import build_method, parse_budget
-from .models import DTYPES, _device, load_model
+from .models import DTYPES, load_model, pick_device
 from .report import print_json
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def _positive(option: str, text: str) -> int:
 
 def _output(path: Path) -> Path:
     """The JSON file for `--output`; the plot goes beside it."""
-    from ..viz import _matplotlib
+    from ..viz import matplotlib_parts
 
-    _matplotlib()
+    matplotlib_parts()
     if path.suffix.lower() == ".json":
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(
@@ -171,7 +171,7 @@ def _subject(request: Request) -> Subject:
     if request.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
     if request.model in CONFIGURATIONS:
-        device = _device(request.device)
+        device = pick_device(request.device)
         usual = "bfloat16" if device.type == "cuda" else "float32"
         dtype = getattr(torch, usual if request.dtype == "auto" else request.dtype)
         subject = build(request.model, request.text, request.images, device, dtype)

@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import struct
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageOps, UnidentifiedImageError
+from typing import Any, cast
 
 from ..budget import Budget
 from ..method import Method
 from ..methods import METHODS, create
 from .methods import options as defaults
-
-MAX_ASPECT_RATIO = 200
-"""Processors scale the shorter side up: a thread of pixels would become a gigantic picture."""
-
-
-def load_image(path: Path) -> Image.Image:
-    """The picture of a file as RGB, turned upright as its camera noted.
-
-    Raises:
-        ValueError: the file is missing, no image, truncated, or too large to be decoded safely.
-    """
-    if not path.exists():
-        raise ValueError(f"there is no image file {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder, expected an image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS or 0
-        raise ValueError(
-            f"image {str(path)!r} is too large: more than "
-            f"{limit / 1e6:.0f} million pixels; resize it first"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{str(path)!r} is not an image that can be read") from error
-    except PermissionError as error:
-        raise ValueError(f"no permission to read {str(path)!r}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ValueError(f"image {str(path)!r} is damaged or truncated: {error}") from error
-    short, long = sorted(picture.size)
-    if long > MAX_ASPECT_RATIO * short:
-        raise ValueError(
-            f"image {str(path)!r} is {picture.width} x {picture.height} pixels; its sides may "
-            f"differ by a factor of {MAX_ASPECT_RATIO} at most, crop it first"
-        )
-    return picture
 
 
 def parse_budget(text: str) -> Budget:
@@ -111,6 +68,8 @@ def _typed(method: str, option: str, text: str) -> Any:
     default = defaults(method).get(option) if method in METHODS else None
     if text.lower() == "none":
         return None
+    if method in METHODS and "tuple" in str(_annotation(method, option)):
+        return _numbers(option, text)
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -122,3 +81,18 @@ def _typed(method: str, option: str, text: str) -> Any:
         )
         raise ValueError(f"option {option} expects {expected}, got {text!r}") from None
     return text
+
+
+def _annotation(method: str, option: str) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(cast(Any, METHODS[method]))}
+    return fields.get(option)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """ "2 6 15" or "2;6;15": commas already separate options."""
+    try:
+        return tuple(float(part) for part in text.replace(";", " ").replace(",", " ").split())
+    except ValueError:
+        raise ValueError(
+            f"option {option} expects numbers such as '2 6 15', got {text!r}"
+        ) from None

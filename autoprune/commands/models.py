@@ -51,7 +51,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = _device(device)
+    target = pick_device(device)
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; give the folder of a checkpoint")
@@ -123,7 +123,7 @@ def _unreadable(name: str, folder: Path, error: Exception) -> str:
     )
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Trace
 from . import tap
-from .cache import Decode, PrunedCache, is_static, static_step
+from .cache import Decode, PrunedCache, is_static, narrowed, static_step
 from .layout import Layout, read_layout
 from .locate import locate, warn_if_untested
 from .prefill import Prefill
@@ -29,6 +30,7 @@ from .refusals import (
     unwatch_generate,
     watch_generate,
 )
+from .static_cache import PrunedStaticCache
 from .vision import VisionTap, VisionView
 
 if TYPE_CHECKING:
@@ -159,6 +161,29 @@ class Attachment:
             )
         return self.vision.encode(inputs)
 
+    def static_cache(
+        self, num_visual: int | Sequence[int], num_text: int, max_new_tokens: int
+    ) -> StaticCache:
+        """A static cache with only as much room in every layer as a pruned prompt can need there.
+
+        Pass it as `past_key_values` to `model.generate` or to the model, to decode with torch.compile.
+        After `cache.reset()` it takes the next prompt, and the same compiled graph serves all of them.
+
+        Args:
+            num_visual: visual tokens of a prompt; several numbers if prompts differ, in a batch or from
+                one to the next.
+            num_text: at most so many other tokens in a prompt. A batch that is padded beyond its longest
+                prompt needs room for that padding, too.
+            max_new_tokens: as for `model.generate`.
+
+        Raises:
+            UnsupportedError: the model has sliding layers, or attention other than sdpa and eager.
+            ValueError: a number is out of range, or the budget infeasible for such prompts.
+        """
+        return PrunedStaticCache(
+            self.located, self.method, self.shape, num_visual, num_text, max_new_tokens
+        )
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         if torch.compiler.is_compiling():
@@ -224,6 +249,8 @@ class Attachment:
         drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         layout = read_layout(prompt, embeds, self.located.visual_ids, self.visual_mask, drafts)
         vision = self._vision_scores(prompt, layout)
+        if isinstance(cache, PrunedStaticCache):
+            cache.admit(self.method, layout)
         prompts = Prompts(layout.num_visual, layout.num_text)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
@@ -238,7 +265,10 @@ class Attachment:
             if torch.compiler.is_compiling():
                 return self._compiled_step(index, args, kwargs)
             run = getattr(self._local, "run", None)
-            return None if run is None else run.before_layer(index, args, kwargs)
+            if run is not None:
+                args, kwargs = run.before_layer(index, args, kwargs)
+            layers = getattr(kwargs.get("past_key_values"), "layers", ())
+            return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
 
         return before_layer
 
@@ -247,8 +277,7 @@ class Attachment:
         layers = getattr(kwargs.get("past_key_values"), "layers", ())
         if index >= len(layers) or not is_static(layers[index]):
             return None
-        kwargs = static_step(self.located, layers[index], args[0], kwargs)
-        return None if kwargs is None else (args, kwargs)
+        return args, static_step(self.located, layers[index], args[0], kwargs)
 
     def _attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
         run = getattr(self._local, "run", None)

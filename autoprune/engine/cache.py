@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_autoprune"
 VALID = "_autoprune_valid"
 PADDING = "_autoprune_padding"
+DROPPED = "_autoprune_dropped"
+HELD = "_autoprune_held"
 
 
 @dataclass
@@ -80,30 +82,50 @@ def is_static(layer: Any) -> bool:
 
 
 def _mark_valid(layer: Any, tokens: Tokens, compacted: bool) -> None:
-    """Tell a static cache layer which of its slots hold real tokens; new tokens always are.
-
-    The tensor keeps its address and form whatever was kept, so that compiled decoding is not recompiled.
-    """
+    """Tell a static cache layer which of its slots hold real tokens; new tokens always are."""
     valid = torch.ones(tokens.column.shape[0], layer.max_cache_len, dtype=torch.bool)
     valid = valid.to(tokens.column.device)
     valid[:, : tokens.width] = tokens.column >= 0
-    torch._dynamo.mark_static_address(valid)
-    setattr(layer, VALID, valid)
+    _put(layer, VALID, valid)
     if compacted:
         padding = torch.as_tensor([tokens.width - n for n in tokens.lengths])
-        padding = padding.to(tokens.column.device)
-        torch._dynamo.mark_static_address(padding)
-        setattr(layer, PADDING, padding)
+        _put(layer, PADDING, padding.to(tokens.column.device))
 
 
-def static_step(located: Located, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict | None:
-    """Layer arguments for new tokens on a pruned layer of a static cache; None if it was not pruned.
+def _put(layer: Any, name: str, value: torch.Tensor) -> None:
+    """Set a tensor of a layer, at the address it had for earlier prompts.
+
+    Compiled decoding reads it there, and would otherwise be compiled or recorded again.
+    """
+    held = layer.__dict__.setdefault(HELD, {})
+    old = held.get(name)
+    if old is None or old.shape != value.shape or old.device != value.device:
+        torch._dynamo.mark_static_address(value)
+        held[name] = value
+    else:
+        old.copy_(value)
+    setattr(layer, name, held[name])
+
+
+def narrowed(layer: Any, kwargs: dict) -> dict:
+    """Layer arguments with the model's own mask cut to the length of a static layer.
+
+    The model makes one mask, for the longest layer. A layer that was not cut holds column j in slot j.
+    """
+    mask = kwargs.get("attention_mask")
+    if not is_static(layer) or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return kwargs
+    return {**kwargs, "attention_mask": mask[..., : layer.max_cache_len]}
+
+
+def static_step(located: Located, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
+    """Layer arguments for new tokens on a layer of a static cache.
 
     Reads nothing from the device, so it can be compiled.
     """
     valid = getattr(layer, VALID, None)
     if valid is None:
-        return None
+        return narrowed(layer, kwargs)
     slots = torch.arange(valid.shape[1], device=valid.device)
     queries = torch.arange(hidden.shape[1], device=valid.device)
     last = layer.cumulative_length.to(valid.device) + queries
@@ -120,17 +142,20 @@ def _report_length(layer: Any, dropped: int) -> None:
 
     Positions of new tokens are counted from layer 0's length. A reset ends it.
     """
-    layer.dropped_tokens = dropped
+    if is_static(layer):
+        _put(layer, DROPPED, torch.full_like(layer.cumulative_length, dropped))
+    else:
+        setattr(layer, DROPPED, dropped)
     layer.get_seq_length = types.MethodType(_length_of_prompt, layer)
     layer.reset = types.MethodType(_reset, layer)
 
 
 def _length_of_prompt(layer: Any) -> Any:
-    return type(layer).get_seq_length(layer) + layer.dropped_tokens
+    return type(layer).get_seq_length(layer) + getattr(layer, DROPPED)
 
 
 def _reset(layer: Any) -> None:
-    for name in ("dropped_tokens", "get_seq_length", "reset"):
+    for name in (DROPPED, "get_seq_length", "reset"):
         layer.__dict__.pop(name, None)
     layer.reset()
 
@@ -168,7 +193,7 @@ class Decode:
         stage = self.pruned.stage_of_layer[index]
         layer = self.cache.layers[index]
         if is_static(layer):
-            return args, static_step(self.located, layer, args[0], kwargs) or kwargs
+            return args, static_step(self.located, layer, args[0], kwargs)
         self._crop(layer, stage)
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")

@@ -82,6 +82,7 @@ class Tokens:
     visual: LongTensor [batch, n], index 0..N-1 of an original visual token, else TEXT, MERGED or PADDING.
     lengths, counts: real tokens and visual tokens of each prompt (host).
     padded: whether any prompt is shorter than n.
+    was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     """
 
     column: torch.Tensor
@@ -89,6 +90,7 @@ class Tokens:
     lengths: list[int]
     counts: list[int]
     padded: bool
+    was_cut: bool = False
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
@@ -108,7 +110,8 @@ class Tokens:
         if not drafts:
             return self
         end, lengths = self.width - drafts, [n - drafts for n in self.lengths]
-        return Tokens(self.column[:, :end], self.visual[:, :end], lengths, self.counts, self.padded)
+        column, visual = self.column[:, :end], self.visual[:, :end]
+        return Tokens(column, visual, lengths, self.counts, self.padded, self.was_cut)
 
     @property
     def width(self) -> int:
@@ -131,6 +134,9 @@ class Tokens:
     @cached_property
     def slot_mask(self) -> torch.Tensor:
         """bool [batch, max(counts)], False beyond a prompt's own count."""
+        if min(self.counts) == max(self.counts):
+            shape = len(self.counts), self.counts[0]
+            return torch.ones(shape, dtype=torch.bool, device=self.column.device)
         return length_mask(self.counts, max(self.counts), self.column.device)
 
     @property
@@ -169,7 +175,7 @@ class Tokens:
             first = width - torch.as_tensor(lengths).to(column.device)
             filler = torch.arange(width, device=column.device) < first[:, None]
             column, visual = column.masked_fill(filler, -1), visual.masked_fill(filler, PADDING)
-        return Tokens(column, visual, lengths, counts, padded), source
+        return Tokens(column, visual, lengths, counts, padded, was_cut=True), source
 
     def _place(self, merged) -> tuple[torch.Tensor, torch.Tensor]:
         slots = self.slots
@@ -220,6 +226,7 @@ def read_layout(
         ValueError: the visual mask does not fit the prompt.
     """
     batch, length = embeds.shape[:2]
+    ids, mask = _on_host(prompt["input_ids"], prompt["attention_mask"])
     if visual_mask is not None:
         if visual_mask.shape[1] != length or batch % visual_mask.shape[0]:
             raise ValueError(
@@ -228,15 +235,25 @@ def read_layout(
             )
         repeats = batch // visual_mask.shape[0]
         visual = visual_mask.bool().repeat_interleave(repeats, dim=0).cpu().numpy()
-    elif prompt["input_ids"] is not None:
-        visual = np.isin(prompt["input_ids"].cpu().numpy(), visual_ids)
+    elif ids is not None:
+        visual = np.isin(ids.numpy(), visual_ids)
     else:
         raise UnsupportedError(
             "the model was called with inputs_embeds only, so nothing says which tokens are "
             "visual; pass method(model, visual_mask=...), bool [batch, length]"
         )
-    real = _real_tokens(prompt["attention_mask"], batch, length)
+    real = _real_tokens(mask, batch, length)
     return Layout(real, visual & real, drafts)
+
+
+def _on_host(ids: torch.Tensor | None, mask: Any) -> tuple[torch.Tensor | None, Any]:
+    """Both on the CPU, read from the device at once where that is possible."""
+    if ids is None or ids.device.type == "cpu":
+        return ids, mask
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        ids, mask = torch.stack([ids, mask.to(ids)]).cpu()
+        return ids, mask
+    return ids.cpu(), mask
 
 
 def _real_tokens(mask: Any, batch: int, length: int) -> np.ndarray:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..errors import UnsupportedError
-from ..method import Needs, Observation, PromptState, Selection
+from ..method import Needs, PromptState, Selection
 from .cache import PrunedCache, Stage, is_static, sliding_window
-from .layout import Layout, Tokens, length_mask
-from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask, row_mask
+from .layout import Layout, Tokens
+from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
+from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
 from .positions import compacted_positions, take_columns
-from .tap import row_attention
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
 
 # Arguments of decoder layers that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
-
-
-class _SeenEnough(Exception):
-    """Ends a layer that was only run to see its attention."""
 
 
 @dataclass
@@ -60,28 +55,12 @@ class Prefill:
         self.stages = [Stage(0, self.tokens)]
         self.packings: list[Packing | None] = [None]
         self.records: list[CutRecord] = []
-        self.vision = self._by_prompt(vision, device)
+        self.observer = Observer(layout, vision, device)
         self.deepstack = deepstack
-        self.armed: Needs | None = None
-        self.attention: torch.Tensor | None = None
-        self.projections: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.peeking = False
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
-        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._slices: dict[tuple, tuple[Any, Any]] = {}
         self.method.begin(state)
-
-    def _by_prompt(
-        self, vision: VisionView | None, device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        """What the tower gave, [prompts, N, ...], filled with NaN (or False) behind a prompt's own."""
-        stacked = {}
-        for name, rows in (vision.per_prompt(self.layout.num_visual) if vision else {}).items():
-            fill = False if rows[0].dtype == torch.bool else float("nan")
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-            stacked[name] = padded.to(device)
-        return stacked
 
     @property
     def packing(self) -> Packing | None:
@@ -95,15 +74,14 @@ class Prefill:
             self.cache = kwargs.get("past_key_values")
         if 0 < index <= len(self.deepstack):
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
-        needs = self.armed if index else self.method.needs(0, self.state)
+        needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
             if needs.ahead:
                 self._peek(index, needs, args, kwargs)
             hidden = self._cut(index, needs, args[0])
             args = (hidden, *args[1:])
-        self.attention = self.projections = None
         last = index + 1 == len(self.located.layers)
-        self.armed = None if last else self.method.needs(index + 1, self.state)
+        self.observer.expect(None if last else self.method.needs(index + 1, self.state))
         return args, self._arguments(index, args[0], kwargs)
 
     def _arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
@@ -117,13 +95,14 @@ class Prefill:
     def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
         kwargs = {**self._arguments(index, args[0], kwargs), "past_key_values": None}
-        self.armed, self.peeking = needs, True
+        self.observer.expect(needs)
+        self.observer.peeking = True
         try:
             self.located.layers[index].forward(*args, **kwargs)
-        except _SeenEnough:
+        except SeenEnough:
             pass
         finally:
-            self.peeking = False
+            self.observer.peeking = False
 
     def _add_deepstack(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Add one level of deepstack features (flat over all visual tokens) to those still present.
@@ -145,10 +124,10 @@ class Prefill:
         """The attention of one decoder layer, observed, and padded if its tokens came packed."""
         packing = self.packing
         if packing is None:
-            self._observe(query, key, attention_mask, **kwargs)
+            self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         query, key, value = map(packing.unpack_heads, (query, key, value))
-        self._observe(query, key, attention_mask, **kwargs)
+        self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
         if self.cache is not None:
             # The layer has put the packed row into its cache.
             layer = self.cache.layers[module.layer_idx]
@@ -156,48 +135,10 @@ class Prefill:
         output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         return packing.pack(output), weights
 
-    def _observe(self, query, key, attention_mask, scaling=None, softcap=None, **kwargs) -> None:
-        """Compute the attention rows that the next cut asked for, and remember its projections."""
-        if self.armed is None or self.armed.ahead != self.peeking:
-            return
-        key = key[:, :, : self.tokens.width]
-        if self.armed.keys:
-            self.projections = query, key
-        if self.armed.rows is not None:
-            self.attention = self._row_attention(query, key, attention_mask, scaling, softcap)
-        if self.peeking:
-            raise _SeenEnough
-
-    def _row_attention(self, query, key, attention_mask, scaling, softcap) -> torch.Tensor:
-        """Attention of the rows asked for to the visual tokens, [batch, heads, rows, V]."""
-        slots, text_mask = self._rows(self.armed.rows)
-        slots = slots.to(query.device)  # a layer may live on another device than the prompt
-        blocked, bias = row_mask(attention_mask, self.tokens, slots)
-        attention = row_attention(_take(query, slots), key, scaling, blocked, bias, softcap)
-        return _take_last(attention, self.tokens.slots.to(query.device)).to(text_mask.device)
-
-    def _rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the scoring rows are in the present sequence, [batch, rows], and which are real."""
-        column, from_end, mask = self._text_rows(rows)
-        if len(self.stages) == 1:
-            return column, mask
-        # A cut pads on the left and drops nothing behind the last visual token.
-        return (self.tokens.width - from_end).clamp(max=self.tokens.width - 1), mask
-
-    def _text_rows(self, rows: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if rows not in self._text:
-            device = self.tokens.column.device
-            column, from_end, counts = self.layout.text_rows(rows)
-            mask = length_mask(counts, column.shape[1], device)
-            self._text[rows] = (
-                torch.from_numpy(column).to(device),
-                torch.from_numpy(from_end).to(device),
-                mask,
-            )
-        return self._text[rows]
-
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
-        selection = self.method.select(self._observation(index, needs, hidden), self.state)
+        padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
+        seen = self.observer.observation(index, needs, self.tokens, padded)
+        selection = self.method.select(seen, self.state)
         if selection is None or self._keeps_all(selection):
             return hidden
         self._check(index, selection)
@@ -238,41 +179,6 @@ class Prefill:
         if not can_pack(self.cache, located.implementation, has_windows):
             return None
         return Packing(tokens.column >= 0, sum(tokens.lengths))
-
-    def _observation(self, index: int, needs: Needs, hidden: torch.Tensor) -> Observation:
-        tokens = self.tokens
-        slots, mask = tokens.slots, tokens.slot_mask
-        visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
-        if (needs.rows is not None and self.attention is None) or (
-            needs.keys and self.projections is None
-        ):
-            raise UnsupportedError(
-                f"the attention of decoder layer {index - (not needs.ahead)} was not seen: "
-                f"the backend {self.located.implementation!r} does not go through transformers' "
-                "attention functions; use attn_implementation='sdpa'"
-            )
-        seen = Observation(index, list(tokens.counts), visual, mask, self.attention)
-        if needs.rows is not None or needs.hidden or needs.keys:
-            text, seen.text_mask = self._rows(needs.rows or "text")
-        if needs.hidden:
-            states = hidden if self.packing is None else self.packing.unpack(hidden)
-            seen.hidden = partial(_take, states, slots)
-            seen.text_hidden = partial(_take, states, text)
-        if needs.keys:
-            query, key = self.projections
-            seen.keys, seen.text_keys = partial(_take, key, slots), partial(_take, key, text)
-            seen.queries = partial(_take, query, slots)
-        if needs.vision:
-            self._add_vision(seen, visual)
-        return seen
-
-    def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
-        original = visual.clamp(min=0)
-        for name, values in self.vision.items():
-            index = original.view(*original.shape, *[1] * (values.ndim - 2))
-            taken = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
-            absent = False if values.dtype == torch.bool else float("nan")
-            setattr(seen, name, taken.masked_fill((visual < 0).view(index.shape), absent))
 
     def _keeps_all(self, selection: Selection) -> bool:
         return selection.merged is None and list(selection.counts) == self.tokens.counts
@@ -411,23 +317,6 @@ class Prefill:
         column = torch.where(from_prompt, tokens.column, length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
-
-
-def _take(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Entries of [batch, n, size] or [batch, heads, n, size] at `slots` [batch, m]."""
-    slots = slots.to(states.device)
-    if len(slots) == 1:
-        return states.index_select(states.ndim - 2, slots[0])
-    index = slots.view(slots.shape[0], *[1] * (states.ndim - 3), -1, 1)
-    shape = (*states.shape[:-2], slots.shape[1], states.shape[-1])
-    return states.gather(states.ndim - 2, index.expand(shape))
-
-
-def _take_last(attention: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Columns `slots` [batch, m] of [batch, heads, rows, n]."""
-    if len(slots) == 1:
-        return attention.index_select(3, slots[0])
-    return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))
 
 
 def _count(batch: int, width: int, start: int, device: torch.device) -> torch.Tensor:

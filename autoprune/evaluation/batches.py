@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..commands.inputs import load_image
+from ..images import load_image
 from .encoding import Encode
 from .tasks import Task
 

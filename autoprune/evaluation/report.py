@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_whole
-from ..viz import _matplotlib, to_png
+from ..viz import matplotlib_parts, to_png
 from .results import Row, overspends
 from .settings import FULL
 
@@ -27,7 +27,7 @@ HEADINGS = (
 
 def check_plotting() -> None:
     """Raise ImportError now, rather than after hours of work, if matplotlib is missing."""
-    _matplotlib()
+    matplotlib_parts()
 
 
 def write_report(folder: Path, rows: Sequence[Row], config: dict[str, Any], baseline: str) -> None:
@@ -107,7 +107,7 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
 
 def plot(rows: Sequence[Row]) -> Figure:
     """Accuracy over the share of decoder prefill FLOPs, one line per method, with intervals."""
-    figure_class, formatter = _matplotlib()
+    figure_class, formatter = matplotlib_parts()
     ran = [row for row in rows if row["status"] == "ok"]
     labels = list(dict.fromkeys(row["method"] for row in ran if row["method"] != FULL))
     figure = figure_class(figsize=(9.6, max(4.8, 1.2 + 0.25 * len(labels))), layout="constrained")

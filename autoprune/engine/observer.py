@@ -1,0 +1,148 @@
+"""What a method is shown at a cut, collected while the layer before it (or behind it) runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UnsupportedError
+from ..method import Needs, Observation
+from .layout import Layout, Tokens, length_mask
+from .masks import row_mask
+from .tap import row_attention
+
+if TYPE_CHECKING:
+    from .vision import VisionView
+
+
+class SeenEnough(Exception):
+    """Ends a layer that was only run to see its attention."""
+
+
+class Observer:
+    """Collects what the next cut needs, in one prefill.
+
+    needs: of the next cut; None if nothing is cut there.
+    peeking: whether a layer runs only to be seen, and is to be left with `SeenEnough`.
+    """
+
+    def __init__(self, layout: Layout, vision: VisionView | None, device: torch.device):
+        self.layout, self.device = layout, device
+        self.needs: Needs | None = None
+        self.peeking = False
+        self._vision = self._by_prompt(vision)
+        self._attention: torch.Tensor | None = None
+        self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def expect(self, needs: Needs | None) -> None:
+        """Forget what was seen, and look out for what the next cut needs."""
+        self.needs, self._attention, self._projections = needs, None, None
+
+    def see(
+        self, tokens: Tokens, query, key, attention_mask, scaling=None, softcap=None, **kwargs
+    ) -> None:
+        """A layer attends, with the tokens that are present: query and key [batch, heads, n, size].
+
+        Raises:
+            SeenEnough: nothing else of the layer is wanted.
+        """
+        needs = self.needs
+        if needs is None or needs.ahead != self.peeking:
+            return
+        key = key[:, :, : tokens.width]
+        if needs.keys:
+            self._projections = query, key
+        if needs.rows is not None:
+            slots, text_mask = self._rows(needs.rows, tokens)
+            slots = slots.to(query.device)  # a layer may live on another device than the prompt
+            blocked, bias = row_mask(attention_mask, tokens, slots)
+            rows = row_attention(take(query, slots), key, scaling, blocked, bias, softcap)
+            self._attention = _columns(rows, tokens.slots).to(text_mask.device)
+        if self.peeking:
+            raise SeenEnough
+
+    def observation(
+        self, cut: int, needs: Needs, tokens: Tokens, hidden: torch.Tensor
+    ) -> Observation:
+        """All that was seen for a cut; `hidden` is [batch, n, hidden size].
+
+        Raises:
+            UnsupportedError: the attention did not come by.
+        """
+        slots, mask = tokens.slots, tokens.slot_mask
+        visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
+        seen = Observation(cut, list(tokens.counts), visual, mask, self._attention)
+        if needs.rows is not None or needs.hidden or needs.keys:
+            text, seen.text_mask = self._rows(needs.rows or "text", tokens)
+        if (needs.rows is not None and self._attention is None) or (
+            needs.keys and self._projections is None
+        ):
+            raise UnsupportedError(
+                f"the attention of decoder layer {cut - (not needs.ahead)} was not seen: its backend does "
+                "not go through transformers' attention functions; use attn_implementation='sdpa'"
+            )
+        if needs.hidden:
+            seen.hidden, seen.text_hidden = (
+                partial(take, hidden, slots),
+                partial(take, hidden, text),
+            )
+        if needs.keys and self._projections is not None:
+            query, key = self._projections
+            seen.keys, seen.text_keys = partial(take, key, slots), partial(take, key, text)
+            seen.queries = partial(take, query, slots)
+        if needs.vision:
+            self._add_vision(seen, visual)
+        return seen
+
+    def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
+        original = visual.clamp(min=0)
+        for name, values in self._vision.items():
+            index = original.view(*original.shape, *[1] * (values.ndim - 2))
+            taken = values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+            absent = False if values.dtype == torch.bool else float("nan")
+            setattr(seen, name, taken.masked_fill((visual < 0).view(index.shape), absent))
+
+    def _by_prompt(self, vision: VisionView | None) -> dict[str, torch.Tensor]:
+        """What the tower gave, [prompts, N, ...], filled with NaN (or False) behind a prompt's own."""
+        stacked = {}
+        for name, rows in (vision.per_prompt(self.layout.num_visual) if vision else {}).items():
+            fill = False if rows[0].dtype == torch.bool else float("nan")
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+            stacked[name] = padded.to(self.device)
+        return stacked
+
+    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the text rows are in the present sequence, [batch, rows], and which are real."""
+        if rows not in self._text:
+            column, from_end, counts = self.layout.text_rows(rows)
+            self._text[rows] = (
+                torch.from_numpy(column).to(self.device),
+                torch.from_numpy(from_end).to(self.device),
+                length_mask(counts, column.shape[1], self.device),
+            )
+        column, from_end, mask = self._text[rows]
+        if not tokens.was_cut:
+            return column, mask
+        # A cut pads on the left and drops nothing behind the last visual token.
+        return (tokens.width - from_end).clamp(max=tokens.width - 1), mask
+
+
+def take(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Entries of [batch, n, size] or [batch, heads, n, size] at `slots` [batch, m]."""
+    slots = slots.to(states.device)
+    if len(slots) == 1:
+        return states.index_select(states.ndim - 2, slots[0])
+    index = slots.view(slots.shape[0], *[1] * (states.ndim - 3), -1, 1)
+    shape = (*states.shape[:-2], slots.shape[1], states.shape[-1])
+    return states.gather(states.ndim - 2, index.expand(shape))
+
+
+def _columns(attention: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Columns `slots` [batch, m] of [batch, heads, rows, n]."""
+    slots = slots.to(attention.device)
+    if len(slots) == 1:
+        return attention.index_select(3, slots[0])
+    return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))

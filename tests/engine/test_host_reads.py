@@ -1,0 +1,61 @@
+"""What the engine reads back from the device: on a GPU every read waits for all that was queued."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import autoprune
+from autoprune import Budget
+from tests import zoo
+
+READS = {"cpu", "tolist", "item", "__bool__", "__int__", "__float__", "nonzero", "masked_select"}
+
+
+class Reads(TorchFunctionMode):
+    """Counts reads that the library itself makes, by file and function."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        frame = sys._getframe(1)
+        place = f"{frame.f_code.co_filename}:{frame.f_code.co_name}"
+        name = getattr(function, "__name__", "")
+        by_mask = name == "__getitem__" and _is_mask(args[1])
+        if "/autoprune/" in place and "/tests/" not in place and (name in READS or by_mask):
+            self.places[place.rpartition("/")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _is_mask(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("autoprune", {"autoprune.py:_measure": 1}),
+        ("fastv", {}),
+        ("fastervlm", {}),
+        ("divprune", {}),
+        ("pdrop", {}),
+    ],
+)
+def test_a_prefill_reads_the_prompt_and_the_information_and_nothing_else(name, expected, batch):
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, batch)
+    with torch.no_grad(), autoprune.create(name, Budget.ratio(0.5))(model):
+        model(**inputs)
+        with Reads() as reads:
+            model(**inputs)
+    # Ids and mask, which a device hands over in one read before anything is queued.
+    prompt = {"layout.py:_real_tokens": 1}
+    assert dict(reads.places) == prompt | expected

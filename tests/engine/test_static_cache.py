@@ -1,0 +1,328 @@
+"""Static caches with a length of their own in every layer, judged by the oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.utils import counters
+
+import autoprune
+from autoprune import AutoPrune, Budget
+from autoprune.errors import UnsupportedError
+from tests import oracle, zoo
+
+STEPS = 5
+# Slopes that the mutual information of the zoo's prompts changes.
+SPREAD = {"k0": 3.0, "gamma": 2.0}
+METHODS = {
+    "autoprune": AutoPrune(Budget.ratio(0.5), **SPREAD),
+    "pre_llm": AutoPrune(Budget.ratio(0.4), first_cut="pre_llm", **SPREAD),
+    "recycling": AutoPrune(Budget.ratio(0.5), merger="dpc_knn", **SPREAD),
+    "fastv": autoprune.create("fastv", budget=Budget.ratio(0.5)),
+}
+model_of = functools.cache(zoo.build)
+close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)
+
+
+def size_of(model, inputs):
+    """Visual and other tokens of each prompt."""
+    visual = zoo.visual_mask(model, inputs["input_ids"]).sum(dim=1)
+    return visual.tolist(), (inputs["attention_mask"].sum(dim=1) - visual).tolist()
+
+
+def cache_for(handle, model, inputs, new=STEPS + 1):
+    visual, text = size_of(model, inputs)
+    return handle.static_cache([n for n in visual if n], max(text), new)
+
+
+def columns_of(trace, inputs):
+    return oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
+
+
+def new_tokens(*shape):
+    return torch.randint(10, 100, shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+def held(cache):
+    """Bytes of all buffers for keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3", "padded3_text"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["autoprune", "pre_llm", "fastv"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_generate_gives_the_logits_of_the_oracle_and_of_a_growing_cache(
+    name, method, implementation, batch
+):
+    model, method = model_of(name, implementation), METHODS[method]
+    inputs = zoo.inputs(name, model, batch)
+    pruning = method(model)
+    cache = cache_for(pruning, model, inputs)
+    assert isinstance(cache, transformers.StaticCache)
+    with pruning as trace:
+        actual, tokens = oracle.generate_logits(model, inputs, STEPS, past_key_values=cache)
+        columns = columns_of(trace, inputs)
+        growing, same = oracle.generate_logits(model, inputs, STEPS)
+    assert torch.equal(tokens, same)
+    close(actual, growing)
+    close(actual, oracle.oracle_logits(model, inputs, columns, tokens[:, :STEPS]))
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    "method",
+    [AutoPrune(Budget.ratio(0.5), positions="compacted"), METHODS["pre_llm"]],
+    ids=["compacted", "pre_llm"],
+)
+def test_plain_forwards_give_the_logits_of_the_oracle(method, batch):
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, batch)
+    tokens = new_tokens(len(inputs["input_ids"]), STEPS)
+    with (pruning := method(model)) as trace:
+        cache = cache_for(pruning, model, inputs)
+        actual = oracle.manual_logits(model, inputs, tokens, cache)
+    expected = oracle.oracle_logits(
+        model, inputs, columns_of(trace, inputs), tokens, method.positions
+    )
+    close(actual, expected)
+
+
+def test_merged_tokens_have_room():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    with (pruning := METHODS["recycling"](model)):
+        cache = cache_for(pruning, model, inputs)
+        actual, tokens = oracle.generate_logits(model, inputs, STEPS, past_key_values=cache)
+        growing, same = oracle.generate_logits(model, inputs, STEPS)
+    assert torch.equal(tokens, same)
+    close(actual, growing)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_buffers_hold_what_the_trace_says_and_little_more(name, method):
+    model, method = model_of(name), METHODS[method]
+    inputs = zoo.inputs(name, model)
+    (visual,), (text,) = size_of(model, inputs)
+    with (pruning := method(model)) as trace:
+        cache = pruning.static_cache(visual, text, max_new_tokens=1)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+    (sample,) = trace.samples
+    of_token = sample.kv_bytes_full // (zoo.LAYERS * (visual + text))
+    new = zoo.LAYERS * of_token
+    capacity = method.capacity(zoo.LAYERS, visual, text, pruning.shape.cost)
+    allowed = of_token * sum(n + text for n in capacity)
+    assert sample.kv_bytes + new <= held(cache) == allowed + new
+    assert held(cache) < 0.9 * sample.kv_bytes_full
+    if method.name == "fastv":
+        assert held(cache) == sample.kv_bytes + new
+
+
+@pytest.mark.parametrize("budget", [Budget.flops(0.2), Budget.kv_bytes(500_000)], ids=str)
+@pytest.mark.parametrize("name", ["autoprune", "fastv"])
+def test_shorter_questions_fit_where_the_budget_also_pays_for_the_text(name, budget):
+    pruning = autoprune.create(name, budget=budget)(model_of("llava"))
+    visual, text, cost = 576, 64, pruning.shape.cost
+    cache = pruning.static_cache(visual, text, max_new_tokens=10)
+    room = [layer.max_cache_len - 10 for layer in cache.layers]
+    for words in range(text + 1):
+        counts = pruning.method.capacity(zoo.LAYERS, visual, words, cost)
+        assert all(n + words <= most for n, most in zip(counts, room, strict=True))
+    assert sum(room) <= 1.15 * sum(n + text for n in counts)
+
+
+def assert_like_the_oracle(model, prompts, runs, trace, positions="original"):
+    """Logits and tokens of several generations, whose prompts follow each other in the trace."""
+    samples = iter(trace.samples)
+    for prompt, (actual, tokens) in zip(prompts, runs, strict=True):
+        own = [next(samples) for _ in prompt["input_ids"]]
+        columns = oracle.columns_from_trace(own, prompt["attention_mask"], zoo.LAYERS)
+        close(actual, oracle.oracle_logits(model, prompt, columns, tokens[:, :-1], positions))
+
+
+def counted_compilation():
+    """How generate is to compile, even on a CPU."""
+    config = transformers.CompileConfig(
+        backend="eager", fullgraph=True, dynamic=False, mode="default"
+    )
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llava", METHODS["autoprune"]),
+        ("llava", METHODS["pre_llm"]),
+        ("llava", AutoPrune(Budget.ratio(0.5), positions="compacted", **SPREAD)),
+        ("qwen2_5_vl", METHODS["autoprune"]),
+    ],
+    ids=["llava", "llava-pre_llm", "llava-compacted", "qwen2_5_vl"],
+)
+def test_one_graph_serves_all_prompts_of_a_size(name, method, batch):
+    torch._dynamo.reset()
+    counters.clear()
+    model = zoo.build(name)
+    prompts = [zoo.inputs(name, model, batch, seed=seed) for seed in range(5)]
+    rows = len(prompts[0]["input_ids"])
+    with (pruning := method(model)) as trace:
+        cache = cache_for(pruning, model, prompts[0])
+        runs = []
+        for prompt in prompts:
+            cache.reset()
+            options = {"past_key_values": cache, "compile_config": counted_compilation()}
+            runs.append(oracle.generate_logits(model, prompt, STEPS, **options))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    first = trace.samples[::rows]
+    assert len({tuple(sample.kept[-1].tolist()) for sample in first}) > 1
+    assert len({sample.mutual_information for sample in first}) == len(prompts)
+    assert len({tuple(sample.tokens_per_layer) for sample in first}) > 1
+    assert_like_the_oracle(model, prompts, runs, trace, method.positions)
+
+
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+def test_one_graph_serves_prompts_of_several_sizes(first_cut):
+    torch._dynamo.reset()
+    counters.clear()
+    model, steps = zoo.build("llava"), 3
+    prompts = [zoo.inputs("llava", model, "padded3", only=row) for row in range(3)]
+    visual, text = zip(*(size_of(model, prompt) for prompt in prompts), strict=True)
+    with (pruning := AutoPrune(Budget.ratio(0.5), first_cut=first_cut)(model)) as trace:
+        cache = pruning.static_cache(
+            [n for (n,) in visual], max(n for (n,) in text), max_new_tokens=steps + 1
+        )
+        runs = []
+        for prompt in prompts:
+            cache.reset()
+            options = {"past_key_values": cache, "compile_config": counted_compilation()}
+            runs.append(oracle.generate_logits(model, prompt, steps, **options))
+    assert_like_the_oracle(model, prompts, runs, trace)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_prompt_that_is_not_cut_fits_a_cache_made_for_larger_ones():
+    model = model_of("llava")
+    large, small = (zoo.inputs("llava", model, "padded3", only=row) for row in (2, 1))
+    ((most,), text), ((least,), _) = size_of(model, large), size_of(model, small)
+    assert least < most
+    with (pruning := AutoPrune(budget=least)(model)) as trace:
+        cache = pruning.static_cache([least, most], max(text), max_new_tokens=STEPS + 1)
+        lengths = [layer.max_cache_len for layer in cache.layers]
+        assert lengths[-1] < lengths[0]
+        runs = []
+        for inputs in (small, large):
+            cache.reset()
+            runs.append(oracle.generate_logits(model, inputs, STEPS, past_key_values=cache))
+    assert_like_the_oracle(model, (small, large), runs, trace)
+    assert trace.samples[0].tokens_per_layer == [least] * zoo.LAYERS
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_text_only_prompt_runs_on_it_after_a_reset(compiled):
+    torch._dynamo.reset()
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    text = {"input_ids": new_tokens(3, 9), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    plain, _ = oracle.generate_logits(model, text, STEPS)
+    options = {"compile_config": counted_compilation()} if compiled else {}
+    with (pruning := METHODS["pre_llm"](model)):
+        cache = cache_for(pruning, model, inputs)
+        for prompt in (inputs, text):
+            actual, _ = oracle.generate_logits(
+                model, prompt, STEPS, past_key_values=cache, **options
+            )
+            cache.reset()
+    close(actual, plain)
+
+
+def test_a_second_turn_runs_on_it():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    turns = [new_tokens(3, size) for size in (4, 1, 2)]
+    with (pruning := METHODS["autoprune"](model)) as trace:
+        conversation = oracle.Conversation(model, inputs, cache_for(pruning, model, inputs, 8))
+        actual = [conversation.feed(turn) for turn in turns]
+    expected = oracle.oracle_logits(
+        model, inputs, columns_of(trace, inputs), torch.cat(turns, dim=1)
+    )
+    close(torch.cat(actual, dim=1), expected[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_visual": -1}, "visual tokens"),
+        ({"num_text": -1}, "num_text="),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(change, message):
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model)
+    (visual,), (text,) = size_of(model, inputs)
+    sizes = {"num_visual": visual, "num_text": text, "max_new_tokens": STEPS + 1}
+    sizes |= {name: sizes[name] + by for name, by in change.items()}
+    with (pruning := METHODS["autoprune"](model)) as trace:
+        cache = pruning.static_cache(**sizes)
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        assert not trace.samples
+        assert not any(layer.is_initialized for layer in cache.layers)
+        shorter = inputs | {name: inputs[name][:, 1:] for name in ("input_ids", "attention_mask")}
+        if "num_text" in change:
+            model.generate(**shorter, max_new_tokens=2, past_key_values=cache)
+
+
+def test_another_batch_size_is_refused():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    with (pruning := METHODS["autoprune"](model)):
+        cache = cache_for(pruning, model, inputs)
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        cache.reset()
+        alone = zoo.inputs("llava", model, "padded3", only=0)
+        with pytest.raises(ValueError, match="batch of 3"):
+            model.generate(**alone, max_new_tokens=2, past_key_values=cache)
+
+
+def test_the_cache_of_another_method_is_refused():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model)
+    cache = cache_for(METHODS["fastv"](model), model, inputs)
+    with METHODS["autoprune"](model), pytest.raises(ValueError, match="was made for FastV"):
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+
+
+def test_it_is_of_no_use_without_pruning():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model)
+    cache = cache_for(METHODS["pre_llm"](model), model, inputs)
+    with pytest.raises(ValueError, match="attached"):
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava_sliding"])
+def test_sliding_layers_are_refused(name):
+    with pytest.raises(UnsupportedError, match="sliding"):
+        METHODS["fastv"](model_of(name)).static_cache(16, 10, 4)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention"])
+def test_other_attention_is_refused(implementation):
+    model = model_of("llava", implementation)
+    with pytest.raises(UnsupportedError, match="sdpa"):
+        METHODS["fastv"](model).static_cache(16, 10, 4)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 4, 4), ([], 4, 4), (16, -1, 4), (16, 4, 0), (16.5, 4, 4), (16, 4, None)]
+)
+def test_sizes_that_cannot_be_are_refused(sizes):
+    with pytest.raises(ValueError, match="num_visual|num_text|max_new_tokens"):
+        METHODS["fastv"](model_of("llava")).static_cache(*sizes)
