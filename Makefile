@@ -30,7 +30,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The README's table of families, from the table that `autoprune families` prints.
+# What the documentation repeats from the code: the families in the README, the page of methods.
 readme: $(INSTALLED)
 	$(BIN)/python tools/readme.py README.md
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -175,3 +178,10 @@ def test_random_keeps_other_tokens_for_another_seed(model):
     ]
     assert torch.equal(kept[0], kept[1])
     assert not torch.equal(kept[0], kept[2])
+
+
+def test_the_page_of_methods_is_written_from_the_code():
+    root = Path(__file__).parent.parent
+    page = runpy.run_path(str(root / "tools" / "readme.py"))["methods_page"]()
+    assert (root / "docs" / "methods.md").read_text(encoding="utf-8") == page, "run `make readme`"
+    assert all(f"\n## {name}\n" in page for name in METHODS)

@@ -61,10 +61,10 @@ def policy() -> dict[str, float]:
 
 
 def padding_waste(samples: Sequence[Sample]) -> float:
-    """Positions computed for nothing, as a share of the real ones.
-
-    Prompts of a batch are as long, in every layer, as the longest of them:
+    """What padding every layer to the batch's longest prompt would add, as a share of the real tokens:
     `sum_l batch * max_i n_il / sum_l sum_i n_il - 1`, text included.
+
+    Layers where it is much run packed and compute none of it; the cache holds all of it.
     """
     counts = np.array([[n + s.num_text for n in s.tokens_per_layer] for s in samples])
     return float(len(counts) * counts.max(axis=0).sum() / counts.sum() - 1)

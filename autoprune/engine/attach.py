@@ -31,7 +31,8 @@ from .refusals import (
     watch_generate,
 )
 from .static_cache import PrunedStaticCache
-from .vision import VisionTap, VisionView
+from .vision import VisionTap
+from .vision_view import VisionView
 
 if TYPE_CHECKING:
     from ..method import Method

@@ -14,7 +14,7 @@ from .masks import row_mask
 from .tap import row_attention
 
 if TYPE_CHECKING:
-    from .vision import VisionView
+    from .vision_view import VisionView
 
 
 class SeenEnough(Exception):

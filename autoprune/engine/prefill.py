@@ -20,7 +20,7 @@ from .positions import compacted_positions, take_columns
 
 if TYPE_CHECKING:
     from .attach import Attachment
-    from .vision import VisionView
+    from .vision_view import VisionView
 
 # Arguments of decoder layers that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}

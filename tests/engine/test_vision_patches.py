@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from autoprune import scorers
 from autoprune.engine import vision_patches
-from autoprune.engine.vision import VisionView, in_prompt_order
+from autoprune.engine.vision_view import VisionView, in_prompt_order
 from autoprune.engine.vision_patches import received_attention
 from tests import zoo
 from tests.kernels import flash_attention

@@ -1,0 +1,96 @@
+"""What to do with prompts of one batch that follow different curves: pad, sort into buckets, or pack.
+
+    python benchmarks/ragged_batches.py
+
+Times the decoder's prefill of a batch whose prompts have spread mutual information, three ways in turns:
+every layer padded to its longest prompt; the batch sorted by information and run as two; and packed, as the
+engine does (`autoprune/engine/packing.py`). Writes benchmarks/results/ragged_batches.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from autoprune import AutoPrune
+from autoprune.bench.clock import Clock
+from autoprune.bench.measure import time_once
+from autoprune.bench.results import describe, padding_waste
+from autoprune.bench.subjects import build
+from autoprune.bench.variants import spread_curves
+from autoprune.engine import prefill
+from autoprune.files import write_whole
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@contextmanager
+def padded() -> Iterator[None]:
+    """The engine without packing."""
+    before, prefill.WORTH_PACKING = prefill.WORTH_PACKING, float("inf")
+    try:
+        yield
+    finally:
+        prefill.WORTH_PACKING = before
+
+
+def seconds(model, prompts, method, clock) -> dict[str, float]:
+    """Prefill seconds of the three ways."""
+    whole = time_once(model, prompts, method, 0, clock)["prefill"]
+    with padded():
+        one = time_once(model, prompts, method, 0, clock)["prefill"]
+        # A half of the sorted batch spreads over half of the bits; the lower half stands for both.
+        half = len(prompts["input_ids"]) // 2
+        low = {name: value[:half] for name, value in prompts.items()}
+        two = (
+            2
+            * time_once(model, low, replace(method, spread=method.spread / 2), 0, clock)["prefill"]
+        )
+    return {"padded": one, "buckets": two, "packed": whole}
+
+
+def main(
+    batch: Annotated[int, typer.Option(help="prompts")] = 8,
+    repeats: Annotated[int, typer.Option(help="rounds")] = 5,
+    threads: Annotated[int, typer.Option(help="of torch")] = 1,
+    output: Annotated[Path, typer.Option()] = RESULTS / "ragged_batches.json",
+) -> None:
+    """Measure, print and write the table."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject, clock = build("small", 64, 1, device, torch.float32), Clock(device)
+    prompts, rows = subject.prompts(batch), []
+    for bits in (0.25, 1.0):
+        for budget in (192, 128, 64):
+            method = spread_curves(AutoPrune(budget), bits)
+            with method(subject.model) as trace, torch.inference_mode():
+                subject.model(**prompts, logits_to_keep=1)
+            rounds = [seconds(subject.model, prompts, method, clock) for _ in range(repeats + 1)][
+                1:
+            ]
+            medians = {way: statistics.median(r[way] for r in rounds) for way in rounds[0]}
+            waste = padding_waste(trace.samples)
+            rows.append({"spread": bits, "budget": budget, "padding": waste, "seconds": medians})
+    command = f"python benchmarks/ragged_batches.py --batch {batch} --repeats {repeats} --threads {threads}"
+    record = {"command": command, **describe(subject, clock), "batch": batch, "rows": rows}
+    write_whole(output, json.dumps(record, indent=1))
+    table = Table("spread, bits", "budget", "padding", "padded", "buckets", "packed")
+    for row in rows:
+        base = row["seconds"]["padded"]
+        cells = [f"{1000 * s:.0f} ms ({s / base:.2f})" for s in row["seconds"].values()]
+        table.add_row(str(row["spread"]), str(row["budget"]), f"{row['padding']:.1%}", *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
