@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `methods`, `families`, `bench`.
+"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `bench`, `methods`, `families`.
 
 What is imported here is cheap; each command imports the library when it runs, so that `--help` is
 instant.
