@@ -143,6 +143,36 @@ def dpp_map(
     return first_picks(torch.cat(picks, dim=1), counts, width)
 
 
+def weighted_coverage(
+    features: torch.Tensor, weight: torch.Tensor, counts: Sequence[int], mask: torch.Tensor
+) -> torch.Tensor:
+    """Greedy coverage: each pick is the token with the greatest weight times gain in coverage.
+
+    A token is covered by its greatest cosine with any pick, at least 0; the coverage is the sum over
+    all tokens. Ties go to the lower position.
+
+    Args:
+        features: [batch, V, size].
+        weight: [batch, V], not negative.
+        counts, mask: as for `top_k`.
+
+    Returns:
+        As `top_k`.
+    """
+    similarity = cosine(features, features).to(mask.device).masked_fill(~mask[:, None], 0.0)
+    width = similarity.shape[1]
+    covered, free = similarity.new_zeros(similarity.shape[:2]), mask
+    picks: list[torch.Tensor] = []
+    for _ in range(max(counts)):
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(dim=2)
+        pick = (weight * gain).masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
+        by_pick = similarity.gather(1, pick[..., None].expand(-1, -1, width))[:, 0]
+        covered = torch.maximum(covered, by_pick)
+        free = free.scatter(1, pick, False)
+        picks.append(pick)
+    return first_picks(torch.cat(picks, dim=1), counts, width)
+
+
 def evenly_spaced(pool: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
     """Every so-many-th token of a pool, bool [batch, V]: `number` in all, or the whole pool.
 

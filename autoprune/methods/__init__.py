@@ -23,6 +23,7 @@ from .pdrop import PDrop
 from .pooling import Pooling
 from .prumerge import PruMerge
 from .random import Random
+from .scope import SCOPE
 from .sparsevlm import SparseVLM
 from .tome import ToMe
 from .turbo import Turbo
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
         HiPrune,
         DivPrune,
         CDPruner,
+        SCOPE,
         ToMe,
         Turbo,
         Folder,

@@ -210,6 +210,29 @@ def test_one_graph_serves_prompts_of_several_sizes(first_cut):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+def test_one_graph_serves_a_loop_of_ones_own(first_cut):
+    torch._dynamo.reset()
+    counters.clear()
+    model, tokens = zoo.build("llava"), new_tokens(1, STEPS)
+    prompts = [zoo.inputs("llava", model, "padded3", only=row) for row in range(3)]
+    visual, text = zip(*(size_of(model, prompt) for prompt in prompts), strict=True)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    runs = []
+    with (pruning := AutoPrune(Budget.ratio(0.5), first_cut=first_cut)(model)) as trace:
+        cache = pruning.static_cache([n for (n,) in visual], max(n for (n,) in text), STEPS)
+        for prompt in prompts:
+            cache.reset()
+            with torch.no_grad():
+                rows = [model(**prompt, past_key_values=cache).logits[:, -1]]
+                for place in range(STEPS):
+                    token = tokens[:, place : place + 1].clone()
+                    rows.append(step(input_ids=token, past_key_values=cache).logits[:, -1])
+            runs.append((torch.stack(rows, dim=1), torch.cat([tokens, tokens[:, :1]], dim=1)))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_like_the_oracle(model, prompts, runs, trace)
+
+
 def test_a_prompt_that_is_not_cut_fits_a_cache_made_for_larger_ones():
     model = model_of("llava")
     large, small = (zoo.inputs("llava", model, "padded3", only=row) for row in (2, 1))
