@@ -61,19 +61,18 @@ class PrunedStaticCache(StaticCache):
         num_text: int,
         max_new_tokens: int,
     ):
-        sizes = list(num_visual) if isinstance(num_visual, Sequence) else [num_visual]
-        _check_counts("num_visual", sizes, least=1)
-        _check_counts("num_text", [num_text], least=0)
-        _check_counts("max_new_tokens", [max_new_tokens], least=1)
+        several = isinstance(num_visual, Sequence)
+        sizes = _counts("num_visual", num_visual if several else [num_visual], least=1)
+        (self.num_text,) = _counts("num_text", [num_text], least=0)
+        (new,) = _counts("max_new_tokens", [max_new_tokens], least=1)
         _refuse_backend(located)
-        width = max(sizes) + num_text + max_new_tokens
+        width = max(sizes) + self.num_text + new
         super().__init__(config=located.text.config, max_cache_len=width)
         _refuse_layers(self.layers, shape.num_layers)
         self.method, self.shape = method, shape
-        self.num_text, self.largest = num_text, max(sizes)
-        self.sizes = {0, *sizes}
+        self.sizes, self.largest = {0, *sizes}, max(sizes)
         self.room = np.max([self._room_for(size) for size in self.sizes], axis=0)
-        self.layers = [ShortLayer(room + max_new_tokens, width) for room in self.room.tolist()]
+        self.layers = [ShortLayer(room + new, width) for room in self.room.tolist()]
 
     def _room_for(self, num_visual: int) -> np.ndarray:
         """Tokens that a prompt with so many visual ones can have in each layer, [L]."""
@@ -124,9 +123,10 @@ class PrunedStaticCache(StaticCache):
             self.sizes.add(size)
 
 
-def _check_counts(name: str, given: Sequence[Any], least: int) -> None:
+def _counts(name: str, given: Sequence[Any], least: int) -> list[int]:
     if not given or any(not isinstance(n, numbers.Integral) or n < least for n in given):
         raise ValueError(f"{name} must be a whole number of tokens from {least} on, got {given}")
+    return [int(n) for n in given]
 
 
 def _refuse_backend(located: Located) -> None:
@@ -140,5 +140,6 @@ def _refuse_backend(located: Located) -> None:
 def _refuse_layers(layers: Sequence[Any], depth: int) -> None:
     if len(layers) != depth or any(type(layer) is not StaticLayer for layer in layers):
         raise UnsupportedError(
-            "static caches of models with sliding layers cannot be pruned; use the default cache"
+            "static caches of models with sliding (or linear) layers cannot be pruned; use the default "
+            "cache"
         )
