@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -159,14 +160,15 @@ def _tasks(request: CompareRequest) -> list[Task]:
 
 
 def _command(request: CompareRequest) -> str:
-    """The call as one would type it, without what does not change the answers."""
+    """The call as one would type it."""
     words = ["autoprune", "compare"]
-    for name in ("methods", "budgets", "questions", "kinds", "seed", "model", "tasks", "output"):
-        value = getattr(request, name)
-        if value is not None:
-            text = ",".join(value) if name == "kinds" else str(value)
-            words += [f"--{name}", text]
-    return shlex.join([*words, *(["--quick"] if request.quick else [])])
+    for field in dataclasses.fields(request):
+        value, option = getattr(request, field.name), f"--{field.name.replace('_', '-')}"
+        if value == field.default or field.name in ("as_json", "timing", "quick"):
+            continue
+        words += [option, ",".join(value) if field.name == "kinds" else str(value)]
+    flags = {"--quick": request.quick, "--no-timing": not request.timing}
+    return shlex.join([*words, *(flag for flag, given in flags.items() if given)])
 
 
 def _workers(device: torch.device) -> int:
