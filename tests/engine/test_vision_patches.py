@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from autoprune import scorers
 from autoprune.engine import vision_patches
-from autoprune.engine.vision_view import VisionView, in_prompt_order
 from autoprune.engine.vision_patches import received_attention
+from autoprune.engine.vision_view import VisionView, in_prompt_order
 from tests import zoo
 from tests.kernels import flash_attention
 from tests.watch import observe, renumbered, tower_values, vision_scores
