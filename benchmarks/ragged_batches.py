@@ -13,10 +13,11 @@ import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -27,7 +28,6 @@ from autoprune.bench.clock import Clock
 from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe, padding_waste
 from autoprune.bench.subjects import build
-from autoprune.bench.variants import spread_curves
 from autoprune.engine import prefill
 from autoprune.files import write_whole
 
@@ -44,19 +44,33 @@ def padded() -> Iterator[None]:
         prefill.WORTH_PACKING = before
 
 
-def seconds(model, prompts, method, clock) -> dict[str, float]:
+@dataclass(frozen=True)
+class Between(AutoPrune):
+    """AutoPrune whose prompts of one batch get information from `low` to `high` bits, evenly spaced."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def _posterior(self, num_layers, prompts, cost, prior, information):
+        information = np.linspace(self.low, self.high, len(prompts)).tolist()
+        return super()._posterior(num_layers, prompts, cost, prior, information)
+
+
+def seconds(model, prompts, budget, bits, clock) -> dict[str, float]:
     """Prefill seconds of the three ways."""
-    whole = time_once(model, prompts, method, 1, clock)["prefill"]
+
+    def prefill_of(inputs, method):
+        return time_once(model, inputs, method, 1, clock)["prefill"]
+
+    half = len(prompts["input_ids"]) // 2
+    step = bits / (len(prompts["input_ids"]) - 1)
+    halves = (0.0, step * (half - 1)), (step * half, bits)
+    first = {name: value[:half] for name, value in prompts.items()}
+    packed = prefill_of(prompts, Between(budget, high=bits))
     with padded():
-        one = time_once(model, prompts, method, 1, clock)["prefill"]
-        # A half of the sorted batch spreads over half of the bits; the lower half stands for both.
-        half = len(prompts["input_ids"]) // 2
-        low = {name: value[:half] for name, value in prompts.items()}
-        two = (
-            2
-            * time_once(model, low, replace(method, spread=method.spread / 2), 1, clock)["prefill"]
-        )
-    return {"padded": one, "buckets": two, "packed": whole}
+        one = prefill_of(prompts, Between(budget, high=bits))
+        two = sum(prefill_of(first, Between(budget, low=low, high=high)) for low, high in halves)
+    return {"padded": one, "buckets": two, "packed": packed}
 
 
 def main(
@@ -72,13 +86,13 @@ def main(
     prompts, rows = subject.prompts(batch), []
     for bits in (0.25, 1.0):
         for budget in (192, 128, 64):
-            method = spread_curves(AutoPrune(budget), bits)
-            with method(subject.model) as trace, torch.inference_mode():
+            with Between(budget, high=bits)(subject.model) as trace, torch.inference_mode():
                 subject.model(**prompts, logits_to_keep=1)
-            rounds = [seconds(subject.model, prompts, method, clock) for _ in range(repeats + 1)][
-                1:
+            # The first round warms up.
+            rounds = [
+                seconds(subject.model, prompts, budget, bits, clock) for _ in range(repeats + 1)
             ]
-            medians = {way: statistics.median(r[way] for r in rounds) for way in rounds[0]}
+            medians = {way: statistics.median(r[way] for r in rounds[1:]) for way in rounds[0]}
             waste = padding_waste(trace.samples)
             rows.append({"spread": bits, "budget": budget, "padding": waste, "seconds": medians})
     command = f"python benchmarks/ragged_batches.py --batch {batch} --repeats {repeats} --threads {threads}"
