@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import autoprune
+from autoprune.commands.inputs import build_method, parse_budget
 
 
 def test_every_method_is_listed_with_its_paper(call):
@@ -38,4 +41,12 @@ def test_an_unknown_method_is_an_error(call):
 def test_help_needs_no_model(call):
     outcome = call("--help")
     assert outcome.code == 0
-    assert all(command in outcome.out for command in ("demo", "run", "plan", "methods"))
+    assert all(command in outcome.out for command in ("demo", "run", "plan", "compare", "bench"))
+
+
+def test_an_option_of_several_numbers_is_one_word():
+    budget = parse_budget("1/4")
+    assert build_method("pdrop", budget, {}, ["layers=2 6 15"]).layers == (2, 6, 15)
+    assert build_method("pdrop", budget, {}, ["layers=none"]).layers is None
+    with pytest.raises(ValueError, match="expects numbers such as"):
+        build_method("pdrop", budget, {}, ["layers=early"])
