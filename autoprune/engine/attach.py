@@ -148,8 +148,8 @@ class Attachment:
             inputs: `pixel_values` and what belongs to it, as the processor gave it.
 
         Raises:
-            UnsupportedError: the model takes no features (transformers before 5.20, or its family), or
-                pruning is not switched on.
+            UnsupportedError: the model takes no features in this release of transformers, or pruning is
+                not switched on.
         """
         if "mm_encoder_outputs" not in inspect.signature(self.located.outer.forward).parameters:
             raise UnsupportedError(
