@@ -13,21 +13,19 @@ import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from autoprune import AutoPrune
 from autoprune.bench.clock import Clock
 from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe, padding_waste
 from autoprune.bench.subjects import build
+from autoprune.bench.variants import SpreadAutoPrune
 from autoprune.engine import prefill
 from autoprune.files import write_whole
 
@@ -44,18 +42,6 @@ def padded() -> Iterator[None]:
         prefill.WORTH_PACKING = before
 
 
-@dataclass(frozen=True)
-class Between(AutoPrune):
-    """AutoPrune whose prompts of one batch get information from `low` to `high` bits, evenly spaced."""
-
-    low: float = 0.0
-    high: float = 1.0
-
-    def _posterior(self, num_layers, prompts, cost, prior, information):
-        information = np.linspace(self.low, self.high, len(prompts)).tolist()
-        return super()._posterior(num_layers, prompts, cost, prior, information)
-
-
 def seconds(model, prompts, budget, bits, clock) -> dict[str, float]:
     """Prefill seconds of the three ways."""
 
@@ -66,10 +52,12 @@ def seconds(model, prompts, budget, bits, clock) -> dict[str, float]:
     step = bits / (len(prompts["input_ids"]) - 1)
     halves = (0.0, step * (half - 1)), (step * half, bits)
     first = {name: value[:half] for name, value in prompts.items()}
-    packed = prefill_of(prompts, Between(budget, high=bits))
+    packed = prefill_of(prompts, SpreadAutoPrune(budget, high=bits))
     with padded():
-        one = prefill_of(prompts, Between(budget, high=bits))
-        two = sum(prefill_of(first, Between(budget, low=low, high=high)) for low, high in halves)
+        one = prefill_of(prompts, SpreadAutoPrune(budget, high=bits))
+        two = sum(
+            prefill_of(first, SpreadAutoPrune(budget, low=low, high=high)) for low, high in halves
+        )
     return {"padded": one, "buckets": two, "packed": packed}
 
 
@@ -86,7 +74,7 @@ def main(
     prompts, rows = subject.prompts(batch), []
     for bits in (0.25, 1.0):
         for budget in (192, 128, 64):
-            with Between(budget, high=bits)(subject.model) as trace, torch.inference_mode():
+            with SpreadAutoPrune(budget, high=bits)(subject.model) as trace, torch.inference_mode():
                 subject.model(**prompts, logits_to_keep=1)
             # The first round warms up.
             rounds = [

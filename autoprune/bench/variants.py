@@ -117,11 +117,12 @@ class SpreadAutoPrune(AutoPrune):
     """AutoPrune whose prompts of one batch get curves that differ, whatever was measured.
 
     Random weights look at all prompts alike, which would make every batch even and flatter the
-    speed. The mutual information is measured as always, and then replaced by values from 0 to
-    `spread` bits, evenly spaced over the batch. A single prompt keeps its own.
+    speed. The mutual information is measured as always, and then replaced by values from `low` to
+    `high` bits, evenly spaced over the batch. A single prompt keeps its own.
     """
 
-    spread: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
 
     def _posterior(
         self,
@@ -132,7 +133,7 @@ class SpreadAutoPrune(AutoPrune):
         information: Sequence[float],
     ) -> np.ndarray:
         if len(prompts) > 1:
-            information = np.linspace(0.0, self.spread, len(prompts)).tolist()
+            information = np.linspace(self.low, self.high, len(prompts)).tolist()
         return super()._posterior(num_layers, prompts, cost, prior, information)
 
 
@@ -143,7 +144,7 @@ def spread_curves(method: Method, bits: float) -> Method:
     fields: dict[str, Any] = {
         field.name: getattr(method, field.name) for field in dataclasses.fields(method)
     }
-    return SpreadAutoPrune(**fields, spread=bits)
+    return SpreadAutoPrune(**fields, high=bits)
 
 
 def overheads(
