@@ -102,7 +102,7 @@ def test_a_single_prompt_keeps_its_own_curve(subject):
 def test_only_autoprune_is_spread_and_keeps_its_settings():
     method = AutoPrune(budget=8, k0=0.7, first_cut="pre_llm")
     spread = spread_curves(method, 0.5)
-    assert isinstance(spread, SpreadAutoPrune) and spread.spread == 0.5
+    assert isinstance(spread, SpreadAutoPrune) and spread.high == 0.5
     assert all(
         getattr(spread, f.name) == getattr(method, f.name) for f in dataclasses.fields(method)
     )
