@@ -12,8 +12,8 @@ def text_attention(seen: Observation) -> torch.Tensor:
     attention, text_mask = seen.attention, seen.text_mask
     if attention is None or text_mask is None:
         raise ValueError("text attention was not observed: ask for it with Needs(rows='text')")
-    rows = text_mask.sum(dim=1).clamp(min=1)
-    return (attention.mean(dim=1) * text_mask[:, :, None]).sum(dim=1) / rows[:, None]
+    weights = text_mask / text_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (weights[:, None] @ attention.mean(dim=1))[:, 0]
 
 
 def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tensor | None:
@@ -27,7 +27,7 @@ def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tens
     scores = seen.vision_scores.nan_to_num(nan=0.0)
     if mask_padding and seen.vision_padding is not None:
         scores = scores.masked_fill(seen.vision_padding, 0.0)
-    return scores.masked_fill(~seen.mask, 0.0)
+    return scores.where(seen.mask, 0.0)
 
 
 def required_vision_attention(seen: Observation) -> torch.Tensor:
@@ -48,7 +48,7 @@ def required_vision_attention(seen: Observation) -> torch.Tensor:
 
 def as_shares(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scale non-negative scores [batch, V] so that each prompt's sum to 1 over its real tokens."""
-    scores = scores.masked_fill(~mask, 0.0)
+    scores = scores.where(mask, 0.0)
     return scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 

@@ -22,7 +22,7 @@ def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> to
     Returns:
         LongTensor [batch, max(counts)], ascending positions, -1 where a prompt keeps fewer.
     """
-    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.where(mask, float("-inf"))
     best = scores.sort(dim=1, descending=True, stable=True).indices
     return first_picks(best, counts, scores.shape[1])
 
@@ -53,7 +53,7 @@ def ranks(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     Ties go to the lower position; tokens outside `mask` come last.
     """
-    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.where(mask, float("-inf"))
     return scores.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
 
 
@@ -66,7 +66,7 @@ def top_by_tier(
         tiers: int or bool [batch, V], 0 or more.
         scores, counts, mask: as for `top_k`; scores decide within a tier.
     """
-    best = scores.masked_fill(~mask, float("-inf")).sort(dim=1, descending=True, stable=True)
+    best = scores.where(mask, float("-inf")).sort(dim=1, descending=True, stable=True)
     tiers = tiers.long().masked_fill(~mask, -1).gather(1, best.indices)
     order = tiers.sort(dim=1, descending=True, stable=True).indices
     return first_picks(best.indices.gather(1, order), counts, scores.shape[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from ..errors import UnsupportedError
-from ..method import Selection
+from ..method import Merged, Selection
 
-TEXT, MERGED, PADDING = -1, -2, -3
+MERGED = -2
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ class Layout:
     def num_text(self) -> list[int]:
         return (self.real & ~self.visual)[:, : self.length].sum(axis=1).tolist()
 
-    def text_rows(self, rows: str) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def text_rows(self, rows: str) -> tuple[np.ndarray, np.ndarray, bool]:
         """The query rows that may score a prompt's visual tokens.
 
         "text": all text after the last visual token; "last": the prompt's last token. A prompt that
         ends with its picture is scored by its last token; one without picture by nothing.
 
         Returns:
-            Their columns [batch, rows]; how many real tokens each prompt has from there on (no cut
-            changes that) [batch, rows], 0 for padding; and how many rows each prompt has.
+            Their columns [batch, rows], those of shorter prompts behind padding; bool [batch, rows],
+            False for that padding; and whether these are the last columns of the prompt.
         """
         found = self._text_columns(rows)
-        counts = [len(columns) for columns in found]
-        column = np.zeros((len(found), max(counts)), dtype=np.int64)
-        from_end = np.zeros_like(column)
-        behind = self.real[:, ::-1].cumsum(axis=1)[:, ::-1]
+        width = max(map(len, found))
+        column = np.zeros((len(found), width), dtype=np.int64)
+        mask = np.zeros(column.shape, dtype=bool)
         for prompt, columns in enumerate(found):
-            column[prompt, : len(columns)] = columns
-            from_end[prompt, : len(columns)] = behind[prompt, columns]
-        return column, from_end, counts
+            first = width - len(columns)
+            column[prompt, first:], mask[prompt, first:] = columns, True
+        last = np.arange(self.length - width, self.length)
+        return column, mask, bool((np.where(mask, column, last) == last).all())
 
     def _text_columns(self, rows: str) -> list[np.ndarray]:
         found = []
@@ -79,14 +79,19 @@ class Tokens:
     """The tokens present at one depth, padded on the left to a common length n.
 
     column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
-    visual: LongTensor [batch, n], index 0..N-1 of an original visual token, else TEXT, MERGED or PADDING.
+    text: LongTensor [batch, T], places of the other tokens in the sequence, ascending behind -1 for padding.
+    slots: LongTensor [batch, V], places of the visual tokens, ascending. Entries beyond a prompt's count
+        are padding and point anywhere.
+    index: LongTensor [batch, V], 0..N-1 of an original visual token, MERGED, or -1 for padding.
     lengths, counts: real tokens and visual tokens of each prompt (host).
     padded: whether any prompt is shorter than n.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     """
 
     column: torch.Tensor
-    visual: torch.Tensor
+    text: torch.Tensor
+    slots: torch.Tensor
+    index: torch.Tensor
     lengths: list[int]
     counts: list[int]
     padded: bool
@@ -95,13 +100,18 @@ class Tokens:
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
         real, visual = layout.real, layout.visual
-        column = np.where(real, np.arange(real.shape[1]), -1)
-        index = np.where(visual, visual.cumsum(axis=1) - 1, np.where(real, TEXT, PADDING))
+        columns, counts = np.arange(real.shape[1]), layout.num_visual
+        slots = _places(visual)
+        parts = (
+            np.where(real, columns, -1),
+            np.sort(_places(real & ~visual), axis=1),
+            np.maximum(slots, 0),
+            np.where(slots >= 0, np.arange(max(counts)), -1),
+        )
         return cls(
-            column=torch.from_numpy(column).to(device),
-            visual=torch.from_numpy(index).to(device),
+            *(torch.from_numpy(part).to(device) for part in parts),
             lengths=real.sum(axis=1).tolist(),
-            counts=layout.num_visual,
+            counts=counts,
             padded=not real.all(),
         )
 
@@ -109,34 +119,27 @@ class Tokens:
         """Without the last columns, which are text."""
         if not drafts:
             return self
-        end, lengths = self.width - drafts, [n - drafts for n in self.lengths]
-        column, visual = self.column[:, :end], self.visual[:, :end]
-        return Tokens(column, visual, lengths, self.counts, self.padded, self.was_cut)
+        return replace(
+            self,
+            column=self.column[:, : self.width - drafts],
+            text=self.text[:, : self.text.shape[1] - drafts],
+            lengths=[n - drafts for n in self.lengths],
+        )
 
     @property
     def width(self) -> int:
         return self.column.shape[1]
 
     @cached_property
-    def is_visual(self) -> torch.Tensor:
-        """bool [batch, n]."""
-        return (self.visual >= 0) | (self.visual == MERGED)
-
-    @cached_property
-    def slots(self) -> torch.Tensor:
-        """Positions of the visual tokens in the padded sequence, [batch, max(counts)], ascending.
-
-        Entries beyond a prompt's count are padding and point anywhere.
-        """
-        order = self.is_visual.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        return order[:, : max(self.counts)]
+    def some_column(self) -> torch.Tensor:
+        """`column`, with any in the place of padding."""
+        return self.column.clamp(min=0) if self.padded else self.column
 
     @cached_property
     def slot_mask(self) -> torch.Tensor:
-        """bool [batch, max(counts)], False beyond a prompt's own count."""
+        """bool [batch, V], False beyond a prompt's own count."""
         if min(self.counts) == max(self.counts):
-            shape = len(self.counts), self.counts[0]
-            return torch.ones(shape, dtype=torch.bool, device=self.column.device)
+            return torch.ones_like(self.slots, dtype=torch.bool)
         return length_mask(self.counts, max(self.counts), self.column.device)
 
     @property
@@ -144,58 +147,92 @@ class Tokens:
         """Padding as a share of the real tokens."""
         return len(self.lengths) * self.width / max(sum(self.lengths), 1) - 1
 
+    def spread(self, values: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+        """`default` [batch, n], with `values` [batch, V] in the visual tokens' places."""
+        if min(self.counts) < max(self.counts):
+            # A column more takes what padding holds.
+            spare = self.slots.masked_fill(~self.slot_mask, self.width)
+            default = torch.nn.functional.pad(default, (0, 1))
+            return default.scatter(1, spare, values)[:, : self.width]
+        return default.scatter(1, self.slots, values)
+
     def after(self, selection: Selection) -> tuple[Tokens, torch.Tensor]:
         """The tokens after a cut, and where each comes from.
 
         Returns:
-            The new tokens, and LongTensor [batch, n'] of sources: positions in this sequence, or
+            The new tokens, and LongTensor [batch, n'] of sources: places in this sequence, or
             width + i for merged token i. Sources of padding point anywhere.
         """
-        slots, kept, merged = self.slots, selection.kept, selection.merged
-        # Even sort keys for columns leave the odd ones for merged tokens that go between two columns.
-        key = torch.where(self.is_visual, -1, self.column * 2)
-        survivors = slots.gather(1, kept.clamp(min=0))
-        key = _scatter_real(key, survivors, self.column.gather(1, survivors) * 2, kept >= 0)
-        column, visual = self.column, self.visual
-        counts = list(selection.counts)
-        if merged is not None:
-            extra_key, extra_column = self._place(merged)
-            key = torch.cat([key, extra_key], dim=1)
-            column = torch.cat([column, extra_column], dim=1)
-            visual = torch.cat([visual, torch.full_like(extra_column, MERGED)], dim=1)
+        counts, kept = list(selection.counts), selection.kept
+        if min(counts) < max(counts):
+            mask = kept >= 0
+            kept = kept.clamp(min=0)
+            visual = self.slots.gather(1, kept).where(mask, -1)
+            index = self.index.gather(1, kept).where(mask, -1)
+        else:
+            visual, index = self.slots.gather(1, kept), self.index.gather(1, kept)
+        # Each token's place is its key: sorting puts padding in front and the rest in order.
+        keys, sources, column = torch.cat([self.text, visual], dim=1), None, self.column
+        if (merged := selection.merged) is not None:
+            keys, sources, index, column = self._with_merged(merged, counts, visual, index)
             counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
         lengths = [
             n - old + new for n, old, new in zip(self.lengths, self.counts, counts, strict=True)
         ]
         width = max(lengths)
-        source = key.argsort(dim=1, stable=True)[:, key.shape[1] - width :]
-        padded = min(lengths) < width
-        column, visual = column.gather(1, source), visual.gather(1, source)
+        padded, surplus = min(lengths) < width, keys.shape[1] - width
+        source, order = keys.sort(dim=1, stable=True)
+        places = order.argsort(dim=1)
+        if sources is not None:
+            source = sources.gather(1, order)
+        if surplus:
+            source, places = source[:, surplus:], places - surplus
+        text, slots = places.split([self.text.shape[1], index.shape[1]], dim=1)
         if padded:
-            first = width - torch.as_tensor(lengths).to(column.device)
-            filler = torch.arange(width, device=column.device) < first[:, None]
-            column, visual = column.masked_fill(filler, -1), visual.masked_fill(filler, PADDING)
-        return Tokens(column, visual, lengths, counts, padded, was_cut=True), source
-
-    def _place(self, merged) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self.slots
-        real = length_mask(merged.counts, merged.hidden.shape[1], slots.device)
-        if merged.place is None:
-            last = torch.as_tensor([max(n - 1, 0) for n in self.counts]).to(slots.device)
-            slot = slots.gather(1, last[:, None]).expand(-1, merged.hidden.shape[1])
-            offset = 1
+            real = source >= 0
+            source = source.clamp(min=0)
+            column = column.gather(1, source).where(real, -1)
+            text = text.where(self.text >= 0, -1)
         else:
-            slot = slots.gather(1, merged.place.clamp(min=0))
-            offset = 0
-        column = self.column.gather(1, slot)
-        return torch.where(real, column * 2 + offset, -1), column
+            column = column.gather(1, source)
+        if min(counts) < max(counts):
+            slots = slots.clamp(min=0)
+        return Tokens(column, text, slots, index, lengths, counts, padded, was_cut=True), source
+
+    def _with_merged(self, merged: Merged, counts: Sequence[int], visual, index):
+        """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
+
+        Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
+        """
+        slots, device = self.slots, self.slots.device
+        number = merged.hidden.shape[1]
+        real = length_mask(merged.counts, number, device)
+        if merged.place is None:
+            last = torch.as_tensor([max(n - 1, 0) for n in self.counts]).to(device)
+            slot, behind = slots.gather(1, last[:, None]).expand(-1, number), 1
+        else:
+            slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
+        extra = torch.arange(self.width, self.width + number, device=device).expand_as(slot)
+        # Kept and merged tokens in their order, padding last.
+        key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)
+        order = key.where(key >= 0, 2 * self.width + 2).argsort(dim=1, stable=True)
+        order = order[:, : max(a + b for a, b in zip(counts, merged.counts, strict=True))]
+        key = key.gather(1, order)
+        joined = torch.cat([index, torch.full_like(slot, MERGED).where(real, -1)], dim=1)
+        source = torch.cat([visual, extra], dim=1).gather(1, order).where(key >= 0, -1)
+        return (
+            torch.cat([self.text * 2, key], dim=1),
+            torch.cat([self.text, source], dim=1),
+            joined.gather(1, order),
+            torch.cat([self.column, self.column.gather(1, slot)], dim=1),
+        )
 
 
-def _scatter_real(key, index, values, real):
-    """Scatter `values` into `key` where `real`; other entries must not overwrite anything."""
-    spare = torch.full_like(key[:, :1], -1)
-    index = torch.where(real, index, key.shape[1])
-    return torch.cat([key, spare], dim=1).scatter(1, index, values)[:, :-1]
+def _places(chosen: np.ndarray) -> np.ndarray:
+    """Columns of the True entries of bool [batch, S], ascending, then -1; [batch, most of them]."""
+    counts = chosen.sum(axis=1)
+    order = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
+    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1)
 
 
 def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor:

@@ -33,7 +33,7 @@ def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Te
     """
     batch, width = tokens.column.shape
     mask = mask.expand(batch, -1, -1, -1)
-    column = tokens.column.clamp(min=0)
+    column = tokens.some_column
     rows = column[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
     mask = mask.gather(2, rows)
     columns = column[:, None, None, :].expand(-1, mask.shape[1], width, -1)
@@ -44,7 +44,7 @@ def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Te
 def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> BlockMask:
     """The model's own flex-attention mask, asked about the columns of the remaining tokens."""
     batch, width = tokens.column.shape
-    real, column, old = tokens.column >= 0, tokens.column.clamp(min=0), mask.mask_mod
+    real, column, old = tokens.column >= 0, tokens.some_column, mask.mask_mod
 
     def kept_only(b, h, query, key):
         inside = key < width
@@ -64,30 +64,39 @@ def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
 
 
 def row_mask(
-    mask: Any, tokens: Tokens, slots: torch.Tensor
+    mask: Any, tokens: Tokens, slots: torch.Tensor | slice
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What a few query rows may not see of the present tokens: `blocked` and `bias` of `row_attention`.
 
     Args:
         mask: the layer's mask over the present tokens.
-        slots: [batch, rows], places of the rows in the present sequence.
+        slots: places of the rows in the present sequence, [batch, rows] or the same for all prompts.
 
     Returns:
-        bool [batch, 1, rows, n] and None, or None and an additive mask of that shape.
+        bool [batch or 1, 1, rows, the last of the n] and None, or None and an additive mask
+        [batch, 1, rows, n].
     """
     width = tokens.width
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-        rows = mask.expand(slots.shape[0], -1, -1, -1)[..., :width]
-        index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
-        rows = rows.gather(2, index)
+        rows = mask[..., :width]
+        if isinstance(slots, slice):
+            rows = rows[:, :, slots]
+        else:
+            rows = rows.expand(slots.shape[0], -1, -1, -1)
+            index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
+            rows = rows.gather(2, index)
         return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
-    order = torch.arange(width, device=slots.device)
-    if isinstance(mask, BlockMask):
-        batch = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
+    # Where the mask is causal and the rows are the last, the keys before them are seen by all.
+    at_end, flexible = isinstance(slots, slice), isinstance(mask, BlockMask)
+    first = slots.start if at_end and not flexible and not tokens.padded else 0
+    order = torch.arange(first, width, device=tokens.column.device)
+    query = order[None, slots.start - first : slots.stop - first] if at_end else slots
+    if flexible:
+        batch = torch.arange(len(tokens.column), device=order.device)[:, None, None]
         head = torch.zeros_like(batch)
-        allowed = mask.mask_mod(batch, head, slots[:, :, None], order[None, None, :])
+        allowed = mask.mask_mod(batch, head, query[:, :, None], order[None, None, :])
         return ~allowed[:, None], None
-    blocked = order[None, None, :] > slots[:, :, None]
+    blocked = order > query[:, :, None]
     if tokens.padded:
         blocked = blocked | (tokens.column < 0)[:, None, :].to(blocked.device)
     return blocked[:, None], None

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Needs, Observation
-from .layout import Layout, Tokens, length_mask
+from .layout import Layout, Tokens
 from .masks import row_mask
 from .tap import row_attention
 
@@ -35,7 +35,7 @@ class Observer:
         self._vision = self._by_prompt(vision)
         self._attention: torch.Tensor | None = None
         self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, bool]] = {}
 
     def expect(self, needs: Needs | None) -> None:
         """Forget what was seen, and look out for what the next cut needs."""
@@ -57,8 +57,11 @@ class Observer:
             self._projections = query, key
         if needs.rows is not None:
             slots, text_mask = self._rows(needs.rows, tokens)
-            slots = slots.to(query.device)  # a layer may live on another device than the prompt
-            blocked, bias = row_mask(attention_mask, tokens, slots)
+            # A layer may live on another device than the prompt.
+            blocked, bias = (
+                part if part is None else part.to(query.device)
+                for part in row_mask(attention_mask, tokens, slots)
+            )
             rows = row_attention(take(query, slots), key, scaling, blocked, bias, softcap)
             self._attention = _columns(rows, tokens.slots).to(text_mask.device)
         if self.peeking:
@@ -73,8 +76,7 @@ class Observer:
             UnsupportedError: the attention did not come by.
         """
         slots, mask = tokens.slots, tokens.slot_mask
-        visual = tokens.visual.gather(1, slots).masked_fill(~mask, -1)
-        seen = Observation(cut, list(tokens.counts), visual, mask, self._attention)
+        seen = Observation(cut, list(tokens.counts), tokens.index, mask, self._attention)
         if needs.rows is not None or needs.hidden or needs.keys:
             text, seen.text_mask = self._rows(needs.rows or "text", tokens)
         if (needs.rows is not None and self._attention is None) or (
@@ -94,7 +96,7 @@ class Observer:
             seen.keys, seen.text_keys = partial(take, key, slots), partial(take, key, text)
             seen.queries = partial(take, query, slots)
         if needs.vision:
-            self._add_vision(seen, visual)
+            self._add_vision(seen, tokens.index)
         return seen
 
     def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
@@ -114,24 +116,24 @@ class Observer:
             stacked[name] = padded.to(self.device)
         return stacked
 
-    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the text rows are in the present sequence, [batch, rows], and which are real."""
+    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor | slice, torch.Tensor]:
+        """Where the text rows are in the present sequence, and which are real, bool [batch, rows]."""
         if rows not in self._text:
-            column, from_end, counts = self.layout.text_rows(rows)
-            self._text[rows] = (
-                torch.from_numpy(column).to(self.device),
-                torch.from_numpy(from_end).to(self.device),
-                length_mask(counts, column.shape[1], self.device),
-            )
-        column, from_end, mask = self._text[rows]
-        if not tokens.was_cut:
-            return column, mask
-        # A cut pads on the left and drops nothing behind the last visual token.
-        return (tokens.width - from_end).clamp(max=tokens.width - 1), mask
+            column, mask, are_last = self.layout.text_rows(rows)
+            column, mask = (torch.from_numpy(values).to(self.device) for values in (column, mask))
+            self._text[rows] = column, mask, are_last
+        column, mask, are_last = self._text[rows]
+        if are_last or tokens.was_cut:
+            # A cut pads on the left and drops nothing behind the last visual token.
+            end = tokens.width - self.layout.drafts
+            return slice(end - mask.shape[1], end), mask
+        return column, mask
 
 
-def take(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Entries of [batch, n, size] or [batch, heads, n, size] at `slots` [batch, m]."""
+def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
+    """Entries of [batch, n, size] or [batch, heads, n, size] at `slots`, [batch, m] or the same for all."""
+    if isinstance(slots, slice):
+        return states[..., slots, :]
     slots = slots.to(states.device)
     if len(slots) == 1:
         return states.index_select(states.ndim - 2, slots[0])

@@ -13,8 +13,8 @@ def compacted_positions(tokens: Tokens) -> torch.Tensor:
 
 
 def take_columns(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entries of `values` [..., batch or 1, S, features] at `column` [batch, n]."""
-    column = column.clamp(min=0).to(values.device)
+    """Entries of `values` [..., batch or 1, S, features] at `column` [batch, n], all of them columns."""
+    column = column.to(values.device)
     if values.shape[dim - 1] == 1 and column.shape[0] == 1:
         return values.index_select(values.ndim + dim, column[0])
     values = values.expand(*values.shape[: dim - 1], column.shape[0], *values.shape[dim:])

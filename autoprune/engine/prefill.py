@@ -12,7 +12,7 @@ import torch
 from ..errors import UnsupportedError
 from ..method import Needs, PromptState, Selection
 from .cache import PrunedCache, Stage, is_static, sliding_window
-from .layout import Layout, Tokens
+from .layout import MERGED, Layout, Tokens
 from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
@@ -28,7 +28,7 @@ HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_va
 
 @dataclass
 class CutRecord:
-    """What one cut left, for the trace: device tensors, read later."""
+    """What one cut left, for the trace: device tensors, read later. `visual` is `Tokens.index`."""
 
     layer: int
     visual: torch.Tensor
@@ -109,10 +109,11 @@ class Prefill:
 
         The models do this at full length after a layer; here it waits for the next layer's hook.
         """
-        first = np.cumsum([0, *self.layout.num_visual[:-1]])
-        visual = self.tokens.visual.to(hidden.device)
-        row = visual.clamp(min=0) + torch.from_numpy(first).to(hidden.device)[:, None]
-        original = (visual >= 0)[..., None]
+        tokens, first = self.tokens, np.cumsum([0, *self.layout.num_visual[:-1]])
+        row = tokens.index.clamp(min=0) + torch.from_numpy(first).to(tokens.index.device)[:, None]
+        row = tokens.spread(row, torch.zeros_like(tokens.column)).to(hidden.device)
+        original = torch.zeros_like(tokens.column, dtype=torch.bool)
+        original = tokens.spread(tokens.index >= 0, original).to(hidden.device)[..., None]
         features = features.to(hidden.device, hidden.dtype)[row]
         if self.packing is not None:
             original, features = self.packing.pack(original), self.packing.pack(features)
@@ -144,26 +145,28 @@ class Prefill:
         self._check(index, selection)
         hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
-        self.records.append(CutRecord(index, self.tokens.visual, self.tokens.counts))
+        self.records.append(CutRecord(index, self.tokens.index, self.tokens.counts))
         return hidden
 
     def _apply(self, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states of the tokens that stay: rows of the old ones, and of those that are new."""
-        rows = [hidden.flatten(0, 1)]
-        batch, before, device = len(self.tokens.lengths), self.packing, self.tokens.column.device
-        place = before.place if before else _count(batch, self.tokens.width, 0, device)
+        rows, before, width = [hidden.flatten(0, 1)], self.packing, self.tokens.width
         self.tokens, source = self.tokens.after(selection)
-        if selection.merged is not None:
-            new = selection.merged.hidden
-            place = torch.cat([place, _count(batch, new.shape[1], len(rows[0]), device)], dim=1)
-            rows.append(new.flatten(0, 1))
-        source = place.gather(1, source)
+        batch, device, merged = len(source), source.device, selection.merged
+        if merged is not None:
+            rows.append(merged.hidden.flatten(0, 1))
+        if batch > 1:
+            # From places in each prompt to rows of all of them.
+            place = before.place if before else _count(batch, width, 0, device)
+            if merged is not None:
+                new = _count(batch, merged.hidden.shape[1], len(rows[0]), device)
+                place = torch.cat([place, new], dim=1)
+            source = place.gather(1, source)
         if selection.states is not None:
-            slots, new = self.tokens.slots, selection.states
-            changed = _count(batch, new.shape[1], sum(map(len, rows)), device)
-            changed = torch.where(self.tokens.slot_mask, changed, source.gather(1, slots))
-            source = source.scatter(1, slots, changed)
-            rows.append(new.flatten(0, 1))
+            states = selection.states
+            changed = _count(batch, states.shape[1], sum(map(len, rows)), device)
+            source = self.tokens.spread(changed, source)
+            rows.append(states.flatten(0, 1))
         self.packings.append(self._pack_if_worth_it())
         if self.packing is not None:
             source = self.packing.pack(source)
@@ -244,7 +247,7 @@ class Prefill:
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
         if self.method.positions == "compacted":
             return self._compacted(hidden)
-        parts = [take_columns(part, self.tokens.column, dim=-2) for part in embeddings]
+        parts = [take_columns(part, self.tokens.some_column, dim=-2) for part in embeddings]
         return self._packed(parts, dim=-3)
 
     def _compacted(self, hidden: torch.Tensor) -> tuple:
@@ -263,7 +266,7 @@ class Prefill:
         if self.method.positions == "compacted":
             ids = compacted_positions(self.tokens)
         else:
-            ids = take_columns(ids[..., None], self.tokens.column, dim=-2)[..., 0]
+            ids = take_columns(ids[..., None], self.tokens.some_column, dim=-2)[..., 0]
         return self._packed([ids], dim=-2)[0]
 
     def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
@@ -313,8 +316,9 @@ class Prefill:
             return states
         if packing is not None:
             states = packing.unpack(states)
-        from_prompt = (tokens.column >= 0) & (tokens.visual != -2)
-        column = torch.where(from_prompt, tokens.column, length).to(states.device)
+        merged = torch.zeros_like(tokens.column, dtype=torch.bool)
+        merged = tokens.spread(tokens.index == MERGED, merged)
+        column = tokens.column.masked_fill(merged | (tokens.column < 0), length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
 

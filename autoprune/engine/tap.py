@@ -95,8 +95,8 @@ def row_attention(
         query: [batch, heads, rows, head dim], rotated.
         key: [batch, key heads, keys, head dim], rotated; heads is a multiple of key heads.
         scaling: factor on the scores; None is 1 / sqrt(head dim).
-        blocked: bool [batch or 1, 1, rows, keys], True where a row must not look.
-        bias: additive mask of the same shape.
+        blocked: bool [batch or 1, 1, rows, m], True where a row must not look, for the last m keys.
+        bias: additive mask [batch or 1, 1, rows, keys].
         softcap: logit cap of Gemma 2.
 
     Returns:
@@ -105,11 +105,12 @@ def row_attention(
     batch, heads, rows, width = query.shape
     groups = key.shape[1]
     scores = query.reshape(batch, groups, heads // groups * rows, width) @ key.transpose(-1, -2)
-    scores = scores.view(batch, heads, rows, -1).float() * (scaling or width**-0.5)
+    scores = scores.view(batch, heads, rows, -1).float().mul_(scaling or width**-0.5)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if blocked is not None:
-        scores = scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
+        last = scores[..., scores.shape[-1] - blocked.shape[-1] :]
+        last.masked_fill_(blocked, torch.finfo(scores.dtype).min)
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1)

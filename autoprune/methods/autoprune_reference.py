@@ -146,6 +146,6 @@ def _information(seen: Observation) -> tuple[list[float], list[int]]:
     rows = seen.text_mask.sum(dim=1).tolist()
     bits = []
     for prompt, (text, visual) in enumerate(zip(rows, seen.counts, strict=True)):
-        block = seen.attention[prompt, :, :text, :visual]
+        block = seen.attention[prompt, :, len(seen.text_mask[prompt]) - text :, :visual]
         bits.append(float(released_mutual_information(block).sum()) if text and visual else 0.0)
     return bits, rows

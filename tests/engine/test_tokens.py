@@ -1,0 +1,125 @@
+"""What a cut leaves, against a model of it with one plain list of tokens per prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoprune.engine.layout import MERGED, Layout, Tokens
+from autoprune.method import Merged, Selection
+
+CPU = torch.device("cpu")
+TEXT = "text"
+
+
+@st.composite
+def layouts(draw):
+    """Batches of prompts with pictures anywhere, padded anywhere."""
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    kinds = st.lists(st.sampled_from("ptvv"), min_size=length, max_size=length)
+    kinds = kinds.filter(lambda row: set(row) != {"p"})
+    rows = np.array(draw(st.lists(kinds, min_size=batch, max_size=batch)))
+    return Layout(rows != "p", rows == "v")
+
+
+def as_lists(layout):
+    """For each prompt, its tokens as (column, visual index or TEXT)."""
+    prompts = []
+    for real, visual in zip(layout.real, layout.visual, strict=True):
+        index = iter(range(int(visual.sum())))
+        prompts.append(
+            [(c, next(index) if visual[c] else TEXT) for c in np.flatnonzero(real).tolist()]
+        )
+    return prompts
+
+
+def draw_cut(data, prompts):
+    """A selection, and what it makes of each prompt; sources are places, "new" and a number if merged."""
+    merging = any(kind != TEXT for p in prompts for _, kind in p) and data.draw(st.booleans())
+    behind = merging and data.draw(st.booleans())
+    kept, places, results = [], [], []
+    for tokens in prompts:
+        visual = [i for i, (_, kind) in enumerate(tokens) if kind != TEXT]
+        chosen = [j for j in range(len(visual)) if data.draw(st.booleans())]
+        gone = [j for j in range(len(visual)) if j not in chosen]
+        heirs = [j for j in gone if merging and data.draw(st.booleans())]
+        heirs = data.draw(st.permutations(heirs))
+        survivors = {visual[j] for j in chosen}
+        result = []
+        for i, token in enumerate(tokens):
+            if token[1] == TEXT or i in survivors:
+                result.append((token, i))
+            elif not behind and visual.index(i) in heirs:
+                result.append(((token[0], MERGED), ("new", heirs.index(visual.index(i)))))
+            if behind and visual and i == visual[-1]:
+                result += [((token[0], MERGED), ("new", n)) for n in range(len(heirs))]
+        kept.append(chosen)
+        places.append(heirs)
+        results.append(result)
+    merged = None
+    if merging:
+        width = max(map(len, places))
+        place = torch.tensor([row + [0] * (width - len(row)) for row in places]).view(
+            len(prompts), width
+        )
+        counts = [len(row) for row in places]
+        hidden = torch.zeros(len(prompts), width, 1)
+        merged = Merged(hidden, counts, None if behind else place.long())
+    width = max(map(len, kept))
+    padded = (
+        torch.tensor([row + [-1] * (width - len(row)) for row in kept])
+        .view(len(prompts), width)
+        .long()
+    )
+    return Selection(padded, [len(row) for row in kept], merged), results
+
+
+def check(tokens, prompts):
+    """That Tokens say of each prompt what its list says."""
+    assert tokens.lengths == [len(p) for p in prompts]
+    assert tokens.counts == [sum(kind != TEXT for _, kind in p) for p in prompts]
+    assert tokens.padded == (min(tokens.lengths) < tokens.width)
+    assert tokens.slots.shape == tokens.index.shape == (len(prompts), max(tokens.counts))
+    for row, prompt in enumerate(prompts):
+        where = (tokens.column[row] >= 0).nonzero().squeeze(1)
+        assert tokens.column[row][where].tolist() == [column for column, _ in prompt]
+        kinds = [kind for _, kind in prompt]
+        text = [where[i].item() for i, kind in enumerate(kinds) if kind == TEXT]
+        assert [place for place in tokens.text[row].tolist() if place >= 0] == text
+        visual = [where[i].item() for i, kind in enumerate(kinds) if kind != TEXT]
+        mask = tokens.slot_mask[row]
+        assert mask.tolist() == [i < len(visual) for i in range(max(tokens.counts))]
+        assert tokens.slots[row][mask].tolist() == visual
+        assert tokens.index[row][mask].tolist() == [kind for kind in kinds if kind != TEXT]
+        assert (tokens.index[row][~mask] == -1).all()
+    # Padding is gathered with, too.
+    assert ((tokens.slots >= 0) & (tokens.slots < max(tokens.width, 1))).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts(), st.data())
+def test_cuts_leave_what_they_say(layout, data):
+    tokens, prompts = Tokens.of(layout, CPU), as_lists(layout)
+    check(tokens, prompts)
+    for _ in range(2):
+        selection, results = draw_cut(data, prompts)
+        before, (tokens, source) = tokens, tokens.after(selection)
+        was = [(row >= 0).nonzero().squeeze(1).tolist() for row in before.column]
+        prompts = [[token for token, _ in result] for result in results]
+        check(tokens, prompts)
+        assert tokens.was_cut and tokens.width == max(tokens.lengths)
+        for row, result in enumerate(results):
+            first = tokens.width - len(result)
+            wanted = [
+                before.width + place[1] if isinstance(place, tuple) else was[row][place]
+                for _, place in result
+            ]
+            assert source[row, first:].tolist() == wanted
+            assert (tokens.column[row, :first] == -1).all()
+        assert (source >= 0).all()
+        values = torch.arange(1, 1 + tokens.slots.numel()).view(tokens.slots.shape)
+        spread = tokens.spread(values, torch.zeros_like(tokens.column))
+        for row, count in enumerate(tokens.counts):
+            assert spread[row][spread[row] > 0].tolist() == values[row, :count].tolist()
