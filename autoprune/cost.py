@@ -1,4 +1,4 @@
-"""FLOPs and KV-cache bytes of a decoder as a function of the visual tokens that enter each layer.
+"""FLOPs, KV-cache bytes and peak memory of a decoder as a function of the visual tokens that enter each layer.
 
 Conventions: a multiply-add counts as 2 FLOPs. Causal attention is counted as the full n x n
 product, as FLOP counters and profilers do. Norms, activations, rotary embeddings, softmax,
@@ -36,7 +36,7 @@ class DecoderCost:
             active experts).
         gated_mlp: True for gate/up/down (SwiGLU and relatives), False for up/down.
         vocab_size: rows of the lm_head.
-        dtype_bytes: bytes per cached element (2 for float16 and bfloat16).
+        dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and bfloat16).
     """
 
     layers: int
@@ -158,6 +158,46 @@ class DecoderCost:
         return _per_prompt(
             self._tokens(visual_per_layer, num_text).sum(axis=-1) * self.kv_bytes_per_token
         )
+
+    def peak_bytes(
+        self,
+        visual_per_layer: ArrayLike,
+        num_text: ArrayLike = 0,
+        num_visual: ArrayLike | None = None,
+        observed: ArrayLike = 0,
+    ) -> Any:
+        """Most bytes that the prefill of a prompt allocates and holds at one time.
+
+        That is in the MLP of some layer: the cache up to there, rotary embeddings, the hidden states
+        that enter the layer, its residual and normed ones, and the MLP's products (three for a gated
+        one, as transformers' Llama and Qwen compute it, else two). Attention that forms whole score
+        matrices ("eager") needs more; weights and what enters the decoder are not counted.
+
+        Args:
+            visual_per_layer, num_text: as above.
+            num_visual: visual tokens entering the decoder, which a cut before layer 0 reduces; scalar or
+                `[batch]`. Default: those entering layer 0.
+            observed: bytes of each layer's attention that a method keeps to decide the next cut, like
+                `visual_per_layer` or a scalar.
+
+        Returns:
+            int for `[L]`, int64 `[batch]` for `[batch, L]`.
+        """
+        tokens = self._tokens(visual_per_layer, num_text)
+        first = tokens[..., :1]
+        if num_visual is not None:
+            first = (np.asarray(num_visual) + np.asarray(num_text))[..., None]
+        before = np.concatenate([first, tokens[..., :-1]], axis=-1)
+        was_cut = tokens < first
+        # What enters layer 0 uncut was there before.
+        inputs = np.where((np.arange(self.layers) > 0) | was_cut, tokens, 0)
+        inputs[..., 1:] += np.where(tokens < before, before, 0)[..., 1:]
+        states = self.hidden * (2 * tokens + inputs)
+        products = (3 if self.gated_mlp else 2) * self.intermediate * tokens
+        rotary = 2 * self.head_dim * (first + np.where(was_cut, tokens, 0))
+        working = (states + products + rotary) * self.dtype_bytes + np.asarray(observed)
+        cached = tokens.cumsum(axis=-1) * self.kv_bytes_per_token
+        return _per_prompt((cached + working).max(axis=-1))
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class Sample:
         mutual_information: bits; None where the method measures none or the prompt has no picture.
         schedule: the planned n_l; None if the method plans none.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
+        peak_bytes, peak_bytes_full: most memory that the prefill takes at one time for this prompt
+            (`DecoderCost.peak_bytes`), what the method keeps to decide included.
     """
 
     num_visual: int
@@ -44,6 +47,8 @@ class Sample:
     flops_full: float
     kv_bytes: int
     kv_bytes_full: int
+    peak_bytes: int
+    peak_bytes_full: int
 
     @property
     def mean_tokens(self) -> float:
@@ -86,12 +91,18 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self._batches: list[tuple[Layout, PromptState, list[CutRecord]]] = []
+        self._batches: list[tuple[Layout, PromptState, list[CutRecord], Mapping[int, int]]] = []
         self._samples: list[Sample] = []
 
-    def record(self, layout: Layout, state: PromptState, cuts: list[CutRecord]) -> None:
-        """Called by the engine at the end of each prefill."""
-        self._batches.append((layout, state, cuts))
+    def record(
+        self,
+        layout: Layout,
+        state: PromptState,
+        cuts: list[CutRecord],
+        observed: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """Called by the engine at the end of each prefill; `observed`: bytes kept of a layer's attention."""
+        self._batches.append((layout, state, cuts, observed))
 
     @property
     def samples(self) -> list[Sample]:
@@ -130,13 +141,21 @@ class Trace:
         write_whole(path, json.dumps(record, indent=1))
 
 
-def _read(layout: Layout, state: PromptState, cuts: list[CutRecord]) -> list[Sample]:
-    visual = [cut.visual.cpu().numpy() for cut in cuts]
-    return [_sample(layout, state, cuts, visual, prompt) for prompt in range(len(layout.real))]
+def _read(
+    layout: Layout, state: PromptState, cuts: list[CutRecord], observed: Mapping[int, int]
+) -> list[Sample]:
+    visual, prompts = [cut.visual.cpu().numpy() for cut in cuts], range(len(layout.real))
+    kept = [observed.get(layer, 0) / len(prompts) for layer in range(state.shape.num_layers)]
+    return [_sample(layout, state, cuts, visual, kept, prompt) for prompt in prompts]
 
 
 def _sample(
-    layout: Layout, state: PromptState, cuts: list[CutRecord], visual: list[np.ndarray], prompt: int
+    layout: Layout,
+    state: PromptState,
+    cuts: list[CutRecord],
+    visual: list[np.ndarray],
+    observed: Sequence[float],
+    prompt: int,
 ) -> Sample:
     total, text = layout.num_visual[prompt], layout.num_text[prompt]
     counts, kept = [], []
@@ -166,6 +185,8 @@ def _sample(
         flops_full=float(cost.prefill_flops([total] * len(counts), text)),
         kv_bytes=int(cost.kv_bytes(counts, text)),
         kv_bytes_full=int(cost.kv_bytes([total] * len(counts), text)),
+        peak_bytes=int(cost.peak_bytes(counts, text, total, observed)),
+        peak_bytes_full=int(cost.peak_bytes([total] * len(counts), text)),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from autoprune import AutoPrune
+from autoprune import AutoPrune, create
 from autoprune.bench.measure import hold_once
 from autoprune.bench.memory import AllocationCounter, PeakMemory
 from autoprune.bench.results import padding_waste
@@ -97,3 +98,30 @@ def test_pruning_lowers_the_peak_by_what_the_cache_lacks(model):
     pruned = hold_once(model, prompts(model, batch), Replay((tuple(schedule),) * batch))
     # Layer 0 sees all tokens in both: what a layer needs at a time is the same.
     assert pruned.peak <= plain.peak - 0.8 * (plain.kv - pruned.kv) < plain.peak
+
+
+def wide(name):
+    """A model of the family whose decoder's width outweighs indices and masks, as in real ones."""
+    family, width = zoo.FAMILIES[name], 256
+    config = family.config()
+    text, vision = config.get_text_config(), config.vision_config
+    times = width // text.hidden_size
+    if getattr(vision, "out_hidden_size", None) == text.hidden_size:
+        vision.out_hidden_size = width
+    text.hidden_size, text.intermediate_size = width, 704
+    text.num_attention_heads *= times
+    text.num_key_value_heads *= times
+    return getattr(transformers, family.model)._from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3"])
+def test_the_peak_is_what_the_trace_says(name):
+    model = wide(name)
+    inputs = zoo.inputs(name, model)
+    plain = hold_once(model, inputs, None)
+    for method in (AutoPrune(budget=9), create("random", 5), create("fastv", 9), create("dart", 9)):
+        held = hold_once(model, inputs, method)
+        (sample,) = held.samples
+        assert held.peak == pytest.approx(sample.peak_bytes, rel=0.02)
+        assert plain.peak == pytest.approx(sample.peak_bytes_full, rel=0.02)
+        assert held.peak < plain.peak

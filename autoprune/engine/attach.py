@@ -293,7 +293,7 @@ class Attachment:
         if not isinstance(run, Prefill):
             return None
         output = run.finish(output)
-        self.trace.record(run.layout, run.state, run.records)
+        self.trace.record(run.layout, run.state, run.records, run.observed)
         return output
 
     def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:

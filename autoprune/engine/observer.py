@@ -41,6 +41,12 @@ class Observer:
         """Forget what was seen, and look out for what the next cut needs."""
         self.needs, self._attention, self._projections = needs, None, None
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of the attention that was seen; keys are the cache's own."""
+        seen = self._attention, *(self._projections or ())[:1]
+        return sum(kept.nbytes for kept in seen if kept is not None)
+
     def see(
         self, tokens: Tokens, query, key, attention_mask, scaling=None, softcap=None, **kwargs
     ) -> None:

@@ -55,6 +55,8 @@ class Prefill:
         self.stages = [Stage(0, self.tokens)]
         self.packings: list[Packing | None] = [None]
         self.records: list[CutRecord] = []
+        # Bytes that were kept of a layer's attention while the rest of it ran.
+        self.observed: dict[int, int] = {}
         self.observer = Observer(layout, vision, device)
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
@@ -74,6 +76,8 @@ class Prefill:
             self.cache = kwargs.get("past_key_values")
         if 0 < index <= len(self.deepstack):
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
+        if kept := self.observer.kept_bytes:
+            self.observed[index - 1] = kept
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
             if needs.ahead:
@@ -145,6 +149,7 @@ class Prefill:
         self._check(index, selection)
         hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
+        self._slices.clear()
         self.records.append(CutRecord(index, self.tokens.index, self.tokens.counts))
         return hidden
 
@@ -215,7 +220,7 @@ class Prefill:
 
     def _memo(self, kind: Any, source: Any, make):
         """Layers between two cuts receive the same objects, so each is sliced once."""
-        key = (len(self.stages), kind, id(source))
+        key = kind, id(source)
         if key not in self._slices:
             self._slices[key] = (source, make())
         return self._slices[key][1]

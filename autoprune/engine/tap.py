@@ -103,9 +103,11 @@ def row_attention(
         [batch, heads, rows, keys].
     """
     batch, heads, rows, width = query.shape
-    groups = key.shape[1]
-    scores = query.reshape(batch, groups, heads // groups * rows, width) @ key.transpose(-1, -2)
-    scores = scores.view(batch, heads, rows, -1).float().mul_(scaling or width**-0.5)
+    # Heads that share a key head are rows of one product.
+    query = query.reshape(batch * key.shape[1], -1, width)
+    key = key.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(query.new_empty(()), query, key, beta=0, alpha=scaling or width**-0.5)
+    scores = scores.view(batch, heads, rows, -1).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if blocked is not None:

@@ -165,3 +165,29 @@ def test_released_counter_is_half_of_ours_for_multi_head_attention():
     assert 2 * released_prefill_macs(visual + 71, 4096, 11008) == LLAVA_7B.prefill_flops(visual, 71)
     batch = np.stack([visual, visual + 1])
     assert released_prefill_macs(batch, 8, 16).shape == (2,)
+
+
+def test_peak_bytes_of_the_fullest_layer():
+    cost = DecoderCost(
+        layers=3, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=20, dtype_bytes=2
+    )
+    kv, mlp, width, rotary = 2 * 4 * 2, 3 * 20 * 2, 8 * 2, 2 * 4 * 2
+    # Unpruned, the last layer: all of the cache, what enters, the residual and the normed states.
+    assert cost.peak_bytes([6, 6, 6], 4) == 10 * (3 * kv + mlp + 3 * width + rotary)
+    # Cut behind layer 0: its own input was there before.
+    first = 10 * (kv + mlp + 2 * width + rotary)
+    assert cost.peak_bytes([6, 0, 0], 4) == first
+    # Cut mildly: the states before the cut and both rotary embeddings are held in layer 1.
+    second = 9 * (kv + mlp + 3 * width + rotary) + 10 * (kv + width + rotary)
+    assert cost.peak_bytes([6, 5, 0], 4) == max(first, second) == second
+    # Cut before the decoder.
+    third = 6 * (3 * kv + mlp + 3 * width + rotary) + 10 * rotary
+    assert cost.peak_bytes([2, 2, 2], 4, num_visual=6) == third
+    assert cost.peak_bytes([2, 2, 2], 4, num_visual=6, observed=[0, 0, 7]) == third + 7
+    assert cost.peak_bytes([[6, 6, 6], [6, 5, 0]], [4, 4]).tolist() == [
+        cost.peak_bytes([6, 6, 6], 4), second,
+    ]  # fmt: skip
+    plain = DecoderCost(
+        layers=3, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=20, gated_mlp=False
+    )
+    assert cost.peak_bytes([6] * 3, 4) - plain.peak_bytes([6] * 3, 4) == 10 * 20 * 2
