@@ -4,7 +4,8 @@
 
 Times the decoder's prefill of a batch whose prompts have spread mutual information, three ways in turns:
 every layer padded to its longest prompt; the batch sorted by information and run as two; and packed, as the
-engine does (`autoprune/engine/packing.py`). Writes benchmarks/results/ragged_batches.json.
+engine does (`autoprune/engine/packing.py`). Ratios are those within a round. Writes
+benchmarks/results/ragged_batches.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -61,9 +63,15 @@ def seconds(model, prompts, budget, bits, clock) -> dict[str, float]:
     return {"padded": one, "buckets": two, "packed": packed}
 
 
+def against_padding(rounds: list[dict[str, float]], way: str) -> dict[str, float]:
+    """Time over that of padding in the same round: median and quartiles."""
+    low, middle, high = np.percentile([r[way] / r["padded"] for r in rounds], [25, 50, 75])
+    return {"median": middle, "q1": low, "q3": high}
+
+
 def main(
     batch: Annotated[int, typer.Option(help="prompts")] = 8,
-    repeats: Annotated[int, typer.Option(help="rounds")] = 5,
+    repeats: Annotated[int, typer.Option(help="rounds")] = 10,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
     output: Annotated[Path, typer.Option()] = RESULTS / "ragged_batches.json",
 ) -> None:
@@ -80,17 +88,28 @@ def main(
             rounds = [
                 seconds(subject.model, prompts, budget, bits, clock) for _ in range(repeats + 1)
             ]
-            medians = {way: statistics.median(r[way] for r in rounds[1:]) for way in rounds[0]}
-            waste = padding_waste(trace.samples)
-            rows.append({"spread": bits, "budget": budget, "padding": waste, "seconds": medians})
+            rows.append(
+                {
+                    "spread": bits,
+                    "budget": budget,
+                    "padding": padding_waste(trace.samples),
+                    "padded_seconds": statistics.median(r["padded"] for r in rounds[1:]),
+                    **{way: against_padding(rounds[1:], way) for way in ("buckets", "packed")},
+                }
+            )
     command = f"python benchmarks/ragged_batches.py --batch {batch} --repeats {repeats} --threads {threads}"
     record = {"command": command, **describe(subject, clock), "batch": batch, "rows": rows}
     write_whole(output, json.dumps(record, indent=1))
     table = Table("spread, bits", "budget", "padding", "padded", "buckets", "packed")
     for row in rows:
-        base = row["seconds"]["padded"]
-        cells = [f"{1000 * s:.0f} ms ({s / base:.2f})" for s in row["seconds"].values()]
-        table.add_row(str(row["spread"]), str(row["budget"]), f"{row['padding']:.1%}", *cells)
+        ratios = [
+            f"{r['median']:.3f} ({r['q1']:.3f} to {r['q3']:.3f})"
+            for r in (row["buckets"], row["packed"])
+        ]
+        padded_time = f"{1000 * row['padded_seconds']:.0f} ms"
+        table.add_row(
+            str(row["spread"]), str(row["budget"]), f"{row['padding']:.1%}", padded_time, *ratios
+        )
     Console().print(table)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedError
 from .cache import is_static, sliding_window
+from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -76,19 +77,35 @@ def refuse_compiled_prefill() -> None:
     raise UnsupportedError("a prefill inside torch.compile cannot be pruned; compile decoding only")
 
 
+def refuse_length(model_kwargs: dict[str, Any], new: int) -> None:
+    """More new tokens than an empty `PrunedStaticCache` has room for."""
+    cache = model_kwargs.get("past_key_values")
+    too_many = isinstance(cache, PrunedStaticCache) and new > cache.max_new_tokens
+    if too_many and not cache.get_seq_length():
+        raise ValueError(
+            f"this static cache was made for max_new_tokens={cache.max_new_tokens}, and {new} are "
+            "to be generated; make one with more"
+        )
+
+
 def watch_generate(model: nn.Module) -> None:
-    """Make `model.generate` refuse a prefill in chunks, whose first forward looks like any other."""
+    """Make `model.generate` refuse what its forwards do not show.
+
+    That is a prefill in chunks, whose first forward looks like any other, and more new tokens than a
+    static cache was made for.
+    """
     prefill = getattr(model, "_prefill", None)
     if prefill is None:
         return
 
-    def watched(input_ids, generation_config, *args, **kwargs):
+    def watched(input_ids, generation_config, model_kwargs, *args, **kwargs):
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             raise UnsupportedError(
                 "a prefill in chunks cannot be pruned, since a chunk does not see the whole "
                 "question; leave prefill_chunk_size at None"
             )
-        return prefill(input_ids, generation_config, *args, **kwargs)
+        refuse_length(model_kwargs, generation_config.max_length - input_ids.shape[1])
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     model._prefill = watched
 

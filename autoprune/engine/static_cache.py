@@ -65,6 +65,7 @@ class PrunedStaticCache(StaticCache):
         sizes = _counts("num_visual", num_visual if several else [num_visual], least=1)
         (self.num_text,) = _counts("num_text", [num_text], least=0)
         (new,) = _counts("max_new_tokens", [max_new_tokens], least=1)
+        self.max_new_tokens = new
         _refuse_backend(located)
         width = max(sizes) + self.num_text + new
         super().__init__(config=located.text.config, max_cache_len=width)

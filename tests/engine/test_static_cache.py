@@ -326,6 +326,32 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(change, message):
             model.generate(**shorter, max_new_tokens=2, past_key_values=cache)
 
 
+def test_more_new_tokens_than_it_was_made_for_are_refused():
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model)
+    method = METHODS["autoprune"]
+    with method(model) as trace:
+        cache = cache_for(method(model), model, inputs, new=4)
+        with pytest.raises(ValueError, match=r"max_new_tokens=4, and 5 are"):
+            model.generate(**inputs, max_new_tokens=5, past_key_values=cache)
+        assert not trace.samples
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        short = model.generate(**inputs, **options, past_key_values=cache)
+        assert torch.equal(short, model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+def test_beams_run_on_it(batch):
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, batch)
+    options = {"max_new_tokens": STEPS, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    method = METHODS["autoprune"]
+    with method(model):
+        growing = model.generate(**inputs, **options)
+        cache = cache_for(method(model), model, inputs)
+        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), growing)
+
+
 def test_another_batch_size_is_refused():
     model = model_of("llava")
     inputs = zoo.inputs("llava", model, "padded3")
