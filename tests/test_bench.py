@@ -14,6 +14,7 @@ import autoprune
 from autoprune import AutoPrune, Budget
 from autoprune.bench import session
 from autoprune.bench.clock import Clock
+from autoprune.bench.floor import LayersAlone
 from autoprune.bench.measure import PHASES, Held, time_once
 from autoprune.bench.plot import plot_speedups
 from autoprune.bench.policy import policy_seconds
@@ -75,6 +76,27 @@ def test_cuts_alone_repeat_a_schedule(subject):
     samples = logits(subject, Replay(schedule))[1]
     assert [tuple(sample.tokens_per_layer) for sample in samples] == list(schedule)
     assert samples[1].kept[3].tolist() == [0, 1, 2, 3, 4]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_layers_alone_are_as_long_as_pruning_makes_them(name):
+    model = zoo.build(name, "sdpa")
+    inputs = zoo.inputs(name, model)
+    with autoprune.create("fastv", 9)(model) as trace:
+        pruned = model(**inputs).past_key_values
+    plain, alone = model(**inputs).logits, LayersAlone.like(trace.samples)
+    assert alone.lengths[0] > alone.lengths[-1]
+    with alone(model):
+        cut = model(**inputs, logits_to_keep=1).past_key_values
+    lengths = [layer.keys.shape[2] for layer in cut.layers]
+    assert lengths == [layer.keys.shape[2] for layer in pruned.layers] == list(alone.lengths)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_layers_alone_have_a_batchs_mean_length():
+    samples = [sample([8, 2], 2), sample([8, 5], 2)]
+    assert LayersAlone.like(samples).lengths == (10, 6)
 
 
 def test_curves_are_spread_over_a_batch_and_spend_the_same(subject):
@@ -160,15 +182,21 @@ def test_variants_take_turns(subject, monkeypatch):
     monkeypatch.setattr(session, "time_once", pretend)
     asked = plan(batches=(1,), repeats=3)
     done = list(measure(subject, asked, Clock(CPU)))[-1]
-    assert order == [own.variant.method for own in done] * 3
-    assert order[0] is None and order[1:5] == asked.methods
+    one_round = []
+    for own in done:
+        one_round.append(own.variant.method)
+        if own.variant.kind == "pruned":
+            one_round.append(LayersAlone.like(own.held.samples))
+    assert order == one_round * 3
+    assert order[0] is None and order[1:9:2] == asked.methods
+    assert [len(own.floor) for own in done] == [0, 3, 3, 3, 3, 0, 0, 0, 0]
     assert [own.variant.label for own in done[5:]] == list(OVERHEADS)
 
 
 def test_every_run_is_announced_and_overheads_are_measured_once(subject):
     asked = plan(repeats=1)
     states = list(measure(subject, asked, Clock(CPU)))
-    assert len(states) == asked.runs == 2 * (5 + 5 + 4)
+    assert len(states) == asked.runs == 2 * (5 + 5 + 4) + 2 * 4
     found = rows(states[-1])
     assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * len(OVERHEADS)
     assert [row["batch"] for row in found if row["kind"] == "plain"] == [1, 3]
@@ -197,7 +225,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(sub
 def sample(counts, text, flops=1.0):
     return SimpleNamespace(
         tokens_per_layer=counts, num_text=text, num_visual=counts[0], mean_tokens=np.mean(counts),
-        flops=flops, flops_full=4.0, kv_bytes=1,
+        flops=flops, flops_full=4.0, kv_bytes=1, peak_bytes=1,
     )  # fmt: skip
 
 
@@ -216,7 +244,9 @@ def test_realised_share_compares_rounds_with_what_flops_promise():
 
     plain = taken(None, [4.0, 8.0, 6.0])
     pruned = taken(autoprune.create("random", 5), [2.0, 4.0])
+    pruned.floor = [1.0]
     row = rows([plain, pruned])[1]
+    assert row["floor_share"] == 1 and row["floor_seconds"]["median"] == 1
     assert row["ideal_speedup"] == 4
     assert row["speedup"]["prefill"]["all"] == [2, 2]
     assert row["realised_share"] == 0.5

@@ -13,6 +13,7 @@ import torch
 from ..method import Method
 from ..trace import Sample
 from .clock import Clock
+from .floor import LayersAlone
 from .memory import PeakMemory, cache_bytes
 from .subjects import Tensors
 
@@ -32,9 +33,13 @@ class Held:
 
 @torch.inference_mode()
 def time_once(
-    model: Any, prompts: Tensors, method: Method | None, steps: int, clock: Clock
+    model: Any,
+    prompts: Tensors,
+    method: Method | LayersAlone | None,
+    steps: int,
+    clock: Clock,
 ) -> dict[str, float]:
-    """Seconds of each of `PHASES`; attaching the method is not timed."""
+    """Seconds of each of `PHASES`, decoding only if there are steps; attaching is not timed."""
     entered: list[Any] = []
     with _pruned(model, method), _at_decoder(model, lambda: entered.append(clock.mark())):
         clock.settle()
@@ -47,7 +52,7 @@ def time_once(
             decoded.append(clock.mark())
         vision, prefill = clock.seconds([start, entered[0], decoded[0]])
         times = {"vision": vision, "prefill": prefill, "ttft": vision + prefill}
-        return times | {"decode": median(clock.seconds(decoded))}
+        return times | ({"decode": median(clock.seconds(decoded))} if steps else {})
 
 
 @torch.inference_mode()
@@ -64,7 +69,7 @@ def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
         return Held(peak, cache_bytes(output.past_key_values), samples)
 
 
-def _pruned(model: Any, method: Method | None) -> Any:
+def _pruned(model: Any, method: Method | LayersAlone | None) -> Any:
     return nullcontext() if method is None else method(model)
 
 

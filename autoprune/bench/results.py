@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ def _row(plain: Measured, own: Measured) -> Row:
     if method is None:
         return row
     ideal = sum(s.flops_full for s in samples) / sum(s.flops for s in samples)
+    if own.floor:
+        floor = _ratios(plain.seconds["prefill"], own.floor)
+        row |= {"floor_seconds": _spread(own.floor), "floor_share": median(floor) / ideal}
     return row | {
         "budget": str(method.budget),
         "visual_tokens": float(np.mean([s.num_visual for s in samples])),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..method import Method
 from .clock import Clock
+from .floor import LayersAlone
 from .measure import PHASES, Held, hold_once, time_once
 from .subjects import Subject, Tensors
 from .variants import OVERHEADS, Variant, overheads
@@ -30,18 +31,23 @@ class Plan:
     @property
     def runs(self) -> int:
         """How many runs of the model `measure` makes."""
-        variants = len(self.batches) * (1 + len(self.methods)) + len(OVERHEADS)
-        return variants * (1 + self.repeats)
+        floors = len(self.batches) * len(self.methods)
+        variants = len(self.batches) + floors + len(OVERHEADS)
+        return variants * (1 + self.repeats) + floors * self.repeats
 
 
 @dataclass
 class Measured:
-    """One variant at one batch size; `seconds` has one entry per round for each phase."""
+    """One variant at one batch size; `seconds` has one entry per round for each phase.
+
+    floor: prefill seconds of `LayersAlone` at the same lengths, for what is pruned.
+    """
 
     batch: int
     variant: Variant
     held: Held
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
+    floor: list[float] = field(default_factory=list)
 
 
 def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measured]]:
@@ -70,6 +76,10 @@ def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measure
                 for phase, seconds in times.items():
                     own.seconds[phase].append(seconds)
                 yield done
+                if own.variant.kind == "pruned":
+                    alone = LayersAlone.like(own.held.samples)
+                    own.floor.append(time_once(model, prompts, alone, 0, clock)["prefill"])
+                    yield done
 
 
 def _variants(plan: Plan) -> list[Variant]:

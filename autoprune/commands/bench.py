@@ -28,7 +28,7 @@ FULL, QUICK = ("autoprune,random", 10, 32), ("autoprune", 3, 4)
 """Methods, rounds, and greedy steps after each prefill."""
 
 HEADINGS = (
-    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "TTFT\nfaster",
+    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "at\nbest", "TTFT\nfaster",
     "decode\nfaster", "peak\nMB", "KV\nMB", "pad-\nding",
 )  # fmt: skip
 
@@ -239,7 +239,7 @@ def _show(record: dict[str, Any], files: Sequence[Path], console: Console) -> No
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("batch", justify="right", no_wrap=True)
     table.add_column("method", overflow="fold")
     for heading in HEADINGS:
@@ -255,6 +255,7 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> Table:
             speedup["prefill"],
             f"{row['ideal_speedup']:.2f}" if is_pruned else "",
             f"{row['realised_share']:.3f}" if is_pruned else "",
+            f"{row['floor_share']:.3f}" if "floor_share" in row else "",
             speedup["ttft"],
             speedup["decode"],
             f"{row['peak_bytes'] / 1e6:.4g}",

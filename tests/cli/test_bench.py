@@ -40,6 +40,8 @@ def test_json_holds_every_figure_and_what_it_was_measured_on(measure):
         assert row["realised_share"] == pytest.approx(share)
         assert row["kv_bytes_held"] == pytest.approx(row["kv_bytes"] * (1 + row["padding_waste"]))
         assert set(row["seconds"]) == {"vision", "prefill", "ttft", "decode"}
+        assert row["peak_bytes"] == pytest.approx(row["peak_bytes_trace"], rel=0.2)
+        assert row["floor_share"] > 0
 
 
 def test_the_table_fits_100_characters(measure):
@@ -68,7 +70,7 @@ def test_figures_and_plot_are_written(measure, tmp_path, target):
 
 
 def test_an_interruption_keeps_what_was_measured(measure, tmp_path, monkeypatch):
-    once, left = session.time_once, iter(range(3))
+    once, left = session.time_once, iter(range(4))
 
     def interrupted(*words):
         if next(left, None) is None:
