@@ -85,6 +85,7 @@ class Tokens:
     index: LongTensor [batch, V], 0..N-1 of an original visual token, MERGED, or -1 for padding.
     lengths, counts: real tokens and visual tokens of each prompt (host).
     padded: whether any prompt is shorter than n.
+    block: where the visual tokens are, if they are in one piece and at the same place in all prompts.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     """
 
@@ -95,6 +96,7 @@ class Tokens:
     lengths: list[int]
     counts: list[int]
     padded: bool
+    block: slice | None = None
     was_cut: bool = False
 
     @classmethod
@@ -113,6 +115,7 @@ class Tokens:
             lengths=real.sum(axis=1).tolist(),
             counts=counts,
             padded=not real.all(),
+            block=_block(slots) if real.all() else None,
         )
 
     def without_last(self, drafts: int) -> Tokens:
@@ -197,7 +200,12 @@ class Tokens:
             column = column.gather(1, source)
         if min(counts) < max(counts):
             slots = slots.clamp(min=0)
-        return Tokens(column, text, slots, index, lengths, counts, padded, was_cut=True), source
+        block = None
+        if self.block is not None and not padded:
+            # What stands before it stays.
+            block = slice(self.block.start, self.block.start + counts[0])
+        new = Tokens(column, text, slots, index, lengths, counts, padded, block, was_cut=True)
+        return new, source
 
     def _with_merged(self, merged: Merged, counts: Sequence[int], visual, index):
         """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
@@ -233,6 +241,14 @@ def _places(chosen: np.ndarray) -> np.ndarray:
     counts = chosen.sum(axis=1)
     order = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
     return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1)
+
+
+def _block(slots: np.ndarray) -> slice | None:
+    """The one slice that holds the same consecutive columns in all rows of [batch, V], if there is one."""
+    wanted = slots[0, 0] + np.arange(slots.shape[1]) if slots.size else slots
+    if not slots.size or (slots != wanted).any():
+        return None
+    return slice(int(wanted[0]), int(wanted[-1]) + 1)
 
 
 def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Observer:
                 for part in row_mask(attention_mask, tokens, slots)
             )
             rows = row_attention(take(query, slots), key, scaling, blocked, bias, softcap)
-            self._attention = _columns(rows, tokens.slots).to(text_mask.device)
+            self._attention = _columns(rows, tokens).to(text_mask.device)
         if self.peeking:
             raise SeenEnough
 
@@ -81,7 +81,7 @@ class Observer:
         Raises:
             UnsupportedError: the attention did not come by.
         """
-        slots, mask = tokens.slots, tokens.slot_mask
+        slots, mask = tokens.slots if tokens.block is None else tokens.block, tokens.slot_mask
         seen = Observation(cut, list(tokens.counts), tokens.index, mask, self._attention)
         if needs.rows is not None or needs.hidden or needs.keys:
             text, seen.text_mask = self._rows(needs.rows or "text", tokens)
@@ -148,9 +148,9 @@ def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
     return states.gather(states.ndim - 2, index.expand(shape))
 
 
-def _columns(attention: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Columns `slots` [batch, m] of [batch, heads, rows, n]."""
-    slots = slots.to(attention.device)
-    if len(slots) == 1:
-        return attention.index_select(3, slots[0])
+def _columns(attention: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """The visual tokens' columns of [batch, heads, rows, n]."""
+    if tokens.block is not None:
+        return attention[..., tokens.block]
+    slots = tokens.slots.to(attention.device)
     return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))

@@ -94,6 +94,8 @@ def check(tokens, prompts):
         assert tokens.slots[row][mask].tolist() == visual
         assert tokens.index[row][mask].tolist() == [kind for kind in kinds if kind != TEXT]
         assert (tokens.index[row][~mask] == -1).all()
+    if tokens.block is not None:
+        assert all(row == list(range(*tokens.block.indices(99))) for row in tokens.slots.tolist())
     # Padding is gathered with, too.
     assert ((tokens.slots >= 0) & (tokens.slots < max(tokens.width, 1))).all()
 
@@ -123,3 +125,15 @@ def test_cuts_leave_what_they_say(layout, data):
         spread = tokens.spread(values, torch.zeros_like(tokens.column))
         for row, count in enumerate(tokens.counts):
             assert spread[row][spread[row] > 0].tolist() == values[row, :count].tolist()
+
+
+def test_one_picture_at_the_same_place_is_one_block():
+    visual = np.array([[False, True, True, True, False]] * 2)
+    tokens = Tokens.of(Layout(np.ones_like(visual), visual), CPU)
+    assert tokens.block == slice(1, 4)
+    even = Selection(torch.tensor([[0, 2], [1, 2]]), [2, 2])
+    assert tokens.after(even)[0].block == slice(1, 3)
+    ragged = Selection(torch.tensor([[0, 2], [1, -1]]), [2, 1])
+    assert tokens.after(ragged)[0].block is None
+    split = np.array([[False, True, False, True, False]])
+    assert Tokens.of(Layout(np.ones_like(split), split), CPU).block is None
