@@ -45,7 +45,7 @@ class Observer:
     def kept_bytes(self) -> int:
         """What is kept of the attention that was seen; keys are the cache's own."""
         seen = self._attention, *(self._projections or ())[:1]
-        return sum(kept.nbytes for kept in seen if kept is not None)
+        return sum(kept.untyped_storage().nbytes() for kept in seen if kept is not None)
 
     def see(
         self, tokens: Tokens, query, key, attention_mask, scaling=None, softcap=None, **kwargs
