@@ -18,7 +18,7 @@ from ..method import ModelShape, Prompts, PromptState
 from ..trace import Trace
 from . import tap
 from .cache import Decode, PrunedCache, is_static, narrowed, static_step
-from .layout import Layout, read_layout
+from .layout import Layout, on_host, read_layout
 from .locate import locate, warn_if_untested
 from .prefill import Prefill
 from .refusals import (
@@ -201,9 +201,12 @@ class Attachment:
                 refuse_compiled_prefill()
             return
         self.vision.recall(kwargs.get("mm_encoder_outputs"))
+        mask = kwargs.get("attention_mask")
+        # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
+        is_prompt = ids is not None and ids.shape[1] > 1
         self._local.prompt = {
-            "input_ids": ids,
-            "attention_mask": kwargs.get("attention_mask"),
+            "host": on_host(ids, mask) if is_prompt else (ids, mask),
+            "attention_mask": mask,
             "has_images": any(
                 value is not None
                 and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and value))
@@ -248,7 +251,8 @@ class Attachment:
         self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
     ) -> Prefill | None:
         drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
-        layout = read_layout(prompt, embeds, self.located.visual_ids, self.visual_mask, drafts)
+        ids, mask = prompt["host"]
+        layout = read_layout(ids, mask, embeds, self.located.visual_ids, self.visual_mask, drafts)
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)
@@ -297,7 +301,7 @@ class Attachment:
         return output
 
     def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:
-        collected = self.vision.take(prompt["input_ids"], layout.visual)
+        collected = self.vision.take(prompt["host"][0], layout.visual)
         if self.vision_scores is None:
             return collected
         scores = torch.as_tensor(self.vision_scores, dtype=torch.float32).flatten()

@@ -258,7 +258,8 @@ def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> tor
 
 
 def read_layout(
-    prompt: dict[str, Any],
+    ids: torch.Tensor | None,
+    mask: Any,
     embeds: torch.Tensor,
     visual_ids: tuple[int, ...],
     visual_mask: torch.Tensor | None = None,
@@ -267,7 +268,7 @@ def read_layout(
     """Where a prompt's visual tokens and its padding are.
 
     Args:
-        prompt: the `input_ids` and `attention_mask` that the model was called with.
+        ids, mask: the `input_ids` and `attention_mask` that the model was called with, best `on_host`.
         embeds: [batch, S, hidden size].
         visual_ids: token ids that stand for pictures and videos.
         visual_mask: bool [prompts, S], given by the user instead of ids; generation may have
@@ -279,7 +280,6 @@ def read_layout(
         ValueError: the visual mask does not fit the prompt.
     """
     batch, length = embeds.shape[:2]
-    ids, mask = _on_host(prompt["input_ids"], prompt["attention_mask"])
     if visual_mask is not None:
         if visual_mask.shape[1] != length or batch % visual_mask.shape[0]:
             raise ValueError(
@@ -289,7 +289,7 @@ def read_layout(
         repeats = batch // visual_mask.shape[0]
         visual = visual_mask.bool().repeat_interleave(repeats, dim=0).cpu().numpy()
     elif ids is not None:
-        visual = np.isin(ids.numpy(), visual_ids)
+        visual = np.isin(ids.numpy(force=True), visual_ids)
     else:
         raise UnsupportedError(
             "the model was called with inputs_embeds only, so nothing says which tokens are "
@@ -299,9 +299,9 @@ def read_layout(
     return Layout(real, visual & real, drafts)
 
 
-def _on_host(ids: torch.Tensor | None, mask: Any) -> tuple[torch.Tensor | None, Any]:
-    """Both on the CPU, read from the device at once where that is possible."""
-    if ids is None or ids.device.type == "cpu":
+def on_host(ids: torch.Tensor | None, mask: Any) -> tuple[torch.Tensor | None, Any]:
+    """Both on the CPU, read from the device at once where their shapes allow it."""
+    if ids is None:
         return ids, mask
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         ids, mask = torch.stack([ids, mask.to(ids)]).cpu()
@@ -322,4 +322,4 @@ def _real_tokens(mask: Any, batch: int, length: int) -> np.ndarray:
         mask = mask[:, 0, -1, :length]
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = mask.expand(batch, -1)
-    return mask[:, -length:].bool().cpu().numpy()
+    return mask[:, -length:].bool().numpy(force=True)

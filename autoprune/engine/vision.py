@@ -127,7 +127,7 @@ class VisionTap:
             return next(iter(ready.values()), None)
         if input_ids is None:
             return None
-        is_video = input_ids.cpu().numpy() == self.base.config.video_token_id
+        is_video = input_ids.numpy(force=True) == self.base.config.video_token_id
         rows = [kind[seen] for kind, seen in zip(is_video, visual, strict=True)]
         return in_prompt_order(ready["image"], ready["video"], rows)
 

@@ -55,7 +55,25 @@ def test_a_prefill_reads_the_prompt_and_the_information_and_nothing_else(name, e
     with torch.no_grad(), autoprune.create(name, Budget.ratio(0.5))(model):
         model(**inputs)
         with Reads() as reads:
+            tower = model.model.vision_tower
+            before_tower = []
+            hook = tower.register_forward_pre_hook(
+                lambda *_: before_tower.append(dict(reads.places))
+            )
             model(**inputs)
-    # Ids and mask, which a device hands over in one read before anything is queued.
-    prompt = {"layout.py:_real_tokens": 1}
+            hook.remove()
+    # Ids and mask in one read, before anything is queued that it would have to wait for.
+    prompt = {"layout.py:on_host": 1}
+    assert before_tower == [prompt]
     assert dict(reads.places) == prompt | expected
+
+
+def test_decoding_reads_nothing():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    with torch.no_grad(), autoprune.create("autoprune", Budget.ratio(0.5))(model):
+        cache = model(**inputs).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1).long()], dim=1)
+        with Reads() as reads:
+            model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache)
+    assert not reads.places
