@@ -36,7 +36,8 @@ class DecoderCost:
             active experts).
         gated_mlp: True for gate/up/down (SwiGLU and relatives), False for up/down.
         vocab_size: rows of the lm_head.
-        dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and bfloat16).
+        dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
+            bfloat16).
     """
 
     layers: int
@@ -69,7 +70,7 @@ class DecoderCost:
         Args:
             config: a text config, or a composite config that holds one (`get_text_config()` or
                 `text_config`).
-            dtype_bytes: bytes per element of the KV cache.
+            dtype_bytes: bytes per element of the cache and of hidden states.
 
         Raises:
             ValueError: an attribute that decides the cost is missing; the message names it.
@@ -171,7 +172,8 @@ class DecoderCost:
         That is in the MLP of some layer: the cache up to there, rotary embeddings, the hidden states
         that enter the layer, its residual and normed ones, and the MLP's products (three for a gated
         one, as transformers' Llama and Qwen compute it, else two). Attention that forms whole score
-        matrices ("eager") needs more; weights and what enters the decoder are not counted.
+        matrices ("eager") needs more, and so may a method in a small model that looks at hundreds of
+        text rows, while it does; weights and what enters the decoder are not counted.
 
         Args:
             visual_per_layer, num_text: as above.
@@ -186,7 +188,8 @@ class DecoderCost:
         tokens = self._tokens(visual_per_layer, num_text)
         first = tokens[..., :1]
         if num_visual is not None:
-            first = (np.asarray(num_visual) + np.asarray(num_text))[..., None]
+            entering = np.asarray(num_visual, dtype=np.int64) + np.asarray(num_text, dtype=np.int64)
+            first = np.broadcast_to(entering[..., None], first.shape)
         before = np.concatenate([first, tokens[..., :-1]], axis=-1)
         was_cut = tokens < first
         # What enters layer 0 uncut was there before.
@@ -195,7 +198,8 @@ class DecoderCost:
         states = self.hidden * (2 * tokens + inputs)
         products = (3 if self.gated_mlp else 2) * self.intermediate * tokens
         rotary = 2 * self.head_dim * (first + np.where(was_cut, tokens, 0))
-        working = (states + products + rotary) * self.dtype_bytes + np.asarray(observed)
+        working = (states + products + rotary) * self.dtype_bytes
+        working = working + np.asarray(observed, dtype=np.int64)
         cached = tokens.cumsum(axis=-1) * self.kv_bytes_per_token
         return _per_prompt((cached + working).max(axis=-1))
 

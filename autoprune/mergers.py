@@ -10,6 +10,7 @@ from .method import Merged, Observation, Selection
 from .reference_math import cluster_and_merge, cluster_count, recycled_count
 from .scorers import cosine
 from .selectors import ranks, top_k
+from .transfer import to_device
 
 Merger = Callable[[Observation, torch.Tensor, Sequence[int]], Selection]
 
@@ -148,7 +149,7 @@ def merge_similar(
     """
     position = torch.arange(pool.shape[1], device=pool.device).expand(pool.shape)
     owner = position.masked_fill(~pool, -1)
-    goal = torch.as_tensor(list(counts)).to(pool.device)
+    goal = to_device(list(counts), pool.device)
     total = features.float()
     if worth is not None:
         total = torch.cat([total, worth[..., None]], dim=2)

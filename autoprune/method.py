@@ -86,13 +86,15 @@ class Needs:
 class Observation:
     """What the engine saw for one cut. V is the largest number of visual tokens in the batch.
 
+    Tensors may be views of what the model goes on with: do not write to them.
+
     counts: visual tokens of each prompt that are present before the cut, merged ones included.
     index: LongTensor [batch, V], original visual index 0..N-1; -2 for a merged token, -1 for padding.
     mask: BoolTensor [batch, V], False for padding.
     attention: float32 [batch, heads, text, V], softmax over every key the row can see, then cut to the
         visual columns (so that a row sums to at most 1); None if not asked for.
-    text_mask: BoolTensor [batch, text], False for padding rows. Text tokens are the rows asked for; by
-        default every text token after the last visual one.
+    text_mask: BoolTensor [batch, text], False for padding rows, which come first. Text tokens are the
+        rows asked for; by default every text token after the last visual one.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
@@ -143,7 +145,8 @@ class Merged:
 class Selection:
     """What survives a cut.
 
-    kept: LongTensor [batch, K], positions (0..V-1) in the current visual order, ascending; -1 is padding.
+    kept: LongTensor [batch, K], positions (0..V-1) in the current visual order, ascending, then -1 as
+        padding.
     counts: how many of them are real, per prompt.
     merged: new tokens beside the kept ones.
     states: [batch, K, hidden size], hidden states that the kept tokens take on, for methods that merge

@@ -12,8 +12,8 @@ def text_attention(seen: Observation) -> torch.Tensor:
     attention, text_mask = seen.attention, seen.text_mask
     if attention is None or text_mask is None:
         raise ValueError("text attention was not observed: ask for it with Needs(rows='text')")
-    weights = text_mask / text_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (weights[:, None] @ attention.mean(dim=1))[:, 0]
+    rows = text_mask.sum(dim=1).clamp(min=1)
+    return (attention.mean(dim=1) * text_mask[:, :, None]).sum(dim=1) / rows[:, None]
 
 
 def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .scorers import cosine
+from .transfer import to_device
 
 
 def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
@@ -43,7 +44,7 @@ def first_picks(order: torch.Tensor, counts: Sequence[int], width: int) -> torch
     if min(counts, default=0) == largest:
         return best.sort(dim=1).values
     rank = torch.arange(largest, device=order.device)
-    keep = torch.as_tensor(list(counts)).to(order.device)
+    keep = to_device(list(counts), order.device)
     kept = best.masked_fill(rank >= keep[:, None], width).sort(dim=1).values
     return kept.masked_fill(kept == width, -1)
 
@@ -211,7 +212,7 @@ def without_duplicates(
     """
     similarity, lowest = cosine(features, features).to(order.device), float("-inf")
     counts = [max(count, 1) for count in counts]
-    goal = torch.as_tensor(counts).to(order.device)
+    goal = to_device(counts, order.device)
     left = list(present)
     while True:
         order = order[:, : max(left)]
@@ -272,7 +273,7 @@ def grid_cells(
         return torch.zeros_like(values).scatter_reduce(1, picture, values, how).gather(1, picture)
 
     everything = here.sum(dim=1, keepdim=True)
-    cells = torch.minimum(torch.as_tensor(list(counts)).to(mask.device)[:, None], everything)
+    cells = torch.minimum(to_device(list(counts), mask.device)[:, None], everything)
     size = per_picture(torch.ones_like(row), "sum")
     rows, columns = (per_picture(axis + 1, "amax").clamp(min=1) for axis in (row, column))
     start = torch.searchsorted(picture.contiguous(), picture.contiguous())

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +98,7 @@ class Trace:
         layout: Layout,
         state: PromptState,
         cuts: list[CutRecord],
-        observed: Mapping[int, int] = MappingProxyType({}),
+        observed: Mapping[int, int],
     ) -> None:
         """Called by the engine at the end of each prefill; `observed`: bytes kept of a layer's attention."""
         self._batches.append((layout, state, cuts, observed))

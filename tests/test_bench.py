@@ -79,7 +79,7 @@ def test_cuts_alone_repeat_a_schedule(subject):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "qwen3_vl"])
 def test_layers_alone_are_as_long_as_pruning_makes_them(name):
     model = zoo.build(name, "sdpa")
     inputs = zoo.inputs(name, model)

@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..engine.masks import BlockMask, as_mask
 from ..trace import Sample
 
 
@@ -35,9 +37,11 @@ class LayersAlone:
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
-        handles = [
+        decoder = model.get_decoder()
+        handles = [decoder.register_forward_pre_hook(_without_deepstack, with_kwargs=True)]
+        handles += [
             layer.register_forward_pre_hook(partial(_shorten, length), with_kwargs=True)
-            for layer, length in zip(model.get_decoder().layers, self.lengths, strict=True)
+            for layer, length in zip(decoder.layers, self.lengths, strict=True)
         ]
         try:
             yield
@@ -46,12 +50,26 @@ class LayersAlone:
                 handle.remove()
 
 
+def _without_deepstack(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Features for deeper layers are of the whole prompt's length."""
+    if "deepstack_visual_embeds" not in kwargs:
+        return args, kwargs
+    return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
+
+
 def _shorten(length: int, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    kwargs = dict(kwargs)
+    hidden, kwargs = args[0][:, -length:].contiguous(), dict(kwargs)
     if (embeddings := kwargs.get("position_embeddings")) is not None:
         kwargs["position_embeddings"] = tuple(part[..., -length:, :] for part in embeddings)
     if (ids := kwargs.get("position_ids")) is not None:
         kwargs["position_ids"] = ids[..., -length:]
-    if (mask := kwargs.get("attention_mask")) is not None:
-        kwargs["attention_mask"] = mask[..., -length:, -length:]
-    return (args[0][:, -length:].contiguous(), *args[1:]), kwargs
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, BlockMask):
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        kwargs["attention_mask"] = as_mask(causal.expand(len(hidden), 1, -1, -1), mask)
+    elif mask is not None:
+        # [batch, 1, queries, keys], or [batch, keys] for flash attention.
+        kwargs["attention_mask"] = (
+            mask[..., -length:] if mask.ndim == 2 else mask[..., -length:, -length:]
+        )
+    return (hidden, *args[1:]), kwargs

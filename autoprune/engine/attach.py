@@ -203,7 +203,8 @@ class Attachment:
         self.vision.recall(kwargs.get("mm_encoder_outputs"))
         mask = kwargs.get("attention_mask")
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
-        is_prompt = ids is not None and ids.shape[1] > 1
+        later = PrunedCache.of(kwargs.get("past_key_values")) is not None
+        is_prompt = ids is not None and ids.shape[1] > 1 and not later
         self._local.prompt = {
             "host": on_host(ids, mask) if is_prompt else (ids, mask),
             "attention_mask": mask,
@@ -260,7 +261,7 @@ class Attachment:
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
-            self.trace.record(layout, state, [])
+            self.trace.record(layout, state, [], {})
             return None
         refuse_cache(self.located, cache, embeds.shape[1])
         return Prefill(self, layout, state, embeds.device, cache, vision, deepstack)

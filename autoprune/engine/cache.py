@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedError
-from .layout import Tokens
+from ..transfer import to_device
 from .masks import as_mask, decode_mask
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -88,8 +89,8 @@ def _mark_valid(layer: Any, tokens: Tokens, compacted: bool) -> None:
     valid[:, : tokens.width] = tokens.column >= 0
     _put(layer, VALID, valid)
     if compacted:
-        padding = torch.as_tensor([tokens.width - n for n in tokens.lengths])
-        _put(layer, PADDING, padding.to(tokens.column.device))
+        padding = [tokens.width - n for n in tokens.lengths]
+        _put(layer, PADDING, to_device(padding, tokens.column.device))
 
 
 def _put(layer: Any, name: str, value: torch.Tensor) -> None:
@@ -268,5 +269,5 @@ class Decode:
     def _positions(self, stage: Stage) -> torch.Tensor:
         tokens = stage.tokens
         device = tokens.column.device
-        start = torch.as_tensor(tokens.lengths).to(device) + self.past
+        start = to_device(tokens.lengths, device) + self.past
         return start[:, None] + torch.arange(self.queries, device=device)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
-from .layout import Tokens
+from .tokens import Tokens
 
 
 def blocked_value(mask: torch.Tensor) -> bool | float:
@@ -74,7 +74,7 @@ def row_mask(
 
     Returns:
         bool [batch or 1, 1, rows, the last of the n] and None, or None and an additive mask
-        [batch, 1, rows, n].
+        [batch or 1, 1, rows, n].
     """
     width = tokens.width
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
@@ -83,8 +83,8 @@ def row_mask(
             rows = rows[:, :, slots]
         else:
             rows = rows.expand(slots.shape[0], -1, -1, -1)
-            index = slots[:, None, :, None].expand(-1, rows.shape[1], -1, width)
-            rows = rows.gather(2, index)
+            index = slots.to(rows.device)[:, None, :, None]
+            rows = rows.gather(2, index.expand(-1, rows.shape[1], -1, width))
         return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
     # Where the mask is causal and the rows are the last, the keys before them are seen by all.
     at_end, flexible = isinstance(slots, slice), isinstance(mask, BlockMask)
@@ -98,7 +98,7 @@ def row_mask(
         return ~allowed[:, None], None
     blocked = order > query[:, :, None]
     if tokens.padded:
-        blocked = blocked | (tokens.column < 0)[:, None, :].to(blocked.device)
+        blocked = blocked | (tokens.column < 0)[:, None, :]
     return blocked[:, None], None
 
 

@@ -9,12 +9,18 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Needs, Observation
-from .layout import Layout, Tokens
+from ..transfer import to_device
+from .layout import Layout
 from .masks import row_mask
 from .tap import row_attention
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .vision_view import VisionView
+
+
+SCORE_BYTES = 64 * 2**20
+"""Long questions have their attention computed a few heads at a time, so that scores stay below this."""
 
 
 class SeenEnough(Exception):
@@ -43,7 +49,7 @@ class Observer:
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept of the attention that was seen; keys are the cache's own."""
+        """What is kept of the attention that was seen; keys usually are the cache's own."""
         seen = self._attention, *(self._projections or ())[:1]
         return sum(kept.untyped_storage().nbytes() for kept in seen if kept is not None)
 
@@ -68,8 +74,14 @@ class Observer:
                 part if part is None else part.to(query.device)
                 for part in row_mask(attention_mask, tokens, slots)
             )
-            rows = row_attention(take(query, slots), key, scaling, blocked, bias, softcap)
-            self._attention = _columns(rows, tokens).to(text_mask.device)
+            rows, heads = take(query, slots), query.shape[1] // key.shape[1]
+            step = _key_heads_at_once(rows, key)
+            parts = [
+                _columns(row_attention(*part, scaling, blocked, bias, softcap), tokens)
+                for part in zip(rows.split(step * heads, 1), key.split(step, 1), strict=True)
+            ]
+            attention = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            self._attention = attention.to(text_mask.device)
         if self.peeking:
             raise SeenEnough
 
@@ -126,7 +138,7 @@ class Observer:
         """Where the text rows are in the present sequence, and which are real, bool [batch, rows]."""
         if rows not in self._text:
             column, mask, are_last = self.layout.text_rows(rows)
-            column, mask = (torch.from_numpy(values).to(self.device) for values in (column, mask))
+            column, mask = (to_device(values, self.device) for values in (column, mask))
             self._text[rows] = column, mask, are_last
         column, mask, are_last = self._text[rows]
         if are_last or tokens.was_cut:
@@ -148,9 +160,17 @@ def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
     return states.gather(states.ndim - 2, index.expand(shape))
 
 
+def _key_heads_at_once(rows: torch.Tensor, key: torch.Tensor) -> int:
+    """Of queries [batch, heads, rows, size] and keys [batch, key heads, n, size]."""
+    scores = 4 * rows[..., 0].numel() * key.shape[2]
+    return max(1, key.shape[1] * SCORE_BYTES // max(scores, SCORE_BYTES))
+
+
 def _columns(attention: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """The visual tokens' columns of [batch, heads, rows, n]."""
     if tokens.block is not None:
-        return attention[..., tokens.block]
+        columns = attention[..., tokens.block]
+        # A view would keep all of it; that is worth a copy where most is not visual.
+        return columns if 2 * columns.shape[-1] > attention.shape[-1] else columns.clone()
     slots = tokens.slots.to(attention.device)
     return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))

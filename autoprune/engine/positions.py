@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .layout import Tokens
+from .tokens import Tokens
 
 
 def compacted_positions(tokens: Tokens) -> torch.Tensor:

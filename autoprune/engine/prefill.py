@@ -11,12 +11,14 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Needs, PromptState, Selection
+from ..transfer import to_device
 from .cache import PrunedCache, Stage, is_static, sliding_window
-from .layout import MERGED, Layout, Tokens
+from .layout import Layout
 from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
 from .positions import compacted_positions, take_columns
+from .tokens import MERGED, Tokens
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -114,7 +116,7 @@ class Prefill:
         The models do this at full length after a layer; here it waits for the next layer's hook.
         """
         tokens, first = self.tokens, np.cumsum([0, *self.layout.num_visual[:-1]])
-        row = tokens.index.clamp(min=0) + torch.from_numpy(first).to(tokens.index.device)[:, None]
+        row = tokens.index.clamp(min=0) + to_device(first, tokens.index.device)[:, None]
         row = tokens.spread(row, torch.zeros_like(tokens.column)).to(hidden.device)
         original = torch.zeros_like(tokens.column, dtype=torch.bool)
         original = tokens.spread(tokens.index >= 0, original).to(hidden.device)[..., None]
@@ -168,7 +170,7 @@ class Prefill:
                 place = torch.cat([place, new], dim=1)
             source = place.gather(1, source)
         if selection.states is not None:
-            states = selection.states
+            states = selection.states[:, : max(self.tokens.counts)]
             changed = _count(batch, states.shape[1], sum(map(len, rows)), device)
             source = self.tokens.spread(changed, source)
             rows.append(states.flatten(0, 1))
@@ -197,6 +199,13 @@ class Prefill:
                 raise ValueError(
                     f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
                     f"at cut {index}; a cut can only keep between 0 and all of them"
+                )
+        for what, given in (("kept", selection.kept), ("states", selection.states)):
+            if given is not None and given.shape[1] < max(selection.counts):
+                raise ValueError(
+                    f"{type(self.method).__name__} gives {what} of shape {list(given.shape)} at cut {index}, "
+                    f"but keeps up to {max(selection.counts)} tokens; expected [batch, that many or more], "
+                    "padding last"
                 )
 
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:

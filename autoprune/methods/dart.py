@@ -12,6 +12,7 @@ from ..method import Needs, Observation, PromptState, Selection
 from ..planned import AfterLayer
 from ..scorers import cosine
 from ..selectors import ranks, top_k
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DART(AfterLayer):
         assert seen.keys is not None and seen.text_keys is not None and seen.text_mask is not None
         hidden, text_hidden = seen.hidden().float(), seen.text_hidden().float()
         free, text = seen.mask.to(hidden.device), seen.text_mask.to(hidden.device)
-        keep = torch.as_tensor(list(counts)).to(hidden.device)
+        keep = to_device(list(counts), hidden.device)
 
         visual, visual_real = _pivots(seen.keys(), free, self.visual_pivots)
         # A budget below the number of visual pivots keeps the first of them only.

@@ -12,6 +12,7 @@ from ..method import Needs, Observation, PromptState, Selection, Tower
 from ..planned import PreDecoder
 from ..scorers import real_patches, required_vision, required_vision_attention
 from ..selectors import ranks, top_by_tier, top_k
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class HiPrune(PreDecoder):
         number = [round(count * self.alpha / 5) for count in counts]
         anchors = top_k(middle.masked_fill(~real, -1.0), number, seen.mask)
         near = real & neighbours(required_vision(seen, "places"), anchors)
-        most = torch.as_tensor(number).to(middle.device)[:, None]
+        most = to_device(number, middle.device)[:, None]
         anchor = real & (ranks(middle, real) < most)
         tiers = 2 * anchor.long() + near.long()
         return Selection(top_by_tier(tiers, scores, counts, seen.mask), list(counts))

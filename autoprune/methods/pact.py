@@ -13,6 +13,7 @@ from ..mergers import absorb
 from ..method import Needs, Observation, PromptState, Selection
 from ..planned import AfterLayer
 from ..selectors import top_k
+from ..transfer import to_device
 
 DENSITY_SCALE = 2.0
 CUTOFFS, ROUNDS = 32, 3
@@ -116,7 +117,7 @@ def clusters(
     order = density.argsort(dim=1, descending=True, stable=True)
     ordered = among.gather(1, order[..., None].expand_as(among))
     ordered = ordered.gather(2, order[:, None].expand_as(among))
-    limit = torch.as_tensor(list(counts)).to(vectors.device)
+    limit = to_device(list(counts), vectors.device)
     picked, cutoff = _search(ordered, real.gather(1, order), limit)
     centre = torch.zeros_like(real).scatter(1, order, picked)
 

@@ -12,6 +12,7 @@ from ..method import Needs, Observation, PromptState, Selection, Tower
 from ..planned import PreDecoder
 from ..scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..selectors import evenly_spaced, ranks, top_by_tier
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PruMerge(PreDecoder):
         attention, keys = required_vision_attention(seen), required_vision(seen, "vision_keys")
         assert seen.hidden is not None
         real = real_patches(seen, keys)
-        allowed = torch.as_tensor(list(counts)).to(attention.device)
+        allowed = to_device(list(counts), attention.device)
         outlier = outliers(attention, real) & (ranks(attention, real) < allowed[:, None])
         spaced = evenly_spaced(real & ~outlier, allowed - outlier.sum(dim=1))
         tiers = 2 * outlier.long() + spaced.long()

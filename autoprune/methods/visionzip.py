@@ -13,6 +13,7 @@ from ..method import Needs, Observation, PromptState, Selection, Tower
 from ..planned import PreDecoder
 from ..scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..selectors import ranks, top_by_tier
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class VisionZip(PreDecoder):
         scores, keys = required_vision_attention(seen), required_vision(seen, "vision_keys")
         assert seen.hidden is not None
         real = real_patches(seen, keys)
-        merged = torch.as_tensor([round(count * self.contextual) for count in counts])
-        dominant = (torch.as_tensor(list(counts)) - merged).to(scores.device)[:, None]
-        merged = merged.to(scores.device)[:, None]
+        merged = to_device([round(count * self.contextual) for count in counts], scores.device)
+        dominant = (to_device(list(counts), scores.device) - merged)[:, None]
+        merged = merged[:, None]
         rest = real & (ranks(scores, real) >= dominant)
         step = (rest.sum(dim=1, keepdim=True) // merged.clamp(min=1)).clamp(min=1)
         number = rest.cumsum(dim=1) - 1

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..method import Needs, Observation, PromptState, Selection, Tower
 from ..planned import PreDecoder
 from ..scorers import real_patches, required_vision_attention
 from ..selectors import ranks, top_by_tier, without_duplicates
+from ..transfer import to_device
 
 AT_ONCE = 8
 
@@ -52,7 +51,7 @@ class VisPruner(PreDecoder):
         assert seen.hidden is not None and seen.vision_scores is not None
         real = real_patches(seen, seen.vision_scores)
         attended = [int(count * self.ratio) for count in counts]
-        rank, most = ranks(scores, real), torch.as_tensor(attended).to(scores.device)[:, None]
+        rank, most = ranks(scores, real), to_device(attended, scores.device)[:, None]
         important, others = real & (rank < most), real & (rank >= most)
         distinct = without_duplicates(
             seen.hidden(),

@@ -77,3 +77,13 @@ def test_decoding_reads_nothing():
         with Reads() as reads:
             model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache)
     assert not reads.places
+
+
+def test_several_tokens_on_a_pruned_cache_read_nothing_of_them():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model)
+    with torch.no_grad(), autoprune.create("autoprune", Budget.ratio(0.5))(model):
+        cache = model(**inputs).past_key_values
+        with Reads() as reads:
+            model(input_ids=torch.full((1, 3), 7), past_key_values=cache)
+    assert "layout.py:on_host" not in reads.places

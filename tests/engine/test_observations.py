@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from autoprune import AutoPrune, Budget
+from autoprune.engine import observer
 from autoprune.method import Needs
+from autoprune.scorers import text_attention
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
 
@@ -186,3 +188,53 @@ def test_hidden_states_come_back_in_the_prompts_own_columns(batch):
         there = kept[max(index - 1, 0)] & real
         torch.testing.assert_close(ours[there], theirs[there], atol=2e-4, rtol=0)
         assert not ours[real & ~there].any(), "dropped tokens are zero"
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_attention_in_pieces_is_the_same(name, monkeypatch):
+    attention = zoo.FAMILIES[name].attentions[0]
+    whole = [seen for seen, _ in watch(name, attention, "padded3", rows="text")[2]]
+    monkeypatch.setattr(observer, "SCORE_BYTES", 1)
+    pieces = [seen for seen, _ in watch(name, attention, "padded3", rows="text")[2]]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one.attention, other.attention, atol=1e-6, rtol=0)
+
+
+def test_scores_of_the_text_are_float32_whatever_the_default():
+    seen = watch("llava", "sdpa", "padded3_text", rows="text")[2][0][0]
+    wanted = text_attention(seen)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = text_attention(seen)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scores.dtype == torch.float32 and torch.equal(scores, wanted)
+
+
+@dataclass(frozen=True)
+class Loose(Scattered):
+    """Gives more or less padding than a cut needs."""
+
+    padding: int = 2
+
+    def select(self, seen, state):
+        selection = super().select(seen, state)
+        wide = torch.nn.functional.pad(selection.kept, (0, self.padding), value=-1)
+        return replace(selection, kept=wide)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+def test_padding_of_a_selection_may_be_wide_but_not_short(batch):
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, batch)
+    with torch.no_grad():
+        with Scattered(DEEP)(model):
+            wanted = model(**inputs).logits
+        with Loose(DEEP)(model):
+            assert torch.equal(model(**inputs).logits, wanted)
+        with (
+            Loose(DEEP, padding=-1)(model),
+            pytest.raises(ValueError, match=r"kept of shape \[\d, \d+\] at cut 1"),
+        ):
+            model(**inputs)

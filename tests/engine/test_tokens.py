@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.engine.layout import MERGED, Layout, Tokens
+from autoprune.engine.layout import Layout
+from autoprune.engine.tokens import MERGED, Tokens
 from autoprune.method import Merged, Selection
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autoprune.engine.layout import length_mask
+from autoprune.engine.tokens import length_mask
 from autoprune.method import Observation
 
 HIDDEN, HEADS, KEY_HEADS, HEAD_DIM = 12, 4, 2, 6

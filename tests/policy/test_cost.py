@@ -187,6 +187,9 @@ def test_peak_bytes_of_the_fullest_layer():
     assert cost.peak_bytes([[6, 6, 6], [6, 5, 0]], [4, 4]).tolist() == [
         cost.peak_bytes([6, 6, 6], 4), second,
     ]  # fmt: skip
+    several = cost.peak_bytes([[2, 2, 2], [6, 6, 6]], 4, num_visual=6, observed=[0.0, 0.0, 7.0])
+    assert several.dtype == np.int64
+    assert several.tolist() == [third + 7, cost.peak_bytes([6, 6, 6], 4) + 7]
     plain = DecoderCost(
         layers=3, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=20, gated_mlp=False
     )
