@@ -9,23 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import UnsupportedError
 from ..method import Needs, PromptState, Selection
 from ..transfer import to_device
-from .cache import PrunedCache, Stage, is_static, sliding_window
+from .arguments import LayerArguments
+from .cache import PrunedCache, Stage, sliding_window
 from .layout import Layout
-from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
-from .positions import compacted_positions, take_columns
 from .tokens import MERGED, Tokens
 
 if TYPE_CHECKING:
     from .attach import Attachment
     from .vision_view import VisionView
-
-# Arguments of decoder layers that follow the sequence but are sliced here, or are known not to matter.
-HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
 
 
 @dataclass
@@ -63,7 +58,7 @@ class Prefill:
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
-        self._slices: dict[tuple, tuple[Any, Any]] = {}
+        self.arguments = self._layer_arguments()
         self.method.begin(state)
 
     @property
@@ -88,19 +83,28 @@ class Prefill:
             args = (hidden, *args[1:])
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
-        return args, self._arguments(index, args[0], kwargs)
+        return args, self._fit(index, args[0], kwargs)
 
-    def _arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+    def _layer_arguments(self) -> LayerArguments:
+        length = self.layout.real.shape[1]
+        return LayerArguments(
+            self.located, self.method.positions, self.tokens, self.packing, length
+        )
+
+    def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
         """The layer's keyword arguments for the tokens that are present."""
         if len(self.stages) > 1:
-            return self._fit(index, hidden, kwargs)
+            layers = getattr(self.cache, "layers", ())
+            return self.arguments.fit(
+                layers[index] if index < len(layers) else None, hidden, kwargs
+            )
         if self.counts_positions:
-            return {**kwargs, "position_embeddings": self._compacted(hidden)}
+            return {**kwargs, "position_embeddings": self.arguments.compacted(hidden)}
         return kwargs
 
     def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
-        kwargs = {**self._arguments(index, args[0], kwargs), "past_key_values": None}
+        kwargs = {**self._fit(index, args[0], kwargs), "past_key_values": None}
         self.observer.expect(needs)
         self.observer.peeking = True
         try:
@@ -151,7 +155,7 @@ class Prefill:
         self._check(index, selection)
         hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
-        self._slices.clear()
+        self.arguments = self._layer_arguments()
         self.records.append(CutRecord(index, self.tokens.index, self.tokens.counts))
         return hidden
 
@@ -206,100 +210,6 @@ class Prefill:
                     f"{type(self.method).__name__} gives {what} of shape {list(given.shape)} at cut {index}, "
                     f"but keeps up to {max(selection.counts)} tokens; expected [batch, that many or more], "
                     "padding last"
-                )
-
-    def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
-        kwargs = dict(kwargs)
-        self._guard(kwargs)
-        mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = self._memo(
-            ("mask", self._key_length(index)),
-            mask,
-            lambda: self._mask(mask, self._key_length(index), hidden),
-        )
-        embeddings = kwargs.get("position_embeddings")
-        if embeddings is not None:
-            kwargs["position_embeddings"] = self._memo(
-                "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
-            )
-        ids = kwargs.get("position_ids")
-        if ids is not None:
-            kwargs["position_ids"] = self._memo("ids", ids, lambda: self._position_ids(ids))
-        return kwargs
-
-    def _memo(self, kind: Any, source: Any, make):
-        """Layers between two cuts receive the same objects, so each is sliced once."""
-        key = kind, id(source)
-        if key not in self._slices:
-            self._slices[key] = (source, make())
-        return self._slices[key][1]
-
-    def _key_length(self, index: int) -> int:
-        layers = getattr(self.cache, "layers", ())
-        if index < len(layers) and is_static(layers[index]):
-            return layers[index].max_cache_len
-        return self.tokens.width
-
-    def _mask(self, mask: Any, key_length: int, hidden: torch.Tensor) -> Any:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return (self.tokens.column >= 0).to(mask.dtype) if self.tokens.padded else None
-        if mask is None and "flash" in self.located.implementation:
-            return (self.tokens.column >= 0).to(torch.long) if self.tokens.padded else None
-        if mask is None or self.method.positions == "compacted":
-            if mask is None and not self.tokens.padded:
-                return None
-            return causal_mask(self.tokens, mask, key_length)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            return gather_mask(mask, self.tokens, key_length)
-        if isinstance(mask, BlockMask):
-            return gather_block_mask(mask, self.tokens, key_length)
-        raise UnsupportedError(
-            f"attention masks of type {type(mask).__name__} are not supported; "
-            "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"
-        )
-
-    def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple:
-        if self.method.positions == "compacted":
-            return self._compacted(hidden)
-        parts = [take_columns(part, self.tokens.some_column, dim=-2) for part in embeddings]
-        return self._packed(parts, dim=-3)
-
-    def _compacted(self, hidden: torch.Tensor) -> tuple:
-        def rotate():
-            embeddings = self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
-            return self._packed(embeddings, dim=-3)
-
-        return self._memo("compacted", None, rotate)
-
-    def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        if "flash" in self.located.implementation and ids.shape[-2] == 1:
-            # Gaps in the positions would look like several packed sequences to flash attention.
-            return torch.arange(self.tokens.width, device=ids.device)[None].expand_as(
-                ids[..., : self.tokens.width]
-            )
-        if self.method.positions == "compacted":
-            ids = compacted_positions(self.tokens)
-        else:
-            ids = take_columns(ids[..., None], self.tokens.some_column, dim=-2)[..., 0]
-        return self._packed([ids], dim=-2)[0]
-
-    def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
-        """Tensors [..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""
-        packing = self.packing
-        if packing is None:
-            return tuple(values)
-        return tuple(packing.pack(value, value.ndim + dim) for value in values)
-
-    def _guard(self, kwargs: dict) -> None:
-        length = self.layout.real.shape[1]
-        for name, value in kwargs.items():
-            if name in HANDLED or not isinstance(value, torch.Tensor):
-                continue
-            if length in value.shape[1:]:
-                raise UnsupportedError(
-                    f"decoder layers of {type(self.located.text).__name__} take {name!r} of shape "
-                    f"{list(value.shape)}, which follows the sequence and cannot be cut; "
-                    "this decoder is not supported"
                 )
 
     def finish(self, output: Any) -> Any:

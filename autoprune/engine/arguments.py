@@ -1,0 +1,132 @@
+"""What a decoder layer is given beside hidden states, cut to the tokens that are present."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..method import Positions
+from .cache import is_static
+from .locate import Located
+from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
+from .packing import Packing
+from .positions import compacted_positions, take_columns
+from .tokens import Tokens
+
+# Arguments that follow the sequence but are sliced here, or are known not to matter.
+HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+
+
+class LayerArguments:
+    """Keyword arguments of the layers between two cuts; what they share is made once.
+
+    Args:
+        tokens: those present, and packing: how hidden states hold them.
+        length: columns of the whole prompt.
+    """
+
+    def __init__(
+        self,
+        located: Located,
+        positions: Positions,
+        tokens: Tokens,
+        packing: Packing | None,
+        length: int,
+    ):
+        self.located, self.positions = located, positions
+        self.tokens, self.packing, self.length = tokens, packing, length
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def fit(self, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
+        """`kwargs` for the tokens present; `layer`: the cache's layer, or None.
+
+        Raises:
+            UnsupportedError: a mask or an argument that cannot be cut.
+        """
+        kwargs = dict(kwargs)
+        self._guard(kwargs)
+        keys = layer.max_cache_len if is_static(layer) else self.tokens.width
+        mask = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = self._once(("mask", keys), mask, lambda: self._mask(mask, keys))
+        embeddings = kwargs.get("position_embeddings")
+        if embeddings is not None:
+            kwargs["position_embeddings"] = self._once(
+                "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
+            )
+        ids = kwargs.get("position_ids")
+        if ids is not None:
+            kwargs["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
+        return kwargs
+
+    def compacted(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotary embeddings of compacted positions."""
+
+        def rotate():
+            embeddings = self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
+            return self._packed(embeddings, dim=-3)
+
+        return self._once("compacted", None, rotate)
+
+    def _once(self, kind: Any, source: Any, make: Callable[[], Any]) -> Any:
+        """The model hands the same objects to many layers; they are held, so that ids stay theirs."""
+        key = kind, id(source)
+        if key not in self._made:
+            self._made[key] = source, make()
+        return self._made[key][1]
+
+    def _mask(self, mask: Any, keys: int) -> Any:
+        tokens, implementation = self.tokens, self.located.implementation
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            return (tokens.column >= 0).to(mask.dtype) if tokens.padded else None
+        if mask is None and "flash" in implementation:
+            return (tokens.column >= 0).to(torch.long) if tokens.padded else None
+        if mask is None and not tokens.padded:
+            return None
+        if mask is None or self.positions == "compacted":
+            return causal_mask(tokens, mask, keys)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            return gather_mask(mask, tokens, keys)
+        if isinstance(mask, BlockMask):
+            return gather_block_mask(mask, tokens, keys)
+        raise UnsupportedError(
+            f"attention masks of type {type(mask).__name__} are not supported; "
+            "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"
+        )
+
+    def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.positions == "compacted":
+            return self.compacted(hidden)
+        parts = [take_columns(part, self.tokens.some_column, dim=-2) for part in embeddings]
+        return self._packed(parts, dim=-3)
+
+    def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        width = self.tokens.width
+        if "flash" in self.located.implementation and ids.shape[-2] == 1:
+            # Gaps in the positions would look like several packed sequences to flash attention.
+            return torch.arange(width, device=ids.device)[None].expand_as(ids[..., :width])
+        if self.positions == "compacted":
+            ids = compacted_positions(self.tokens)
+        else:
+            ids = take_columns(ids[..., None], self.tokens.some_column, dim=-2)[..., 0]
+        return self._packed([ids], dim=-2)[0]
+
+    def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
+        """Tensors [..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""
+        packing = self.packing
+        if packing is None:
+            return tuple(values)
+        return tuple(packing.pack(value, value.ndim + dim) for value in values)
+
+    def _guard(self, kwargs: dict) -> None:
+        for name, value in kwargs.items():
+            if name in HANDLED or not isinstance(value, torch.Tensor):
+                continue
+            if self.length in value.shape[1:]:
+                raise UnsupportedError(
+                    f"decoder layers of {type(self.located.text).__name__} take {name!r} of shape "
+                    f"{list(value.shape)}, which follows the sequence and cannot be cut; "
+                    "this decoder is not supported"
+                )
