@@ -46,8 +46,8 @@ class Sample:
     flops_full: float
     kv_bytes: int
     kv_bytes_full: int
-    peak_bytes: int
-    peak_bytes_full: int
+    peak_bytes: int = 0
+    peak_bytes_full: int = 0
 
     @property
     def mean_tokens(self) -> float:
