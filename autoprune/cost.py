@@ -166,6 +166,7 @@ class DecoderCost:
         num_text: ArrayLike = 0,
         num_visual: ArrayLike | None = None,
         observed: ArrayLike = 0,
+        sharing: int = 1,
     ) -> Any:
         """Most bytes that the prefill of a prompt allocates and holds at one time.
 
@@ -181,6 +182,7 @@ class DecoderCost:
                 `[batch]`. Default: those entering layer 0.
             observed: bytes of each layer's attention that a method keeps to decide the next cut, like
                 `visual_per_layer` or a scalar.
+            sharing: prompts of the batch that have the rotary embeddings of the whole prompt in common.
 
         Returns:
             int for `[L]`, int64 `[batch]` for `[batch, L]`.
@@ -197,7 +199,7 @@ class DecoderCost:
         inputs[..., 1:] += np.where(tokens < before, before, 0)[..., 1:]
         states = self.hidden * (2 * tokens + inputs)
         products = (3 if self.gated_mlp else 2) * self.intermediate * tokens
-        rotary = 2 * self.head_dim * (first + np.where(was_cut, tokens, 0))
+        rotary = 2 * self.head_dim * (first // sharing + np.where(was_cut, tokens, 0))
         working = (states + products + rotary) * self.dtype_bytes
         working = working + np.asarray(observed, dtype=np.int64)
         cached = tokens.cumsum(axis=-1) * self.kv_bytes_per_token

@@ -90,7 +90,9 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self._batches: list[tuple[Layout, PromptState, list[CutRecord], Mapping[int, int]]] = []
+        self._batches: list[
+            tuple[Layout, PromptState, list[CutRecord], Mapping[int, int], int]
+        ] = []
         self._samples: list[Sample] = []
 
     def record(
@@ -99,9 +101,13 @@ class Trace:
         state: PromptState,
         cuts: list[CutRecord],
         observed: Mapping[int, int],
+        sharing: int = 1,
     ) -> None:
-        """Called by the engine at the end of each prefill; `observed`: bytes kept of a layer's attention."""
-        self._batches.append((layout, state, cuts, observed))
+        """Called by the engine at the end of each prefill.
+
+        observed: bytes kept of a layer's attention. sharing: see `DecoderCost.peak_bytes`.
+        """
+        self._batches.append((layout, state, cuts, observed, sharing))
 
     @property
     def samples(self) -> list[Sample]:
@@ -141,11 +147,15 @@ class Trace:
 
 
 def _read(
-    layout: Layout, state: PromptState, cuts: list[CutRecord], observed: Mapping[int, int]
+    layout: Layout,
+    state: PromptState,
+    cuts: list[CutRecord],
+    observed: Mapping[int, int],
+    sharing: int,
 ) -> list[Sample]:
     visual, prompts = [cut.visual.cpu().numpy() for cut in cuts], range(len(layout.real))
     kept = [observed.get(layer, 0) / len(prompts) for layer in range(state.shape.num_layers)]
-    return [_sample(layout, state, cuts, visual, kept, prompt) for prompt in prompts]
+    return [_sample(layout, state, cuts, visual, kept, sharing, prompt) for prompt in prompts]
 
 
 def _sample(
@@ -154,6 +164,7 @@ def _sample(
     cuts: list[CutRecord],
     visual: list[np.ndarray],
     observed: Sequence[float],
+    sharing: int,
     prompt: int,
 ) -> Sample:
     total, text = layout.num_visual[prompt], layout.num_text[prompt]
@@ -184,8 +195,8 @@ def _sample(
         flops_full=float(cost.prefill_flops([total] * len(counts), text)),
         kv_bytes=int(cost.kv_bytes(counts, text)),
         kv_bytes_full=int(cost.kv_bytes([total] * len(counts), text)),
-        peak_bytes=int(cost.peak_bytes(counts, text, total, observed)),
-        peak_bytes_full=int(cost.peak_bytes([total] * len(counts), text)),
+        peak_bytes=int(cost.peak_bytes(counts, text, total, observed, sharing)),
+        peak_bytes_full=int(cost.peak_bytes([total] * len(counts), text, sharing=sharing)),
     )
 
 

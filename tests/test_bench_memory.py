@@ -125,3 +125,11 @@ def test_the_peak_is_what_the_trace_says(name):
         assert held.peak == pytest.approx(sample.peak_bytes, rel=0.02)
         assert plain.peak == pytest.approx(sample.peak_bytes_full, rel=0.02)
         assert held.peak < plain.peak
+
+
+def test_the_peak_of_a_batch_is_the_sum():
+    model = wide("llava")
+    for method in (AutoPrune(budget=9), create("random", 5)):
+        held = hold_once(model, prompts(model, 4), method)
+        assert padding_waste(held.samples) == 0
+        assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.02)

@@ -298,7 +298,7 @@ class Attachment:
         if not isinstance(run, Prefill):
             return None
         output = run.finish(output)
-        self.trace.record(run.layout, run.state, run.records, run.observed)
+        self.trace.record(run.layout, run.state, run.records, run.observed, run.sharing)
         return output
 
     def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:

@@ -54,6 +54,8 @@ class Prefill:
         self.records: list[CutRecord] = []
         # Bytes that were kept of a layer's attention while the rest of it ran.
         self.observed: dict[int, int] = {}
+        # Prompts that have rotary embeddings in common.
+        self.sharing = 1
         self.observer = Observer(layout, vision, device)
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
@@ -71,6 +73,8 @@ class Prefill:
         if self.cache is None:
             # A plain forward makes its cache inside the decoder.
             self.cache = kwargs.get("past_key_values")
+        if index == 0 and (embeddings := kwargs.get("position_embeddings")) is not None:
+            self.sharing = len(self.layout.real) // embeddings[0].shape[-3]
         if 0 < index <= len(self.deepstack):
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         if kept := self.observer.kept_bytes:
