@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .budget import Budget, solve_schedule
+from .budget import Budget
 from .cost import DecoderCost
 from .curves import Curve
+from .solver import solve_schedule
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

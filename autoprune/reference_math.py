@@ -1,6 +1,6 @@
 """The arithmetic of the released AutoPrune code, quirks included.
 
-It differs from the method as described (and from `autoprune.budget`): the retention schedule counts
+It differs from the method as described (and from `autoprune.solver`): the retention schedule counts
 the tokens LEAVING each layer, merged ones included, is found by bisection, and may miss the budget.
 Plans are made in float64, executed in float32. N is the number of visual tokens, L of layers, B the
 target mean, n1 the count after layer 0. Nothing here prunes; see `released_mutual_information` for

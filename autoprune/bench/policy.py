@@ -7,8 +7,9 @@ from statistics import median
 
 import numpy as np
 
-from ..budget import Budget, solve_schedule
+from ..budget import Budget
 from ..methods.autoprune import AutoPrune
+from ..solver import solve_schedule
 
 LAYERS, VISUAL, BATCH = 32, 2880, 64
 REPEATS = 200

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from ..budget import Budget, solve_schedule
+from ..budget import Budget
 from ..cost import DecoderCost
 from ..curves import get_curve
 from ..envelope import envelope
@@ -29,6 +29,7 @@ from ..method import (
 )
 from ..schedules import REFERENCE_DEPTH
 from ..scorers import as_shares, text_attention, vision_attention
+from ..solver import solve_schedule
 
 REMEMBERED_PRIORS = 256
 
