@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,6 +83,21 @@ class Summary:
         return text
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """What one prefill of a batch left for the trace.
+
+    observed: bytes that were kept of a layer's attention, by layer. sharing: see
+        `DecoderCost.peak_bytes`.
+    """
+
+    layout: Layout
+    state: PromptState
+    cuts: Sequence[CutRecord] = ()
+    observed: Mapping[int, int] = field(default_factory=dict)
+    sharing: int = 1
+
+
 class Trace:
     """Samples in batch order, one batch after the other.
 
@@ -90,30 +105,18 @@ class Trace:
     """
 
     def __init__(self) -> None:
-        self._batches: list[
-            tuple[Layout, PromptState, list[CutRecord], Mapping[int, int], int]
-        ] = []
+        self._batches: list[Prefilled] = []
         self._samples: list[Sample] = []
 
-    def record(
-        self,
-        layout: Layout,
-        state: PromptState,
-        cuts: list[CutRecord],
-        observed: Mapping[int, int],
-        sharing: int = 1,
-    ) -> None:
-        """Called by the engine at the end of each prefill.
-
-        observed: bytes kept of a layer's attention. sharing: see `DecoderCost.peak_bytes`.
-        """
-        self._batches.append((layout, state, cuts, observed, sharing))
+    def record(self, prefilled: Prefilled) -> None:
+        """Called by the engine at the end of each prefill."""
+        self._batches.append(prefilled)
 
     @property
     def samples(self) -> list[Sample]:
         """One `Sample` per prompt."""
         while self._batches:
-            self._samples.extend(_read(*self._batches[0]))
+            self._samples.extend(_read(self._batches[0]))
             self._batches.pop(0)
         return self._samples
 
@@ -146,27 +149,13 @@ class Trace:
         write_whole(path, json.dumps(record, indent=1))
 
 
-def _read(
-    layout: Layout,
-    state: PromptState,
-    cuts: list[CutRecord],
-    observed: Mapping[int, int],
-    sharing: int,
-) -> list[Sample]:
-    visual, prompts = [cut.visual.cpu().numpy() for cut in cuts], range(len(layout.real))
-    kept = [observed.get(layer, 0) / len(prompts) for layer in range(state.shape.num_layers)]
-    return [_sample(layout, state, cuts, visual, kept, sharing, prompt) for prompt in prompts]
+def _read(prefilled: Prefilled) -> list[Sample]:
+    visual = [cut.visual.cpu().numpy() for cut in prefilled.cuts]
+    return [_sample(prefilled, visual, p) for p in range(len(prefilled.layout.real))]
 
 
-def _sample(
-    layout: Layout,
-    state: PromptState,
-    cuts: list[CutRecord],
-    visual: list[np.ndarray],
-    observed: Sequence[float],
-    sharing: int,
-    prompt: int,
-) -> Sample:
+def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Sample:
+    layout, state, cuts = prefilled.layout, prefilled.state, prefilled.cuts
     total, text = layout.num_visual[prompt], layout.num_text[prompt]
     counts, kept = [], []
     present, indices = total, torch.arange(total)
@@ -178,7 +167,8 @@ def _sample(
             indices = torch.from_numpy(np.sort(row[row >= 0]))
         counts.append(present)
         kept.append(indices)
-    cost = state.shape.cost
+    cost, sharing = state.shape.cost, prefilled.sharing
+    observed = [prefilled.observed.get(n, 0) / len(layout.real) for n in range(len(counts))]
     real = layout.real[prompt, : layout.length]
     information = state.mutual_information
     return Sample(

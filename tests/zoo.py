@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from tests.zoo_families import FAMILIES, Family
@@ -55,6 +56,9 @@ __all__ = [
 
 # The families on which every way of generating is tried.
 EVERY_MODE = ("llava", "qwen2_5_vl")
+# Since then `generate` encodes the pictures before its loop, once, and hands out the features. Before, it
+# repeats pixels for copies and beams, and gets those of a prompt with several pictures out of order.
+SINCE_5_19 = Version(transformers.__version__) >= Version("5.19")
 
 
 def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:

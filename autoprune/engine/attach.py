@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
-from ..trace import Trace
+from ..trace import Prefilled, Trace
 from . import tap
 from .cache import Decode, PrunedCache, is_static, narrowed, static_step
 from .layout import Layout, on_host, read_layout
@@ -261,7 +261,7 @@ class Attachment:
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
-            self.trace.record(layout, state, [], {})
+            self.trace.record(Prefilled(layout, state))
             return None
         refuse_cache(self.located, cache, embeds.shape[1])
         return Prefill(self, layout, state, embeds.device, cache, vision, deepstack)
@@ -298,7 +298,7 @@ class Attachment:
         if not isinstance(run, Prefill):
             return None
         output = run.finish(output)
-        self.trace.record(run.layout, run.state, run.records, run.observed, run.sharing)
+        self.trace.record(run.record())
         return output
 
     def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..method import Needs, PromptState, Selection
+from ..trace import Prefilled
 from ..transfer import to_device
 from .arguments import LayerArguments
 from .cache import PrunedCache, Stage, sliding_window
@@ -231,6 +232,9 @@ class Prefill:
         if self.cache is not None:
             PrunedCache.remember(self)
         return output
+
+    def record(self) -> Prefilled:
+        return Prefilled(self.layout, self.state, self.records, self.observed, self.sharing)
 
     def stage_of(self, layer: int) -> Stage:
         """The tokens that layer `layer` ran on."""

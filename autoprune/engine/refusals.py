@@ -77,11 +77,12 @@ def refuse_compiled_prefill() -> None:
     raise UnsupportedError("a prefill inside torch.compile cannot be pruned; compile decoding only")
 
 
-def refuse_length(model_kwargs: dict[str, Any], new: int) -> None:
+def refuse_length(cache: Any, prompt: int, total: int) -> None:
     """More new tokens than an empty `PrunedStaticCache` has room for."""
-    cache = model_kwargs.get("past_key_values")
-    too_many = isinstance(cache, PrunedStaticCache) and new > cache.max_new_tokens
-    if too_many and not cache.get_seq_length():
+    if not isinstance(cache, PrunedStaticCache):
+        return
+    new = total - prompt
+    if new > cache.max_new_tokens and not cache.get_seq_length():
         raise ValueError(
             f"this static cache was made for max_new_tokens={cache.max_new_tokens}, and {new} are "
             "to be generated; make one with more"
@@ -104,7 +105,8 @@ def watch_generate(model: nn.Module) -> None:
                 "a prefill in chunks cannot be pruned, since a chunk does not see the whole "
                 "question; leave prefill_chunk_size at None"
             )
-        refuse_length(model_kwargs, generation_config.max_length - input_ids.shape[1])
+        cache = model_kwargs.get("past_key_values")
+        refuse_length(cache, input_ids.shape[1], generation_config.max_length)
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     model._prefill = watched

@@ -120,8 +120,8 @@ class Tokens:
         # Each token's place is its key: sorting puts padding in front and the rest in order.
         keys, sources, column = torch.cat([self.text, visual], dim=1), None, self.column
         if (merged := selection.merged) is not None:
-            keys, sources, index, column = self._with_merged(merged, counts, visual, index)
             counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
+            keys, sources, index, column = self._with_merged(merged, max(counts), visual, index)
         lengths = [
             n - old + new for n, old, new in zip(self.lengths, self.counts, counts, strict=True)
         ]
@@ -150,7 +150,7 @@ class Tokens:
         new = Tokens(column, text, slots, index, lengths, counts, padded, block, was_cut=True)
         return new, source
 
-    def _with_merged(self, merged: Merged, counts: Sequence[int], visual, index):
+    def _with_merged(self, merged: Merged, most: int, visual, index):
         """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
 
         Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
@@ -166,8 +166,7 @@ class Tokens:
         extra = torch.arange(self.width, self.width + number, device=device).expand_as(slot)
         # Kept and merged tokens in their order, padding last.
         key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)
-        order = key.where(key >= 0, 2 * self.width + 2).argsort(dim=1, stable=True)
-        order = order[:, : max(a + b for a, b in zip(counts, merged.counts, strict=True))]
+        order = key.where(key >= 0, 2 * self.width + 2).argsort(dim=1, stable=True)[:, :most]
         key = key.gather(1, order)
         joined = torch.cat([index, torch.full_like(slot, MERGED).where(real, -1)], dim=1)
         source = torch.cat([visual, extra], dim=1).gather(1, order).where(key >= 0, -1)

@@ -20,8 +20,6 @@ METHODS = {
     "pre_llm": Scattered(PRE_LLM),
 }
 model_of = functools.cache(zoo.build)
-# Since 5.19 `generate` encodes the pictures before its loop, once, and hands out the features.
-ENCODES_ONCE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)
 
 
@@ -99,7 +97,7 @@ def test_plain_forwards_work_with_a_given_cache_and_with_none(name, model, metho
 @pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
 @pytest.mark.parametrize("copies", [1, 2])
 def test_sampling_draws_the_same_tokens(name, model, method, copies, batch):
-    if copies > 1 and batch == "padded3" and not ENCODES_ONCE:
+    if copies > 1 and batch == "padded3" and not zoo.SINCE_5_19:
         pytest.skip("this transformers mixes up the pictures of a copied prompt that holds two")
     inputs = zoo.inputs(name, model, batch)
     options = {"do_sample": True, "temperature": 2.0, "top_k": 20, "num_return_sequences": copies}
@@ -167,7 +165,7 @@ def test_prompt_lookup_accepts_drafts_and_changes_nothing(name, model, method):
 
 
 @pytest.mark.skipif(
-    not ENCODES_ONCE, reason="this transformers hands the pixels to the text-only assistant"
+    not zoo.SINCE_5_19, reason="this transformers hands the pixels to the text-only assistant"
 )
 def test_assisted_decoding_changes_nothing(method):
     model = model_of("llava", "sdpa")

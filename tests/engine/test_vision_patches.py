@@ -7,8 +7,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch.nn.attention.flex_attention import create_block_mask
 
 from autoprune import scorers
@@ -19,7 +17,6 @@ from tests import zoo
 from tests.kernels import flash_attention
 from tests.watch import observe, renumbered, tower_values, vision_scores
 
-RECENT = Version(transformers.__version__) >= Version("5.19")
 BOTH_MEDIA = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 model_of = functools.cache(functools.partial(zoo.build, attn_implementation="eager"))
 
@@ -79,7 +76,7 @@ def test_masked_pixels_get_no_score(name, attention):
     "name", ["llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3"]
 )
 def test_flash_attention_conventions_give_the_same(name):
-    if name == "mistral3" and not RECENT:
+    if name == "mistral3" and not zoo.SINCE_5_19:
         pytest.skip("does not tell flash attention where a picture ends")
     model = model_of(name)
     arguments = zoo.inputs(name, model, "padded3")
@@ -163,7 +160,7 @@ def mixed(name: str, model, prompts: list[list[tuple[str, int]]]) -> dict[str, t
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", BOTH_MEDIA)
 def test_images_and_videos_of_a_prompt_are_put_in_its_order(name, beams):
-    if beams > 1 and not RECENT:
+    if beams > 1 and not zoo.SINCE_5_19:
         pytest.skip("repeats pixels, not features, and gets several pictures into the wrong order")
     model = model_of(name)
     prompts = [

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import nn
 
 from autoprune import AutoPrune
@@ -32,10 +31,7 @@ WITH_CLS = SECOND_TO_LAST | {"internvl"}
 EVERY_PATCH = slice(None)
 PATCHES_TRIED = 10
 
-# Before 5.19, generation repeats pixels, and those of several pictures get into the wrong order.
-repeats_features = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.19"), reason="repeats pixels, not features"
-)
+repeats_features = pytest.mark.skipif(not zoo.SINCE_5_19, reason="repeats pixels, not features")
 model_of = functools.cache(functools.partial(zoo.build, attn_implementation="eager"))
 
 
