@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from autoprune import Budget, tiny
-from autoprune.budget import solve_schedule
 from autoprune.method import Method, Needs, Observation, PromptState, Selection
 from autoprune.selectors import top_k
+from autoprune.solver import solve_schedule
 
 
 @dataclass(frozen=True)
