@@ -167,6 +167,7 @@ class DecoderCost:
         num_visual: ArrayLike | None = None,
         observed: ArrayLike = 0,
         sharing: int = 1,
+        cached: ArrayLike | None = None,
     ) -> Any:
         """Most bytes that the prefill of a prompt allocates and holds at one time.
 
@@ -183,6 +184,8 @@ class DecoderCost:
             observed: bytes of each layer's attention that a method keeps to decide the next cut, like
                 `visual_per_layer` or a scalar.
             sharing: prompts of the batch that have the rotary embeddings of the whole prompt in common.
+            cached: columns of each layer's cache, `[L]`, where a batch pads them. Default: the tokens that
+                enter the layer.
 
         Returns:
             int for `[L]`, int64 `[batch]` for `[batch, L]`.
@@ -202,8 +205,9 @@ class DecoderCost:
         rotary = 2 * self.head_dim * (first // sharing + np.where(was_cut, tokens, 0))
         working = (states + products + rotary) * self.dtype_bytes
         working = working + np.asarray(observed, dtype=np.int64)
-        cached = tokens.cumsum(axis=-1) * self.kv_bytes_per_token
-        return _per_prompt((cached + working).max(axis=-1))
+        columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)
+        cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
+        return _per_prompt((cache + working).max(axis=-1))
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)

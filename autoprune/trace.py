@@ -31,8 +31,10 @@ class Sample:
         mutual_information: bits; None where the method measures none or the prompt has no picture.
         schedule: the planned n_l; None if the method plans none.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
+        kv_bytes_held: this prompt's part of what the cache of its batch really holds: a batch pads every
+            layer to its longest prompt. Over a batch they sum to the bytes of a growing cache.
         peak_bytes, peak_bytes_full: most memory that the prefill takes at one time for this prompt
-            (`DecoderCost.peak_bytes`), what the method keeps to decide included.
+            (`DecoderCost.peak_bytes`), what the method keeps to decide and its batch's padding included.
     """
 
     num_visual: int
@@ -46,6 +48,7 @@ class Sample:
     flops_full: float
     kv_bytes: int
     kv_bytes_full: int
+    kv_bytes_held: int = 0
     peak_bytes: int = 0
     peak_bytes_full: int = 0
 
@@ -167,7 +170,8 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
             indices = torch.from_numpy(np.sort(row[row >= 0]))
         counts.append(present)
         kept.append(indices)
-    cost, sharing = state.shape.cost, prefilled.sharing
+    cost, sharing, columns = state.shape.cost, prefilled.sharing, layout.real.shape[1]
+    cached, computed = _columns(prefilled, [count + text for count in counts])
     observed = [prefilled.observed.get(n, 0) / len(layout.real) for n in range(len(counts))]
     real = layout.real[prompt, : layout.length]
     information = state.mutual_information
@@ -185,9 +189,25 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
         flops_full=float(cost.prefill_flops([total] * len(counts), text)),
         kv_bytes=int(cost.kv_bytes(counts, text)),
         kv_bytes_full=int(cost.kv_bytes([total] * len(counts), text)),
-        peak_bytes=int(cost.peak_bytes(counts, text, total, observed, sharing)),
-        peak_bytes_full=int(cost.peak_bytes([total] * len(counts), text, sharing=sharing)),
+        kv_bytes_held=int(cost.kv_bytes(cached)),
+        peak_bytes=int(cost.peak_bytes(computed, 0, columns, observed, sharing, cached)),
+        peak_bytes_full=int(cost.peak_bytes([columns] * len(counts), sharing=sharing)),
     )
+
+
+def _columns(prefilled: Prefilled, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of a prompt with so many tokens in each layer: the columns that each layer's cache has for it, and
+    those that the layer computes. Padding is cached in every layer, and computed where it is not packed.
+    """
+    cuts = {cut.layer: cut for cut in prefilled.cuts}
+    width, packed = prefilled.layout.real.shape[1], False
+    cached, computed = [], []
+    for layer, length in enumerate(lengths):
+        if layer in cuts:
+            width, packed = cuts[layer].width, cuts[layer].packed
+        cached.append(width)
+        computed.append(length if packed else width)
+    return cached, computed
 
 
 def _mean(values: Sequence[float]) -> float:

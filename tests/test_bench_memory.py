@@ -82,6 +82,24 @@ def test_a_ragged_batch_also_holds_its_padding(model):
     waste = padding_waste(held.samples)
     assert waste > 0.01
     assert held.kv == pytest.approx((1 + waste) * sum(s.kv_bytes for s in held.samples))
+    assert held.kv == sum(s.kv_bytes_held for s in held.samples)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [AutoPrune(budget=9, k0=2.0), create("random", 5)])
+def test_a_batch_of_different_prompts_holds_what_the_trace_says(model, side, method):
+    batch = zoo.inputs("llava", model, "padded3_text", padding_side=side)
+    held = hold_once(model, batch, method)
+    assert held.kv == sum(s.kv_bytes_held for s in held.samples)
+    assert held.kv > sum(s.kv_bytes for s in held.samples)
+
+
+def test_the_peak_of_a_ragged_batch_is_what_the_trace_says():
+    model = wide("llava")
+    method = spread_curves(AutoPrune(budget=9, k0=2.0), 6.0)
+    held = hold_once(model, prompts(model, 4), method)
+    assert padding_waste(held.samples) > 0.01
+    assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.02)
 
 
 def test_the_plain_cache_holds_all(model):

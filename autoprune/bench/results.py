@@ -105,6 +105,7 @@ def _row(plain: Measured, own: Measured) -> Row:
         "ideal_speedup": ideal,
         "realised_share": row["speedup"]["prefill"]["median"] / ideal,
         "kv_bytes": sum(s.kv_bytes for s in samples),
+        "kv_bytes_trace": sum(s.kv_bytes_held for s in samples),
         "peak_bytes_trace": sum(s.peak_bytes for s in samples),
         "padding_waste": padding_waste(samples),
     }

@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class CutRecord:
-    """What one cut left, for the trace: device tensors, read later. `visual` is `Tokens.index`."""
+    """What one cut left, for the trace: device tensors, read later.
+
+    visual, counts, width: of the `Tokens`. packed: whether the layers behind it compute no padding.
+    """
 
     layer: int
     visual: torch.Tensor
     counts: list[int]
+    width: int
+    packed: bool
 
 
 class Prefill:
@@ -161,7 +166,9 @@ class Prefill:
         hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
         self.arguments = self._layer_arguments()
-        self.records.append(CutRecord(index, self.tokens.index, self.tokens.counts))
+        tokens = self.tokens
+        packed = self.packing is not None
+        self.records.append(CutRecord(index, tokens.index, tokens.counts, tokens.width, packed))
         return hidden
 
     def _apply(self, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
