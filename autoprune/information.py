@@ -17,6 +17,7 @@ from torch import Tensor
 RELEASED_EPSILON = 1e-6
 
 
+@torch.no_grad()
 def mutual_information(
     attention: Tensor, text_mask: Tensor | None = None, visual_mask: Tensor | None = None
 ) -> Tensor:
@@ -25,7 +26,7 @@ def mutual_information(
     With p the block divided by its sum, p_i and p_j its marginals: `I = sum_ij p_ij log2(p_ij /
     (p_i p_j))`, where 0 log 0 = 0 (AutoPrune, normalised joint of the paper). The value lies in [0,
     log2 min(text, visual)] and depends neither on the attention's overall mass nor on the order of
-    tokens. A block without any mass gives 0.
+    tokens. A block without any mass gives 0. It is measured, not differentiated: no gradient flows.
 
     Args:
         attention: non-negative weights `[..., heads, text, visual]`, or `[text, visual]` for a
@@ -55,11 +56,12 @@ def mutual_information(
     joint = block / torch.where(mass > 0, mass, 1.0)
     text_marginal = joint.sum(dim=-1, keepdim=True)
     visual_marginal = joint.sum(dim=-2, keepdim=True)
+    tiny = torch.finfo(joint.dtype).tiny
     # The smallest normal number stands in for a product that underflows; such pairs weigh < 1e-18.
-    independent = (text_marginal * visual_marginal).clamp_min(torch.finfo(joint.dtype).tiny)
+    independent = (text_marginal * visual_marginal).clamp_min_(tiny)
     # Where the joint is 0 so is the term, as the logarithm is kept finite.
-    ratio = (joint / independent).clamp_min(torch.finfo(joint.dtype).tiny)
-    nats = (joint * ratio.log()).sum(dim=(-2, -1))
+    logarithm = torch.div(joint, independent, out=independent).clamp_min_(tiny).log_()
+    nats = joint.mul_(logarithm).sum(dim=(-2, -1))
     return (nats / math.log(2.0)).clamp_min(0.0)
 
 

@@ -94,7 +94,8 @@ def get_merger(name: str | None) -> Merger:
 
 
 def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
-    return Selection(top_k(scores, counts, seen.mask), list(counts))
+    mask = None if seen.unpadded else seen.mask
+    return Selection(top_k(scores, counts, mask), list(counts))
 
 
 def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,7 @@ class Observation:
         visual columns (so that a row sums to at most 1); None if not asked for.
     text_mask: BoolTensor [batch, text], False for padding rows, which come first. Text tokens are the
         rows asked for; by default every text token after the last visual one.
+    unpadded: whether both masks are known to be True throughout, so that nothing need be masked.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
@@ -114,6 +115,7 @@ class Observation:
     mask: torch.Tensor
     attention: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
+    unpadded: bool = False
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None

@@ -7,13 +7,19 @@ import torch
 from .method import Observation
 
 
-def text_attention(seen: Observation) -> torch.Tensor:
-    """Attention from the text: mean over heads and over the observed text rows, float32 [batch, V]."""
-    attention, text_mask = seen.attention, seen.text_mask
+def text_attention(seen: Observation, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention from the text: mean over heads and over text rows, float32 [batch, V].
+
+    Args:
+        rows: bool [batch, text], which of the observed rows; default: all of them but padding.
+    """
+    attention, text_mask = seen.attention, seen.text_mask if rows is None else rows
     if attention is None or text_mask is None:
         raise ValueError("text attention was not observed: ask for it with Needs(rows='text')")
-    rows = text_mask.sum(dim=1).clamp(min=1)
-    return (attention.mean(dim=1) * text_mask[:, :, None]).sum(dim=1) / rows[:, None]
+    if rows is None and seen.unpadded:
+        return attention.mean(dim=(1, 2))
+    number = text_mask.sum(dim=1).clamp(min=1)
+    return (attention.mean(dim=1) * text_mask[:, :, None]).sum(dim=1) / number[:, None]
 
 
 def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from .scorers import cosine
 from .transfer import to_device
 
 
-def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
+def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor | None) -> torch.Tensor:
     """The best-scored tokens of each prompt, in their original order.
 
     Ties go to the lower position, so the result does not depend on the device or the batch.
@@ -18,12 +18,13 @@ def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor) -> to
     Args:
         scores: float [batch, V].
         counts: how many tokens to keep of each prompt.
-        mask: bool [batch, V], False for padding.
+        mask: bool [batch, V], False for padding; None if there is none.
 
     Returns:
         LongTensor [batch, max(counts)], ascending positions, -1 where a prompt keeps fewer.
     """
-    scores = scores.where(mask, float("-inf"))
+    if mask is not None:
+        scores = scores.where(mask, float("-inf"))
     best = scores.sort(dim=1, descending=True, stable=True).indices
     return first_picks(best, counts, scores.shape[1])
 

@@ -86,9 +86,9 @@ def row_mask(
             index = slots.to(rows.device)[:, None, :, None]
             rows = rows.gather(2, index.expand(-1, rows.shape[1], -1, width))
         return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
-    # Where the mask is causal and the rows are the last, the keys before them are seen by all.
     at_end, flexible = isinstance(slots, slice), isinstance(mask, BlockMask)
-    first = slots.start if at_end and not flexible and not tokens.padded else 0
+    # Where the mask is causal and the rows are the last, the keys before them are seen by all.
+    first = slots.start if rows_are_causal(mask, tokens, slots) else 0
     order = torch.arange(first, width, device=tokens.column.device)
     query = order[None, slots.start - first : slots.stop - first] if at_end else slots
     if flexible:
@@ -100,6 +100,12 @@ def row_mask(
     if tokens.padded:
         blocked = blocked | (tokens.column < 0)[:, None, :]
     return blocked[:, None], None
+
+
+def rows_are_causal(mask: Any, tokens: Tokens, slots: torch.Tensor | slice) -> bool:
+    """Whether rows at the end see every token before them, and no more than that follows from their places."""
+    has_pattern = isinstance(mask, BlockMask) or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+    return isinstance(slots, slice) and not has_pattern and not tokens.padded
 
 
 def as_mask(allowed: torch.Tensor, like: Any) -> Any:

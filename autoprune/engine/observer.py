@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +13,7 @@ from ..errors import UnsupportedError
 from ..method import Needs, Observation
 from ..transfer import to_device
 from .layout import Layout
-from .masks import row_mask
+from .masks import row_mask, rows_are_causal
 from .tap import row_attention
 from .tokens import Tokens
 
@@ -41,7 +43,8 @@ class Observer:
         self._vision = self._by_prompt(vision)
         self._attention: torch.Tensor | None = None
         self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._text: dict[str, tuple[torch.Tensor, torch.Tensor, bool]] = {}
+        self._text: dict[str, _Rows] = {}
+        self._causal: dict[int, torch.Tensor] = {}
 
     def expect(self, needs: Needs | None) -> None:
         """Forget what was seen, and look out for what the next cut needs."""
@@ -68,20 +71,18 @@ class Observer:
         if needs.keys:
             self._projections = query, key
         if needs.rows is not None:
-            slots, text_mask = self._rows(needs.rows, tokens)
-            # A layer may live on another device than the prompt.
-            blocked, bias = (
-                part if part is None else part.to(query.device)
-                for part in row_mask(attention_mask, tokens, slots)
-            )
+            slots, text = self._rows(needs.rows, tokens)
+            mask = self._row_mask(attention_mask, tokens, slots, query.device)
             rows, heads = take(query, slots), query.shape[1] // key.shape[1]
             step = _key_heads_at_once(rows, key)
+            pairs: Any = [(rows, key)]
+            if step < key.shape[1]:
+                pairs = zip(rows.split(step * heads, 1), key.split(step, 1), strict=True)
             parts = [
-                _columns(row_attention(*part, scaling, blocked, bias, softcap), tokens)
-                for part in zip(rows.split(step * heads, 1), key.split(step, 1), strict=True)
+                _columns(row_attention(*pair, scaling, *mask, softcap), tokens) for pair in pairs
             ]
             attention = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            self._attention = attention.to(text_mask.device)
+            self._attention = attention.to(text.mask.device)
         if self.peeking:
             raise SeenEnough
 
@@ -96,7 +97,9 @@ class Observer:
         slots, mask = tokens.slots if tokens.block is None else tokens.block, tokens.slot_mask
         seen = Observation(cut, list(tokens.counts), tokens.index, mask, self._attention)
         if needs.rows is not None or needs.hidden or needs.keys:
-            text, seen.text_mask = self._rows(needs.rows or "text", tokens)
+            text, rows = self._rows(needs.rows or "text", tokens)
+            seen.text_mask = rows.mask
+            seen.unpadded = rows.all_real and min(seen.counts) == max(seen.counts)
         if (needs.rows is not None and self._attention is None) or (
             needs.keys and self._projections is None
         ):
@@ -134,18 +137,47 @@ class Observer:
             stacked[name] = padded.to(self.device)
         return stacked
 
-    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor | slice, torch.Tensor]:
-        """Where the text rows are in the present sequence, and which are real, bool [batch, rows]."""
+    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor | slice, _Rows]:
+        """Where the text rows are in the present sequence, and in the prompt."""
         if rows not in self._text:
             column, mask, are_last = self.layout.text_rows(rows)
-            column, mask = (to_device(values, self.device) for values in (column, mask))
-            self._text[rows] = column, mask, are_last
-        column, mask, are_last = self._text[rows]
-        if are_last or tokens.was_cut:
+            on_device = (to_device(values, self.device) for values in (column, mask))
+            self._text[rows] = _Rows(*on_device, are_last, bool(mask.all()))
+        text = self._text[rows]
+        if text.are_last or tokens.was_cut:
             # A cut pads on the left and drops nothing behind the last visual token.
             end = tokens.width - self.layout.drafts
-            return slice(end - mask.shape[1], end), mask
-        return column, mask
+            return slice(end - text.mask.shape[1], end), text
+        return text.column, text
+
+    def _row_mask(
+        self, mask: Any, tokens: Tokens, slots: torch.Tensor | slice, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`row_mask` on the device of the layer, which may be another than the prompt's."""
+        if rows_are_causal(mask, tokens, slots):
+            # The same at every cut: nothing behind the first of these rows is ever dropped.
+            size = slots.stop - slots.start
+            blocked = self._causal.get(size)
+            if blocked is None or blocked.device != device:
+                blocked, _ = row_mask(mask, tokens, slots)
+                blocked = self._causal[size] = blocked.to(device)
+            return blocked, None
+        blocked, bias = row_mask(mask, tokens, slots)
+        return tuple(part if part is None else part.to(device) for part in (blocked, bias))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The text rows of the prompts.
+
+    column: [batch, rows], theirs in the prompt; mask: bool [batch, rows], False for padding.
+    are_last: whether they are the prompt's last columns; all_real: whether none is padding.
+    """
+
+    column: torch.Tensor
+    mask: torch.Tensor
+    are_last: bool
+    all_real: bool
 
 
 def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
@@ -162,7 +194,7 @@ def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
 
 def _key_heads_at_once(rows: torch.Tensor, key: torch.Tensor) -> int:
     """Of queries [batch, heads, rows, size] and keys [batch, key heads, n, size]."""
-    scores = 4 * rows[..., 0].numel() * key.shape[2]
+    scores = 4 * math.prod(rows.shape[:3]) * key.shape[2]
     return max(1, key.shape[1] * SCORE_BYTES // max(scores, SCORE_BYTES))
 
 

@@ -110,6 +110,8 @@ class Tokens:
         """
         counts = list(selection.counts)
         kept = selection.kept[:, : max(counts)]
+        if self.block is not None and selection.merged is None and min(counts) == max(counts):
+            return self._after_in_block(kept, counts)
         if min(counts) < max(counts):
             mask = kept >= 0
             kept = kept.clamp(min=0)
@@ -128,7 +130,9 @@ class Tokens:
         width = max(lengths)
         padded, surplus = min(lengths) < width, keys.shape[1] - width
         source, order = keys.sort(dim=1, stable=True)
-        places = order.argsort(dim=1)
+        # Where each went: the inverse of the order.
+        count = torch.arange(keys.shape[1], device=keys.device).expand_as(order)
+        places = torch.empty_like(order).scatter_(1, order, count)
         if sources is not None:
             source = sources.gather(1, order)
         if surplus:
@@ -148,6 +152,30 @@ class Tokens:
             # What stands before it stays.
             block = slice(self.block.start, self.block.start + counts[0])
         new = Tokens(column, text, slots, index, lengths, counts, padded, block, was_cut=True)
+        return new, source
+
+    def _after_in_block(self, kept: torch.Tensor, counts: list[int]) -> tuple[Tokens, torch.Tensor]:
+        """`after`, where only places of one block are dropped, equally many in all prompts."""
+        assert self.block is not None
+        (batch, width), start, stop = self.column.shape, self.block.start, self.block.stop
+        order = torch.arange(width, device=kept.device)
+        head, tail = order[:start].expand(batch, -1), order[stop:].expand(batch, -1)
+        source = torch.cat([head, kept + start, tail], dim=1)
+        left = counts[0]
+        dropped = self.counts[0] - left
+        block = slice(start, start + left)
+        text = torch.cat([order[:start], order[block.stop : width - dropped]]).expand(batch, -1)
+        new = Tokens(
+            column=self.column.gather(1, source),
+            text=text,
+            slots=order[block].expand(batch, -1),
+            index=self.index.gather(1, kept),
+            lengths=[n - dropped for n in self.lengths],
+            counts=counts,
+            padded=False,
+            block=block,
+            was_cut=True,
+        )
         return new, source
 
     def _with_merged(self, merged: Merged, most: int, visual, index):

@@ -236,14 +236,14 @@ class AutoPrune(Method):
             )
 
     def begin(self, state: PromptState) -> None:
-        state.notes["plan"] = self._prior(state.shape.num_layers, state.prompts, state.shape.cost)
+        shape = state.shape
+        self._follow(self._prior(shape.num_layers, state.prompts, shape.cost), state)
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
-        plan = state.notes["plan"]
+        due = state.notes["due"][cut]
         if cut == 0:
-            due = (plan[:, 0] < np.asarray(state.prompts.num_visual)).any()
             return Needs(vision=True) if due else None
-        if cut == self.mi_layer + 1 or (plan[:, cut] < plan[:, cut - 1]).any():
+        if due or cut == self.mi_layer + 1:
             vision = cut == 1 and self.first_cut == "after_layer_0"
             return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
@@ -258,13 +258,19 @@ class AutoPrune(Method):
         return merge(seen, self._scores(seen), counts)
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
-        per_head = mutual_information(seen.attention, seen.text_mask, seen.mask)
+        masks = (None, None) if seen.unpadded else (seen.text_mask, seen.mask)
+        per_head = mutual_information(seen.attention, *masks)
         bits = [self._disturbed(value) for value in per_head.mean(dim=1).tolist()]
         shape, prior = state.shape, state.notes["plan"]
         plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)
         state.mutual_information = bits
-        state.notes["plan"] = plan
         state.schedule = plan.tolist()
+        self._follow(plan, state)
+
+    def _follow(self, plan: np.ndarray, state: PromptState) -> None:
+        """Take up a plan [prompts, L], and note before which layers it falls for any prompt."""
+        before = np.column_stack([state.prompts.num_visual, plan[:, :-1]])
+        state.notes["plan"], state.notes["due"] = plan, (plan < before).any(axis=0).tolist()
 
     def _disturbed(self, bits: float) -> float:
         draw = random.Random(f"{self.seed} {bits:.3f}").uniform(-1, 1)

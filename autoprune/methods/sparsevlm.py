@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -80,7 +80,7 @@ class SparseVLM(Planned):
         return super().select(seen, state)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        scores = text_attention(replace(seen, text_mask=state.notes["raters"]))
+        scores = text_attention(seen, rows=state.notes["raters"])
         return get_merger("dpc_knn" if self.recycle else None)(seen, scores, counts)
 
 
