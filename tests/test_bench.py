@@ -71,6 +71,13 @@ def test_decisions_alone_are_really_taken(subject):
     assert samples[0].mutual_information == pruned[0].mutual_information
 
 
+@pytest.mark.parametrize("name", autoprune.list_methods())
+def test_decisions_of_every_method_can_be_taken_alone(subject, name):
+    found, samples = logits(subject, DecideOnly(autoprune.create(name, 9)))
+    assert torch.equal(found, logits(subject)[0])
+    assert samples[0].tokens_per_layer == [16] * zoo.LAYERS
+
+
 def test_cuts_alone_repeat_a_schedule(subject):
     schedule = ((16, 9, 9, 4, 1, 1), (16, 16, 5, 5, 5, 2))
     samples = logits(subject, Replay(schedule))[1]
@@ -225,7 +232,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(sub
 def sample(counts, text, flops=1.0):
     return SimpleNamespace(
         tokens_per_layer=counts, num_text=text, num_visual=counts[0], mean_tokens=np.mean(counts),
-        flops=flops, flops_full=4.0, kv_bytes=1, peak_bytes=1,
+        flops=flops, flops_full=4.0, kv_bytes=1, kv_bytes_held=1, peak_bytes=1,
     )  # fmt: skip
 
 

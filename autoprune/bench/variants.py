@@ -14,7 +14,7 @@ import torch
 
 from ..budget import Budget
 from ..cost import DecoderCost
-from ..method import Method, Needs, Observation, Prompts, PromptState, Selection
+from ..method import Method, Needs, Observation, Prompts, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
 
 Kind = Literal["plain", "pruned", "overhead"]
@@ -71,6 +71,9 @@ class DecideOnly(Method):
     @property
     def budget(self) -> Budget:  # type: ignore[override]
         return self.method.budget
+
+    def tower(self) -> Tower:
+        return self.method.tower()
 
     def begin(self, state: PromptState) -> None:
         self.method.begin(state)

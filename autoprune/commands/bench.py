@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from rich.table import Table
 
 from ..budget import Budget
 from ..files import write_whole
+from ..methods import METHODS
 from .inputs import build_method, parse_budget
+from .methods import options
 from .models import DTYPES, load_model, pick_device
 from .report import print_json
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 FULL, QUICK = ("autoprune,random", 10, 32), ("autoprune", 3, 4)
 """Methods, rounds, and greedy steps after each prefill."""
+ALL_TOKENS = 10**6
+"""A budget that pays for everything, in the unit that every method takes."""
 
 HEADINGS = (
     "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "at\nbest", "TTFT\nfaster",
@@ -59,11 +64,11 @@ class Request:
 def bench(request: Request, console: Console) -> None:
     """Measure and show; what can be wrong is checked before a model is built.
 
-    With an output, the figures are in the file after every run of the model, so that an interruption
-    loses none of them.
+    What was measured is shown, whatever ends the measurement. With an output, the figures are in the file
+    after every run of the model.
 
     Raises:
-        ValueError: bad input, or a method or budget that does not fit the model.
+        ValueError: bad input, or a method or budget that does not fit the model, or its memory.
         UnsupportedError: a model that cannot be pruned.
     """
     import torch
@@ -80,22 +85,27 @@ def bench(request: Request, console: Console) -> None:
         "command": _command(request),
         **describe(subject, clock),
         "repeats": plan.repeats,
+        "interrupted": True,
         "new_tokens": plan.steps,
         "policy_seconds": policy(),
         "rows": [],
     }
-    interrupted = False
     try:
         _fill(record, subject, plan, clock, output)
     except KeyboardInterrupt:
-        interrupted = True
-    picture = None if output is None else _plot(record, output)
-    if request.as_json:
-        print_json(console, record)
-    else:
-        _show(record, [path for path in (output, picture) if path is not None], console)
-    if interrupted:
-        raise SystemExit(130)
+        _report(record, request, output, console)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        _report(record, request, output, console)
+        raise ValueError(
+            "the device's memory is used up; what was measured before is kept: give smaller --batch or "
+            f"--images, or a smaller --model ({error})"
+        ) from error
+    except Exception:
+        if record["rows"]:
+            _report(record, request, output, console)
+        raise
+    _report(record, request, output, console)
 
 
 def _fill(
@@ -110,8 +120,25 @@ def _fill(
         for measured in measure(subject, plan, clock):
             progress.advance(task)
             record["rows"] = rows(measured)
-            if output is not None:
-                write_whole(output, json.dumps(record, indent=1))
+            _write(record, output)
+    record["interrupted"] = False
+    _write(record, output)
+
+
+def _write(record: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        write_whole(output, json.dumps(record, indent=1))
+
+
+def _report(
+    record: dict[str, Any], request: Request, output: Path | None, console: Console
+) -> None:
+    """Plot and show what there is."""
+    picture = None if output is None else _plot(record, output)
+    if request.as_json:
+        print_json(console, record)
+    else:
+        _show(record, [path for path in (output, picture) if path is not None], console)
 
 
 def _plan(request: Request) -> Plan:
@@ -121,16 +148,33 @@ def _plan(request: Request) -> Plan:
     method, repeats, steps = QUICK if request.quick else FULL
     names = _listed("--method", method if request.method is None else request.method)
     budgets = [parse_budget(text) for text in _listed("--budget", request.budget)]
+    settings = _settings_of(names, request.settings)
     methods = [
-        build_method(name, budget, {}, request.settings) for name in names for budget in budgets
+        build_method(name, budget, {}, settings[name]) for name in names for budget in budgets
     ]
+    if not (math.isfinite(request.spread) and request.spread >= 0):
+        raise ValueError(
+            f"--spread expects a finite number of bits, 0 or more, got {request.spread}"
+        )
     return Plan(
         batches=[_positive("--batch", text) for text in _listed("--batch", request.batch)],
         methods=[spread_curves(method, request.spread) for method in methods],
-        keeps_all=build_method(names[0], Budget.ratio(1), {}, request.settings),
+        keeps_all=build_method(names[0], Budget.tokens(ALL_TOKENS), {}, settings[names[0]]),
         repeats=request.repeats or repeats,
         steps=request.new_tokens or steps,
     )
+
+
+def _settings_of(names: Sequence[str], settings: Sequence[str]) -> dict[str, list[str]]:
+    """Those of "name=value" that each method has; one that none has is left to all, to be refused."""
+    known = {name: options(name) if name in METHODS else {} for name in names}
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        having = [name for name in names if key in known[name]]
+        for name in having or names:
+            own[name].append(setting)
+    return own
 
 
 def _listed(option: str, text: str) -> list[str]:
@@ -223,7 +267,9 @@ def _show(record: dict[str, Any], files: Sequence[Path], console: Console) -> No
     model, machine, rows = record["model"], record["machine"], record["rows"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
     console.print(f"{model['name']}, {model['dtype']}, {model['attention']}; {where}")
-    console.print(f"medians of {record['repeats']} rounds, {machine['clock']}")
+    rounds, asked = _rounds(rows), record["repeats"]
+    stopped = f" of {asked}, stopped before the end" if record["interrupted"] else ""
+    console.print(f"medians of {rounds} rounds{stopped}, {machine['clock']}")
     console.print()
     console.print(_speeds([row for row in rows if row["kind"] != "overhead"]))
     console.print()
@@ -236,6 +282,11 @@ def _show(record: dict[str, Any], files: Sequence[Path], console: Console) -> No
     )
     for path in files:
         console.print(f"written: {path}", soft_wrap=True)
+
+
+def _rounds(rows: Sequence[dict[str, Any]]) -> int:
+    """How often every row was measured, at the least."""
+    return min((len(row["seconds"]["prefill"]["all"]) for row in rows), default=0)
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> Table:

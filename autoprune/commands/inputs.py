@@ -25,7 +25,7 @@ def parse_budget(text: str) -> Budget:
             numerator, denominator = (float(part) for part in text.split("/"))
             value = numerator / denominator
         else:
-            value = float(text.rstrip("%"))
+            value = float(text.removesuffix("%"))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"budget {text!r}: {expected}") from None
     share = "/" in text or text.endswith("%")
@@ -66,7 +66,7 @@ def build_method(
 def _typed(method: str, option: str, text: str) -> Any:
     """`text` as the type of that option's default; unknown options are left to `create`."""
     default = defaults(method).get(option) if method in METHODS else None
-    if text.lower() == "none":
+    if text.lower() == "none" and "None" in str(_annotation(method, option)):
         return None
     if method in METHODS and "tuple" in str(_annotation(method, option)):
         return _numbers(option, text)
@@ -84,6 +84,8 @@ def _typed(method: str, option: str, text: str) -> Any:
 
 
 def _annotation(method: str, option: str) -> Any:
+    if method not in METHODS:
+        return None
     fields = {field.name: field.type for field in dataclasses.fields(cast(Any, METHODS[method]))}
     return fields.get(option)
 

@@ -257,9 +257,13 @@ class Prefill:
             states = packing.unpack(states)
         merged = torch.zeros_like(tokens.column, dtype=torch.bool)
         merged = tokens.spread(tokens.index == MERGED, merged)
+        # A column more takes what has none.
         column = tokens.column.masked_fill(merged | (tokens.column < 0), length).to(states.device)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
-        return full.scatter_(1, column[..., None].expand_as(states), states)[:, :length]
+        first = torch.arange(0, len(full) * (length + 1), length + 1, device=states.device)
+        row = (column + first[:, None]).flatten()
+        full.flatten(0, 1).index_copy_(0, row, states.flatten(0, 1))
+        return full[:, :length]
 
 
 def _count(batch: int, width: int, start: int, device: torch.device) -> torch.Tensor:

@@ -29,10 +29,10 @@ from .answering import Refused, answers
 from .batches import Batch, longest_answer, prepare
 from .encoding import encoder
 from .report import check_plotting, write_report
-from .results import Row, results
+from .results import Row, check_kinds, results
 from .run_directory import RunDirectory
 from .settings import REFERENCE, Setting, with_reference
-from .tasks import Task
+from .tasks import Task, picture_digest
 from .timing import PROMPTS, prefill_milliseconds
 from .workers import check_workers, run_all, threads_of_one
 
@@ -86,12 +86,13 @@ def compare(
         One row per setting, the unpruned model first; docs/compare.md explains the columns.
 
     Raises:
-        ValueError: nothing to compare, an unknown baseline, options out of range, a folder that holds
-            another comparison, a picture that cannot be read.
+        ValueError: nothing to compare, an unknown baseline, options out of range, kinds that cannot be told
+            apart in the results, a folder that holds another comparison, a picture that cannot be read.
         UnsupportedError: the model cannot be pruned at all.
         ImportError: matplotlib is missing.
     """
     check_plotting()
+    check_kinds([task.kind for task in tasks])
     whole = with_reference(settings)
     baseline = _baseline(settings, options.baseline)
     check_workers(options.workers, model.device)
@@ -178,7 +179,9 @@ def _compared(
     new_tokens: int,
 ) -> dict[str, Any]:
     """What decides the answers; a run directory holds one of it."""
-    asked = [(task.id, task.kind, task.question, task.answers) for task in tasks]
+    asked = [
+        (task.id, task.kind, task.question, task.answers, picture_digest(task)) for task in tasks
+    ]
     return {
         "model": {
             "name": options.model_name or type(model).__name__,

@@ -175,5 +175,6 @@ def _bounds(row: Row, name: str, form: str) -> str:
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
-    return lines + [f"| {' | '.join(cells)} |" for cells in body]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *body)]
+    first, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return [first, f"|---{'|--:' * (len(head) - 1)}|", *rest]

@@ -15,6 +15,7 @@ from .statistics import Accuracies, Estimate, bootstrap
 Row = dict[str, Any]
 _TOLERANCE = 0.02
 _DECIMALS = 6
+_BOUNDS = ("", "_low", "_high")
 
 
 def results(
@@ -56,6 +57,19 @@ def results(
     # Every row has every column, whatever came first.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len)[::-1] for name in row))
     return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise ValueError if two columns of the results would share a name."""
+    taken = {f"accuracy{part}{bound}": "" for part in ("", "_micro") for bound in _BOUNDS}
+    for kind in dict.fromkeys(kinds):
+        for column in (f"accuracy_{kind}{bound}" for bound in _BOUNDS):
+            if column in taken:
+                raise ValueError(
+                    f"kind {kind!r} would share the column {column!r} of the results with "
+                    f"{repr(taken[column]) if taken[column] else 'another figure'}; give it another name"
+                )
+            taken[column] = kind
 
 
 def overspends(row: Row) -> bool:

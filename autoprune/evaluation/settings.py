@@ -56,10 +56,15 @@ def with_reference(settings: Sequence[Setting]) -> list[Setting]:
     """The unpruned model, then the settings.
 
     Raises:
-        ValueError: there are none, or two of them share a name.
+        ValueError: there are none, two of them share a name, or one has the reference's or none.
     """
     if not settings:
         raise ValueError("there is nothing to compare: give at least one method and one budget")
+    for setting in settings:
+        if not setting.label or setting.label == FULL:
+            raise ValueError(
+                f"a method is labelled {setting.label!r}; {FULL!r} is the unpruned model: give it another label"
+            )
     whole = [REFERENCE, *settings]
     seen: dict[str, Setting] = {}
     for setting in whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -13,8 +14,9 @@ from typing import Any
 from PIL import Image
 
 _ARTICLES = frozenset({"a", "an", "the"})
-# A point or comma inside a number says something; elsewhere it is punctuation.
-_PUNCTUATION = re.compile(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)|_")
+# A point or comma inside a number says something, and so do a sign and a point in front of one; elsewhere
+# it is punctuation.
+_PUNCTUATION = re.compile(r"(?<!\d)(?!(?<!\w)(?:-\.?|\.)\d)[^\w\s]|(?<=\d)[^\w\s](?!\d)|_")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,27 @@ def is_right(prediction: str, answers: Sequence[str]) -> bool:
     """Whether a prediction equals one of the answers once both are normalised.
 
     Case, punctuation (outside numbers), articles and spaces do not count: "The red ring." is "red
-    ring". There is no credit for part of an answer.
+    ring", and "-5" is not "5". An answer of nothing but punctuation has to be given as it is. There is
+    no credit for part of an answer.
     """
     given = _normalised(prediction)
     return any(given == _normalised(answer) for answer in answers)
+
+
+def picture_digest(task: Task) -> str:
+    """What tells a task's picture from others.
+
+    Raises:
+        ValueError: its file cannot be read.
+    """
+    if isinstance(task.image, Image.Image):
+        content = task.image.tobytes()
+    else:
+        try:
+            content = task.image.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read the picture {str(task.image)!r}: {error}") from error
+    return hashlib.sha256(content).hexdigest()
 
 
 def embedded_tasks(per_kind: int, kinds: Sequence[str] | None = None, seed: int = 0) -> list[Task]:
@@ -81,10 +100,13 @@ def read_tasks(
     """
     if per_kind is not None:
         _check_count(per_kind)
+    if kinds is not None and not kinds:
+        raise ValueError("there are no kinds to ask: name some, or leave them out for all")
     if not path.is_file():
         raise ValueError(f"there is no task file {str(path)!r}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Other line ends may stand inside the JSON.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no text in UTF-8: {error}") from error
     tasks = [_task(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -100,7 +122,7 @@ def read_tasks(
 def _normalised(text: str) -> str:
     words = _PUNCTUATION.sub(" ", text.casefold()).split()
     # An answer may be an article and nothing else, such as a letter that was read.
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+    return " ".join([word for word in words if word not in _ARTICLES] or words) or text.strip()
 
 
 def _check_count(per_kind: int) -> None:
@@ -117,7 +139,11 @@ def _task(path: Path, number: int, line: str) -> Task:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with image, question and answer")
     image = path.parent / _text(record, "image", where)
-    if not image.is_file():
+    try:
+        found = image.is_file()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where}, image: {str(image)[:80]!r} is no path: {error}") from error
+    if not found:
         raise ValueError(f"{where}, image: there is no file {str(image)!r}")
     answers = record.get("answer")
     if not isinstance(answers, list):

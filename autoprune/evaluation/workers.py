@@ -7,10 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from ..errors import UnsupportedError
 from .settings import Setting
 
 Work = Callable[[Setting], Iterator[int]]
@@ -27,7 +30,9 @@ def run_all(
             and the inputs, and each computes with its part of the threads.
 
     Raises:
-        RuntimeError: a worker failed; the message holds its stack trace.
+        ValueError, OSError, UnsupportedError: as the work raised it.
+        ChildProcessError: a worker was killed.
+        RuntimeError: anything else went wrong in a worker; the message holds its stack trace.
     """
     if workers == 1:
         for setting in settings:
@@ -35,16 +40,19 @@ def run_all(
                 on_progress(answered)
         return
     context = multiprocessing.get_context("fork")
-    messages: Any = context.SimpleQueue()
     next_one = context.Value("i", 0)
-    arguments = (work, settings, next_one, messages, workers)
-    processes = [
-        context.Process(target=_serve, args=arguments, daemon=True) for _ in range(workers)
-    ]
-    for process in processes:
-        process.start()
+    processes, ears = [], []
     try:
-        _listen(messages, workers, on_progress)
+        for _ in range(workers):
+            ear, mouth = context.Pipe(duplex=False)
+            arguments = (work, settings, next_one, mouth, workers)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            # Once it is the worker's alone, its end is heard.
+            mouth.close()
+            processes.append(process)
+            ears.append(ear)
+        _listen(ears, on_progress)
     finally:
         for process in processes:
             process.terminate()
@@ -71,7 +79,7 @@ def threads_of_one(workers: int) -> Iterator[None]:
 
 
 def _serve(
-    work: Work, settings: Sequence[Setting], next_one: Any, messages: Any, workers: int
+    work: Work, settings: Sequence[Setting], next_one: Any, mouth: Connection, workers: int
 ) -> None:
     """One worker: takes the next setting until there is none."""
     try:
@@ -83,21 +91,32 @@ def _serve(
                 if index >= len(settings):
                     break
                 for answered in work(settings[index]):
-                    messages.put(answered)
-        messages.put(None)
+                    mouth.send(answered)
+        mouth.send(None)
     except KeyboardInterrupt:
         # The terminal interrupts every process; the first one says so.
         pass
+    except (ValueError, OSError, UnsupportedError) as error:
+        mouth.send(error)
     except BaseException:
-        messages.put(traceback.format_exc())
+        mouth.send(RuntimeError(f"a worker failed:\n{traceback.format_exc()}"))
 
 
-def _listen(messages: Any, workers: int, on_progress: Callable[[int], None]) -> None:
-    while workers:
-        message = messages.get()
-        if message is None:
-            workers -= 1
-        elif isinstance(message, int):
-            on_progress(message)
-        else:
-            raise RuntimeError(f"a worker failed:\n{message}")
+def _listen(ears: list[Connection], on_progress: Callable[[int], None]) -> None:
+    """Until every worker has said that it is done."""
+    while ears:
+        for ear in connection.wait(ears):
+            assert isinstance(ear, Connection)
+            try:
+                message = ear.recv()
+            except EOFError:
+                raise ChildProcessError(
+                    "a worker was killed, perhaps for want of memory; what was answered is kept, and the "
+                    "same call continues: give it fewer workers or a smaller batch size"
+                ) from None
+            if message is None:
+                ears.remove(ear)
+            elif isinstance(message, BaseException):
+                raise message
+            else:
+                on_progress(message)

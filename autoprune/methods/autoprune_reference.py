@@ -65,6 +65,9 @@ class AutoPruneReference(Method):
                 "pass a number or Budget.tokens(..., counted='leaving'), or use AutoPrune"
             )
         object.__setattr__(self, "budget", budget)
+        for name in ("x0", "k0", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
 
     def check(self, shape: ModelShape) -> None:
         if shape.num_layers < 3:

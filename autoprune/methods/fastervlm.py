@@ -16,8 +16,9 @@ from ..scorers import required_vision_attention
 class FasterVLM(PreDecoder):
     """Keeps what the vision tower's CLS token attends to, cut before the decoder.
 
-    Differs from the official code: where the tower has no CLS token, the attention that a patch
-    receives from the others stands in.
+    Differs from the official code: all pictures and tiles of a prompt share one budget, and image newlines
+    are dropped first, where the code takes equally many of each and keeps the newlines; where the
+    tower has no CLS token, the attention that a patch receives from the others stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

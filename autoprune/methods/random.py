@@ -15,7 +15,8 @@ from ..planned import PreDecoder
 class Random(PreDecoder):
     """Keeps visual tokens at random, cut before the decoder.
 
-    The k-th prompt of a batch always gets the k-th draw of the seed.
+    The k-th prompt of a batch always gets the k-th draw of the seed, so that prompts of one size that come one
+    by one all keep the same places: compare in batches, or with several seeds.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
@@ -26,6 +27,11 @@ class Random(PreDecoder):
     paper: ClassVar[str] = "none: the floor that every method has to beat"
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
 
     def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)

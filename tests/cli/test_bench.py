@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from autoprune.bench import session
@@ -94,9 +95,38 @@ def test_options_of_the_method_are_passed_on(measure):
     assert "--set first_cut=pre_llm" in record["command"]
 
 
+def test_an_option_is_for_the_methods_that_have_it(measure):
+    record = measure("--budget", 30, "--set", "first_cut=pre_llm", "--json").record
+    pruned = [row for row in record["rows"] if row["kind"] == "pruned"]
+    assert [row["variant"] for row in pruned] == ["autoprune", "random"]
+    assert max(pruned[0]["tokens_per_layer"][0]) < VISUAL
+
+
+def test_the_released_code_is_measured_at_its_own_kind_of_budget(measure):
+    record = measure("--budget", 30, "--method", "autoprune_reference", "--json").record
+    whole = next(row for row in record["rows"] if row["variant"] == "budget of all tokens")
+    assert whole["mean_tokens"] == VISUAL
+
+
+def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
+    once, left = session.hold_once, iter(range(8))
+
+    def full(*words):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return once(*words)
+
+    monkeypatch.setattr(session, "hold_once", full)
+    outcome = measure("--budget", 40, "--batch", "1,2")
+    assert outcome.code == 2 and "give smaller --batch" in outcome.err
+    assert "autoprune" in outcome.out and "medians of 1 rounds of 1, stopped" in outcome.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--set", "magic=1"), "has no option 'magic'"),
+        (("--spread", "inf"), "--spread expects"),
         (("--method", "magic"), "there is no method 'magic'"),
         (("--method", ","), "--method expects one or more values"),
         (("--budget", "64,0"), "budget '0'"),

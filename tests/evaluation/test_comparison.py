@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -254,6 +256,8 @@ def test_a_model_in_training_mode_cannot_be_compared(loaded, tasks, tmp_path):
     [
         ([], BRISK, "nothing to compare"),
         ([*SETTINGS, Setting("Random", "8", None)], BRISK, "a label of its own"),
+        ([*SETTINGS, Setting("full", "8", None)], BRISK, "'full' is the unpruned model"),
+        ([*SETTINGS, Setting("", "8", None)], BRISK, "labelled ''"),
         (SETTINGS, Options(baseline="fastv"), "choose one of autoprune, random"),
         (SETTINGS, Options(workers=0), "workers must be at least 1"),
         (SETTINGS, Options(batch_size=0), "batch_size must be at least 1"),
@@ -288,6 +292,54 @@ def test_a_failing_worker_says_what_happened(loaded, tasks, tmp_path, monkeypatc
     monkeypatch.setattr(answering, "_answer", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=2))
+
+
+def test_what_a_worker_cannot_do_is_said_as_without_workers(loaded, tasks, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(answering, "_answer", fail)
+    for workers in (1, 2):
+        with pytest.raises(OSError, match="No space left") as raised:
+            compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=workers))
+        assert raised.value.errno == 28
+
+
+def test_a_killed_worker_ends_the_comparison_which_can_be_continued(
+    loaded, tasks, tmp_path, monkeypatch
+):
+    original = answering._answer
+
+    def die(model, processor, method, *rest):
+        if method.name == "random":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(model, processor, method, *rest)
+
+    options = Options(batch_size=3, workers=2, timing=False)
+    monkeypatch.setattr(answering, "_answer", die)
+    with pytest.raises(ChildProcessError, match=r"a worker was killed.*continues"):
+        compare(*loaded, SETTINGS, tasks, tmp_path, options)
+    monkeypatch.setattr(answering, "_answer", original)
+    rows = compare(*loaded, SETTINGS, tasks, tmp_path, options)
+    assert all(row["questions"] == QUESTIONS for row in rows)
+
+
+def test_another_picture_is_another_comparison(loaded, tmp_path):
+    path = tmp_path / "scene.png"
+    tiny.draw_scene(3).image.save(path)
+    tasks = [Task("1", "all", "how many rings are there?", ("1",), path)]
+    compare(*loaded, SETTINGS[1:2], tasks, tmp_path / "run", BRISK)
+    tiny.draw_scene(4).image.save(path)
+    with pytest.raises(ValueError, match="holds another comparison: tasks digest"):
+        compare(*loaded, SETTINGS[1:2], tasks, tmp_path / "run", BRISK)
+
+
+@pytest.mark.parametrize("kinds", [["low"], ["micro"], ["hard", "hard_low"]])
+def test_kinds_that_results_could_not_tell_apart(loaded, tmp_path, kinds):
+    picture = tiny.draw_scene(3).image
+    tasks = [Task(kind, kind, "how many rings are there?", ("1",), picture) for kind in kinds]
+    with pytest.raises(ValueError, match="would share the column"):
+        compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
 
 
 def test_prompts_of_a_batch_are_padded_on_the_left(loaded, tmp_path):

@@ -42,6 +42,15 @@ def write(tmp_path):
         ("A", ("a",), True),
         ("the", ("a",), False),
         ("", ("a",), False),
+        ("5", ("-5",), False),
+        ("(-5)", ("-5",), True),
+        (".5", ("5",), False),
+        ("-.5", ("-.5.",), True),
+        ("row-3", ("row 3",), True),
+        ("3-5", ("35",), False),
+        ("", ("+",), False),
+        ("-", ("+",), False),
+        ("+", ("+",), True),
     ],
 )
 def test_what_is_right(prediction, answers, right):
@@ -73,6 +82,13 @@ def test_a_file_gives_one_task_per_line(write):
     assert first.answers == ("a ring",)
     assert second.answers == ("ring", "circle")
     assert first.image == path.parent / "scene.png"
+
+
+def test_other_line_ends_may_stand_inside_a_text(write):
+    (task,) = read_tasks(
+        write(json.dumps({**GOOD, "question": "what\u2028is it?"}, ensure_ascii=False))
+    )
+    assert task.question == "what\u2028is it?"
 
 
 def test_a_file_without_kinds_is_one_kind(write):
