@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..method import Tower
 from .tome import ToMe
 
 
@@ -27,5 +28,7 @@ class Folder(ToMe):
         "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance, ICCV 2025, "
         "arxiv.org/abs/2501.02430"
     )
+
+    sees: ClassVar[Tower] = Tower(attention=True, keys=True)
 
     rounds: int = 1

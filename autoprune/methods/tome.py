@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..mergers import absorb, merge_similar
-from ..method import Needs, Observation, PromptState, Selection, Tower
+from ..mergers import absorb, join_similar, merge_similar
+from ..method import Needs, Observation, Patches, PromptState, Selection, Tower
 from ..planned import PreDecoder
-from ..scorers import real_patches, required_vision
-from ..selectors import top_k
+from ..scorers import real_patches, required_vision, required_vision_attention
+from ..selectors import ranks, top_k
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ToMe(PreDecoder):
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster, ICLR 2023, arxiv.org/abs/2210.09461"
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
-    sees: ClassVar[Tower] = Tower(attention=True, keys=True)
+    sees: ClassVar[Tower] = Tower(attention=True, keys=True, merge=True)
 
     rounds: int = 24
 
@@ -49,14 +50,41 @@ class ToMe(PreDecoder):
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
         keys = required_vision(seen, "vision_keys")
         assert seen.hidden is not None
-        real = real_patches(seen, keys)
+        real, groups = real_patches(seen, keys), seen.vision_groups
         owner = merge_similar(
-            keys.nan_to_num(), real, seen.counts, counts, self.rounds, self.worth(seen, real)
+            keys.nan_to_num(),
+            real,
+            seen.counts,
+            counts,
+            self.rounds if groups is None else 1,
+            self.worth(lambda: required_vision_attention(seen), real.float()),
+            groups,
         )
-        stands = owner == torch.arange(owner.shape[1], device=owner.device)
-        kept = top_k(stands.float(), counts, seen.mask)
+        position = torch.arange(owner.shape[1], device=owner.device)
+        first = (owner == position).float() + real.float()
+        # Where the tower left fewer groups than are kept, other tokens of a group, which are like it.
+        stays = ranks(first, seen.mask) < to_device(list(counts), owner.device)[:, None]
+        kept = top_k(first, counts, seen.mask)
+        owner = torch.where(stays, position, owner)
         return Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
 
-    def worth(self, seen: Observation, real: torch.Tensor) -> torch.Tensor | None:
-        """What is taken off the similarity with which a token joins another, [batch, V]; None: nothing."""
+    def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
+        everything = torch.ones_like(seen.sizes, dtype=torch.bool)
+        worth = self.worth(seen.attention, seen.sizes)
+        return join_similar(
+            seen.keys,
+            everything,
+            seen.sizes.new_full((len(seen.sizes),), leaving),
+            0.0 if worth is None else worth,
+        )
+
+    def worth(
+        self, attention: Callable[[], torch.Tensor], patches: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What is taken off the similarity with which a token joins another, [batch, V]; None: nothing.
+
+        Args:
+            attention: gives the attention of each token [batch, V], that of one of its patches.
+            patches: [batch, V], how many patches each token is; 0 for those that take no part.
+        """
         return None

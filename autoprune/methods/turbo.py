@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..method import Observation
-from ..scorers import required_vision_attention
 from .tome import ToMe
 
 
@@ -43,7 +42,8 @@ class Turbo(ToMe):
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha must be a finite number, 0 or more, got {self.alpha!r}")
 
-    def worth(self, seen: Observation, real: torch.Tensor) -> torch.Tensor:
-        attention = required_vision_attention(seen).masked_fill(~real, 0.0)
-        mean = attention.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-        return self.alpha * attention / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    def worth(self, attention: Callable[[], torch.Tensor], patches: torch.Tensor) -> torch.Tensor:
+        share = attention()
+        total = (share * patches).sum(dim=1, keepdim=True)
+        mean = total / patches.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.alpha * share / mean.clamp(min=torch.finfo(mean.dtype).tiny)
