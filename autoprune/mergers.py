@@ -164,16 +164,19 @@ def merge_similar(
     left, done = list(present), 0
     while any(n > count for n, count in zip(left, counts, strict=True)):
         # The same arithmetic on the host says when every prompt is done, without waiting for the device.
-        share = max(rounds - done, 1)
+        share, widest = max(rounds - done, 1), max(left)
         left = [n - leaving_in_round(n, c, share) for n, c in zip(left, counts, strict=True)]
         alive = owner == position
         number = alive.sum(dim=1)
         leaving = torch.minimum(-((goal - number) // share), number // 2)
+        order = alive.sort(dim=1, descending=True, stable=True).indices[:, :widest]
         means = total / size.clamp(min=1)[..., None]
+        means = means.gather(1, order[..., None].expand(-1, -1, means.shape[2]))
         if worth is None:
-            into = join_similar(means, alive, leaving)
+            joins = join_similar(means, leaving, number=number)
         else:
-            into = join_similar(means[..., :-1], alive, leaving, means[..., -1])
+            joins = join_similar(means[..., :-1], leaving, means[..., -1], number)
+        into = position.scatter(1, order, order.gather(1, joins))
         owner = torch.where(owner < 0, owner, into.gather(1, owner.clamp(min=0)))
         total, size = _add_up(total, size, into)
         done += 1
@@ -197,23 +200,28 @@ def _add_up(
 
 def join_similar(
     features: torch.Tensor,
-    alive: torch.Tensor,
     leaving: torch.Tensor,
-    worth: torch.Tensor | float = 0.0,
+    worth: torch.Tensor | None = None,
+    number: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One round of `merge_similar`.
+    """One round of `merge_similar`, with one token for each group; there are two or more.
 
     Args:
-        features, worth: as there, of each group.
-        alive: bool [batch, V], the tokens that stand for a group.
-        leaving: LongTensor [batch] or [], how many of them join another; at most half.
+        features, worth: as there.
+        leaving: LongTensor [batch], how many tokens join another; at most half.
+        number: LongTensor [batch], so many tokens take part, and others stand behind; None for all.
 
     Returns:
         LongTensor [batch, V]: the position of the token that each one joins, its own if it stays.
     """
-    odd = (alive.cumsum(dim=1) - 1) % 2 == 1
-    similarity = cosine(features, features).masked_fill(~(alive & odd)[:, None], float("-inf"))
+    position = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
+    real = position >= 0 if number is None else position < number[:, None]
+    similarity = cosine(features[:, ::2], features[:, 1::2])
+    if number is not None:
+        similarity = similarity.masked_fill(~real[:, None, 1::2], float("-inf"))
     best, partner = similarity.max(dim=2)
-    joins = ranks(best - worth, alive & ~odd) < leaving.view(-1, 1)
-    position = torch.arange(alive.shape[1], device=alive.device)
-    return torch.where(joins, partner, position)
+    if worth is not None:
+        best = best - worth[:, ::2]
+    joins = ranks(best, real[:, ::2]) < leaving[:, None]
+    position[:, ::2] = torch.where(joins, 2 * partner + 1, position[:, ::2])
+    return position

@@ -87,15 +87,15 @@ class Merged:
         return (total / self.sizes[..., None]).to(hidden)
 
     def _attention(self, query, key, scaling) -> torch.Tensor:
-        """A patch's attention as before the decoder, which is the same for all patches of a token."""
-        query, key = self.spread(query), self.spread(key)
-        if self.first:
+        """Attention of a patch of each token [pictures, tokens], the CLS token aside."""
+        first, key = self.first, self.spread(key)
+        if first:
             attention = cls_attention(query, key, scaling)
         else:
-            attention = received_attention(query, key, scaling)
-        owner, first = self.owner.to(attention.device)[:, self.first :], self.first
+            attention = received_attention(self.spread(query), key, scaling)
+        # The same for all patches of a token.
         tokens = attention.new_zeros(len(attention), self.sizes.shape[1] - first)
-        return tokens.scatter(1, owner - first, attention)
+        return tokens.scatter(1, self.owner.to(attention.device)[:, first:] - first, attention)
 
 
 class TowerMerging:

@@ -69,14 +69,8 @@ class ToMe(PreDecoder):
         return Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
 
     def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
-        everything = torch.ones_like(seen.sizes, dtype=torch.bool)
-        worth = self.worth(seen.attention, seen.sizes)
-        return join_similar(
-            seen.keys,
-            everything,
-            seen.sizes.new_full((len(seen.sizes),), leaving),
-            0.0 if worth is None else worth,
-        )
+        number = torch.full((len(seen.sizes),), leaving, device=seen.sizes.device)
+        return join_similar(seen.keys, number, self.worth(seen.attention, seen.sizes))
 
     def worth(
         self, attention: Callable[[], torch.Tensor], patches: torch.Tensor
