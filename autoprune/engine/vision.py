@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .locate import tower_attentions, tower_blocks
 from .vision_maps import FAMILIES, setting, token_places, tower_depth
 from .vision_merging import Rule, TowerMerging
 from .vision_patches import cls_attention, padded_patches, received_attention
@@ -80,18 +81,16 @@ class VisionTap:
     def __init__(self, base: nn.Module, vision: nn.Module, wanted: Tower, rule: Rule):
         self.base, self.vision, self.wanted = base, vision, wanted
         self.family = FAMILIES.get(base.config.model_type)
-        blocks = self._blocks()
-        attentions = [_attention_of(block) for block in blocks]
-        self.attention, self.middle = self._watched(attentions)
         self.has_cls = any(
             getattr(module, name, None) is not None
             for module in vision.modules()
             for name in ("class_embedding", "cls_token")
         )
-        layers = getattr(base.config, "vision_feature_layer", -1)
-        if not (wanted.merge and self.family and self.family.merges and isinstance(layers, int)):
-            blocks, attentions = [], []
-        self.merging = TowerMerging(rule, blocks, attentions, self.has_cls)
+        blocks = self._blocks()
+        self.attention, self.middle = self._watched(tower_attentions(blocks))
+        layer = getattr(base.config, "vision_feature_layer", -1)
+        merges = wanted.merge and self.family and self.family.merges and isinstance(layer, int)
+        self.merging = TowerMerging(rule, blocks if merges else [], self.has_cls)
         self._covered: dict[str, Any] = {}
         self._local = threading.local()
 
@@ -239,7 +238,7 @@ class VisionTap:
             arguments |= arguments.pop("kwargs", {})
             call = self._local.call = _Call(arguments)
             try:
-                with self.merging.running(self._as_configured(arguments)):
+                with self.merging.running(_is_as_configured(self.base, arguments)):
                     features = original(*args, **kwargs)
             finally:
                 self._local.call = None
@@ -280,19 +279,12 @@ class VisionTap:
         size = size if isinstance(size, int) else size[0]
         return padded_patches(call.arguments.get("pixel_values"), shape, size)
 
-    def _as_configured(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether this call takes its features from the block that the configuration names."""
-        name = "vision_feature_layer"
-        return setting(self.base, arguments, name) == getattr(self.base.config, name, None)
-
     def _blocks(self) -> list[nn.Module]:
         """The tower's blocks, up to the one that is scored; none if they are not known."""
-        depth = tower_depth(self.base.config)
-        if self.family is None or depth is None:
+        if self.family is None:
             return []
-        modules = self.vision.modules()
-        blocks = next((m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth), ())
-        return list(blocks)[: self.family.block(self.base.config) + 1]
+        blocks = tower_blocks(self.vision, tower_depth(self.base.config))
+        return blocks[: self.family.block(self.base.config) + 1]
 
     def _watched(
         self, attentions: Sequence[nn.Module | None]
@@ -307,5 +299,7 @@ class VisionTap:
         return attentions[-1], attentions[min(max(middle, 0), len(attentions) - 1)]
 
 
-def _attention_of(block: nn.Module) -> nn.Module | None:
-    return next((module for module in block.modules() if hasattr(module, "is_causal")), None)
+def _is_as_configured(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call takes its features from the block that the configuration names."""
+    name = "vision_feature_layer"
+    return setting(base, arguments, name) == getattr(base.config, name, None)

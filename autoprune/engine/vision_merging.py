@@ -13,6 +13,7 @@ from torch import nn
 
 from ..mergers import leaving_in_round
 from ..method import Patches
+from .locate import tower_attentions
 from .vision_patches import cls_attention, received_attention
 
 # As `Method.merge`.
@@ -114,19 +115,12 @@ class TowerMerging:
     Args:
         rule: the method's `merge`.
         blocks: the tower's, up to the one whose output the decoder receives; none for no merging.
-        attentions: the attention module of each.
         has_cls: whether a CLS token comes first.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        blocks: Sequence[nn.Module],
-        attentions: Sequence[nn.Module],
-        has_cls: bool,
-    ):
-        self.rule, self.blocks, self.attentions = rule, blocks, attentions
-        self.has_cls = has_cls
+    def __init__(self, rule: Rule, blocks: Sequence[nn.Module], has_cls: bool):
+        self.rule, self.blocks, self.has_cls = rule, blocks, has_cls
+        self.attentions = tower_attentions(blocks)
         self._handles: list[Any] = []
         self._local = threading.local()
 

@@ -1,4 +1,4 @@
-"""ToMe: similar visual tokens are merged, before the decoder."""
+"""ToMe: similar visual tokens are merged, in the vision tower and before the decoder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,29 @@ from ..transfer import to_device
 
 @dataclass(frozen=True)
 class ToMe(PreDecoder):
-    """Merges visual tokens whose keys in the vision tower are similar, before the decoder.
+    """Merges visual tokens whose keys are similar, a few in each block of the vision tower.
 
     In each round every other token finds its most similar counterpart among the rest, and the most
     similar pairs are merged into their mean, weighted by how many tokens each already stands for (bipartite
-    soft matching).
-    Differs from the official code: the rounds follow each other at the tower's end, on the keys of the
-    block whose output the decoder receives, instead of one in each block, so the tower itself is not
-    sped up and there is no proportional attention; keys are means over heads and over the patches of a
-    token, and of a merged token's parts; tokens of different pictures of a prompt may be merged; a merged
-    token keeps the position of the one that the others joined; image newlines are dropped first.
+    soft matching). Each block up to the one whose output the decoder receives is a round, and what is to
+    go is spread evenly over them. The next block sees the tokens that are left, and log(size) is added to
+    its scores (proportional attention). The last round is the cut before the decoder.
+    Differs from the official code: tokens are merged behind a block, not between its attention and its
+    MLP; attention is not proportional with flash or flex attention; in the tower all pictures of a batch
+    are left with the largest share that one of its prompts keeps, so that a prompt may get other tokens in
+    a batch than alone; in the last round tokens of different pictures of a prompt may be merged, after
+    the projector; keys are means over heads and, there, of a merged token's parts; a merged token keeps the
+    position of the one that the others joined, or of its first patch if it was made in the tower; image
+    newlines are dropped first.
+    This holds for LLaVA, LLaVA-NeXT and PaliGemma, with CLIP and SigLIP towers. Elsewhere, if features of
+    several blocks are joined or vision scores are given, and for features computed ahead of the prompt
+    (`encode`), the tower is not sped up: all rounds follow each other at its end, on the keys of the
+    block whose output the decoder receives, which are means over the patches of a token.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
-        rounds: over how many rounds the merges are spread evenly, one for each block of ViT-L; more
-            follow where a round cannot take its share.
+        rounds: for merging at the tower's end only, over how many rounds the merges are spread evenly, one
+            for each block of ViT-L; more follow where a round cannot take its share.
     """
 
     name: ClassVar[str] = "tome"
