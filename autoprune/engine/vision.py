@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .locate import tower_attentions, tower_blocks
-from .vision_maps import FAMILIES, setting, token_places, tower_depth
+from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
 from .vision_merging import Rule, TowerMerging
 from .vision_patches import cls_attention, padded_patches, received_attention
 from .vision_view import VisionView, in_prompt_order
@@ -238,7 +238,7 @@ class VisionTap:
             arguments |= arguments.pop("kwargs", {})
             call = self._local.call = _Call(arguments)
             try:
-                with self.merging.running(_is_as_configured(self.base, arguments)):
+                with self.merging.running(as_configured(self.base, arguments)):
                     features = original(*args, **kwargs)
             finally:
                 self._local.call = None
@@ -297,9 +297,3 @@ class VisionTap:
         # 29 / 45 * 45 is a hair more than 29.
         middle = math.ceil(round(self.wanted.middle * tower_depth(self.base.config), 6)) - 1
         return attentions[-1], attentions[min(max(middle, 0), len(attentions) - 1)]
-
-
-def _is_as_configured(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call takes its features from the block that the configuration names."""
-    name = "vision_feature_layer"
-    return setting(base, arguments, name) == getattr(base.config, name, None)

@@ -68,6 +68,12 @@ def setting(base: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
     return getattr(base.config, name, None) if given is None else given
 
 
+def as_configured(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call takes its features from the block that the configuration names."""
+    name = "vision_feature_layer"
+    return setting(base, arguments, name) == getattr(base.config, name, None)
+
+
 def token_places(
     to_tokens: Map, base: nn.Module, shape: Sequence[int], arguments: Mapping[str, Any]
 ) -> torch.Tensor | None:

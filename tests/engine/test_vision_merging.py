@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from autoprune.methods.folder import Folder
 from autoprune.methods.tome import ToMe
 from autoprune.methods.turbo import Turbo
 from tests import oracle, zoo
+from tests.kernels import flash_attention
 from tests.spy import Spy
 
 BLOCKS = 6
@@ -97,7 +98,7 @@ def shares(method, model, arguments):
 # The slow version: a picture is a list of groups of patches, each with its state.
 
 
-def slow_block(block, groups, states):
+def slow_block(block, groups, states, proportional):
     """Output, key of each token (mean over heads), and the CLS token's attention to a patch of each."""
     sizes = torch.tensor([float(len(group)) for group in groups])
     normed = block.layer_norm1(states)
@@ -109,7 +110,7 @@ def slow_block(block, groups, states):
             projection(normed)[:, rows]
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        weight = sizes * (query @ key.T / math.sqrt(size)).exp()
+        weight = (query @ key.T / math.sqrt(size)).exp() * (sizes if proportional else 1)
         weight = weight / weight.sum(dim=1, keepdim=True)
         heads.append(weight @ value)
         keys.append(key)
@@ -144,44 +145,49 @@ def slow_merge(groups, states, keys, attention, leaving, alpha):
     return [groups[t] for t in stay], torch.stack([sums[t] / len(groups[t]) for t in stay])
 
 
-def slow_tower(model, pixels, keep, alpha):
+def slow_tower(model, pixels, keep, alpha, proportional):
     """Groups of patches and what the decoder receives for each patch, of one picture."""
     tower = tower_of(model)
     states = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
     groups = [[patch] for patch in range(-1, len(states) - 1)]
     *early, selected = blocks_of(model)[:-1]
     for number, block in enumerate(early):
-        states, keys, attention = slow_block(block, groups, states)
+        states, keys, attention = slow_block(block, groups, states, proportional)
         present, rounds = len(groups) - 1, len(early) + 1 - number
         leaving = min(math.ceil((present - keep) / rounds), present // 2)
         groups, states = slow_merge(groups, states, keys, attention, leaving, alpha)
-    states, _, _ = slow_block(selected, groups, states)
+    states, _, _ = slow_block(selected, groups, states, proportional)
     received = torch.empty(sum(map(len, groups)) - 1, states.shape[1])
     for group, state in zip(groups[1:], states[1:], strict=True):
         received[group] = state
     return [sorted(group) for group in groups[1:]], received
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash"])
 @pytest.mark.parametrize("has_run", [False, True], ids=["new", "has run"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.no_grad()
 def test_the_tower_merges_as_one_pair_at_a_time_does(method, has_run, attention):
-    model = build(attention=attention)
+    if attention == "flash" and isinstance(method, Turbo):
+        pytest.skip("the attention that Turbo sees is proportional")
+    model = build(attention="sdpa" if attention == "flash" else attention)
     arguments = zoo.inputs("llava", model, "padded3")
     if has_run:
         model(**arguments)  # installs transformers' own hooks in front of ours
     spy, received = Shown(method), []
     projector = model.base_model.multi_modal_projector
     handle = projector.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    run(model, spy, arguments)
+    with flash_attention(model) if attention == "flash" else nullcontext():
+        run(model, spy, arguments)
     handle.remove()
     patches = received[0].shape[1]
     keep = max(
         math.ceil(patches * kept / total) for kept, total in shares(method, model, arguments)
     )
-    alpha = getattr(method, "alpha", 0.0)
-    slow = [slow_tower(model, pixels, keep, alpha) for pixels in arguments["pixel_values"]]
+    alpha, proportional = getattr(method, "alpha", 0.0), attention != "flash"
+    slow = [
+        slow_tower(model, pixels, keep, alpha, proportional) for pixels in arguments["pixel_values"]
+    ]
     for (_, expected), actual in zip(slow, received[0], strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     (seen,) = spy.seen
@@ -304,6 +310,21 @@ def test_features_for_no_prompt_in_particular_are_whole():
             model(**arguments)
             assert torch.equal(model.model.get_image_features(pixels).pooler_output[0], plain)
     assert counts[:6] == counts[12:] == [17] * 6
+
+
+def test_a_cls_token_among_the_visual_tokens_is_a_group_of_its_own():
+    model = build(vision_feature_select_strategy="full")
+    arguments = zoo.inputs("llava", model)
+    del arguments["attention_mask"]
+    arguments["input_ids"] = torch.tensor([[zoo.BOS, *[zoo.IMAGE] * 17, 5, 6]])
+    spy = Shown(ToMe(4))
+    with entering(model) as counts:
+        (sample,) = run(model, spy, arguments)
+    assert counts == [17, 14, 11, 9, 7, 17]
+    assert sample.tokens_per_layer == [4] * zoo.LAYERS
+    (numbers,) = spy.seen[0].vision_groups
+    assert len(numbers.unique()) == 7
+    assert (numbers == numbers[0]).sum() == 1
 
 
 def everything_in(model):
