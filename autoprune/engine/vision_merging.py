@@ -179,7 +179,7 @@ class TowerMerging:
         patches = args[0].shape[1] - self.has_cls
         keep = max(-(-patches * kept // total) for kept, total in prompts)
         # The last round is the cut before the decoder.
-        leaving = _spread(patches, keep, len(self.blocks))[:-1]
+        leaving = _evenly(patches, keep, len(self.blocks))[:-1]
         if any(leaving):
             self._local.merged = Merged(args[0], leaving, self.has_cls)
 
@@ -218,7 +218,7 @@ def unwatch_encoding(model: nn.Module) -> None:
     model.__dict__.pop(ENCODES, None)
 
 
-def _spread(patches: int, keep: int, rounds: int) -> list[int]:
+def _evenly(patches: int, keep: int, rounds: int) -> list[int]:
     """How many patches leave in each round."""
     leaving: list[int] = []
     for done in range(rounds):

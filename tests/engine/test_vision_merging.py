@@ -309,7 +309,8 @@ def test_features_for_no_prompt_in_particular_are_whole():
             assert torch.equal(model.model.get_image_features(pixels).pooler_output[0], plain)
             model(**arguments)
             assert torch.equal(model.model.get_image_features(pixels).pooler_output[0], plain)
-    assert counts[:6] == counts[12:] == [17] * 6
+            tower_of(model)(pixels)
+    assert counts[:6] == counts[12:18] == counts[18:] == [17] * 6
 
 
 def test_a_cls_token_among_the_visual_tokens_is_a_group_of_its_own():
@@ -363,6 +364,7 @@ def test_an_exception_in_the_tower_leaves_nothing_for_the_next_prompt():
             model(**arguments)
         handle.remove()
         with entering(model) as counts:
+            tower_of(model)(arguments["pixel_values"])
             model.model.get_image_features(arguments["pixel_values"])
         assert set(counts) == {17}
         assert torch.equal(model(**arguments).logits, expected)
