@@ -128,6 +128,7 @@ def merge_similar(
     counts: Sequence[int],
     rounds: int,
     worth: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bipartite soft matching, in rounds: the tokens of a pool become groups of similar ones.
 
@@ -143,6 +144,7 @@ def merge_similar(
         counts: groups of each prompt; a smaller pool is left as it is.
         rounds: 1 or more; 1 takes half of what is left each time.
         worth: [batch, V], taken off the similarity with which a token joins another.
+        groups: [batch, V], numbers of groups to begin with; without, every token is one.
 
     Returns:
         LongTensor [batch, V]: for each token of the pool the position of the one that stands for its
@@ -155,33 +157,72 @@ def merge_similar(
     if worth is not None:
         total = torch.cat([total, worth[..., None]], dim=2)
     total, size = total * pool[..., None], pool.float()
+    if groups is not None:
+        same = (groups[:, :, None] == groups[:, None]) & pool[:, None]
+        # The first of a group stands for it.
+        owner = torch.where(pool, same.to(torch.uint8).argmax(dim=2), -1)
+        total, size = _add_up(total, size, torch.where(pool, owner, position))
     left, done = list(present), 0
     while any(n > count for n, count in zip(left, counts, strict=True)):
         # The same arithmetic on the host says when every prompt is done, without waiting for the device.
-        share = max(rounds - done, 1)
-        left = [
-            n - max(min(-((c - n) // share), n // 2), 0) for n, c in zip(left, counts, strict=True)
-        ]
+        share, widest = max(rounds - done, 1), max(left)
+        left = [n - leaving_in_round(n, c, share) for n, c in zip(left, counts, strict=True)]
         alive = owner == position
         number = alive.sum(dim=1)
         leaving = torch.minimum(-((goal - number) // share), number // 2)
-        into = _joining(total / size.clamp(min=1)[..., None], alive, leaving, worth is not None)
+        order = alive.sort(dim=1, descending=True, stable=True).indices[:, :widest]
+        means = total / size.clamp(min=1)[..., None]
+        means = means.gather(1, order[..., None].expand(-1, -1, means.shape[2]))
+        if worth is None:
+            joins = join_similar(means, leaving, number=number)
+        else:
+            joins = join_similar(means[..., :-1], leaving, means[..., -1], number)
+        into = position.scatter(1, order, order.gather(1, joins))
         owner = torch.where(owner < 0, owner, into.gather(1, owner.clamp(min=0)))
-        total = torch.zeros_like(total).scatter_add(1, into[..., None].expand_as(total), total)
-        size = torch.zeros_like(size).scatter_add(1, into, size)
+        total, size = _add_up(total, size, into)
         done += 1
     return owner
 
 
-def _joining(
-    features: torch.Tensor, alive: torch.Tensor, leaving: torch.Tensor, has_worth: bool
+def leaving_in_round(present: int, goal: int, rounds: int) -> int:
+    """Tokens that leave now if all above `goal` leave evenly over so many rounds, at most half in each."""
+    return max(min(-((goal - present) // rounds), present // 2), 0)
+
+
+def _add_up(
+    total: torch.Tensor, size: torch.Tensor, into: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [batch, V, size] and sizes [batch, V] of tokens, after each went to `into` [batch, V]."""
+    return (
+        torch.zeros_like(total).scatter_add(1, into[..., None].expand_as(total), total),
+        torch.zeros_like(size).scatter_add(1, into, size),
+    )
+
+
+def join_similar(
+    features: torch.Tensor,
+    leaving: torch.Tensor,
+    worth: torch.Tensor | None = None,
+    number: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One round of `merge_similar`: where each token goes, LongTensor [batch, V], itself if it stays."""
-    odd = (alive.cumsum(dim=1) - 1) % 2 == 1
-    worth = features[..., -1] if has_worth else 0.0
-    features = features[..., :-1] if has_worth else features
-    similarity = cosine(features, features).masked_fill(~(alive & odd)[:, None], float("-inf"))
+    """One round of `merge_similar`, with one token for each group; there are two or more.
+
+    Args:
+        features, worth: as there.
+        leaving: LongTensor [batch], how many tokens join another; at most half.
+        number: LongTensor [batch], so many tokens take part, and others stand behind; None for all.
+
+    Returns:
+        LongTensor [batch, V]: the position of the token that each one joins, its own if it stays.
+    """
+    position = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
+    real = position >= 0 if number is None else position < number[:, None]
+    similarity = cosine(features[:, ::2], features[:, 1::2])
+    if number is not None:
+        similarity = similarity.masked_fill(~real[:, None, 1::2], float("-inf"))
     best, partner = similarity.max(dim=2)
-    joins = ranks(best - worth, alive & ~odd) < leaving[:, None]
-    position = torch.arange(alive.shape[1], device=alive.device)
-    return torch.where(joins, partner, position)
+    if worth is not None:
+        best = best - worth[:, ::2]
+    joins = ranks(best, real[:, ::2]) < leaving[:, None]
+    position[:, ::2] = torch.where(joins, 2 * partner + 1, position[:, ::2])
+    return position

@@ -54,12 +54,31 @@ class Tower:
     middle: the attention that a patch receives in another block, too: the one at this share of the
         tower's depth, in (0, 1].
     places: where each token lies in its picture.
+    merge: let `Method.merge` merge patches behind each block, so that the tower gets faster too. Done
+        where a visual token is one patch and it is known what the prompts keep when the tower runs;
+        elsewhere the first cut finds all tokens single.
     """
 
     attention: bool = False
     keys: bool = False
     middle: float | None = None
     places: bool = False
+    merge: bool = False
+
+
+@dataclass
+class Patches:
+    """What a block of the vision tower shows of its P tokens, each of them one or more merged patches.
+
+    keys: float32 [pictures, P, head dim], mean over heads.
+    sizes: float32 [pictures, P], patches that each stands for.
+    attention: gives float32 [pictures, P], the attention that each of a token's patches gets from the
+        CLS token or, where there is none, from the patches.
+    """
+
+    keys: torch.Tensor
+    sizes: torch.Tensor
+    attention: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,8 @@ class Observation:
     vision_middle: float32 [batch, V], attention received in the tower's middle block; NaN likewise.
     places: float32 [batch, V, 3], which picture of the batch (or frame, or tile) a token belongs to, and
         its row and column there in tokens; NaN likewise.
+    vision_groups: float32 [batch, V], a number for what a token's patch was merged into in the tower:
+        tokens of the same number have the same hidden state. NaN likewise; None if nothing was.
     hidden, text_hidden: give the hidden states of the visual tokens [batch, V, hidden size] and of the
         text tokens [batch, text, hidden size].
     keys, text_keys: give rotated keys [batch, key heads, V or text, head dim].
@@ -121,6 +142,7 @@ class Observation:
     vision_keys: torch.Tensor | None = None
     vision_middle: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    vision_groups: torch.Tensor | None = None
     hidden: Callable[[], torch.Tensor] | None = None
     text_hidden: Callable[[], torch.Tensor] | None = None
     keys: Callable[[], torch.Tensor] | None = None
@@ -191,6 +213,17 @@ class Method(abc.ABC):
     def tower(self) -> Tower:
         """What must be seen of the vision tower; asked once per model."""
         return Tower(attention=True)
+
+    def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
+        """What becomes of the vision tower's tokens behind one of its blocks; for `Tower(merge=True)`.
+
+        Args:
+            leaving: how many tokens of each picture are to be merged into others.
+
+        Returns:
+            LongTensor [pictures, P], the position of the token that each one joins; its own if it stays.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not merge in the vision tower")
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional for a method
         """Raise ValueError if this method cannot run on such a model."""

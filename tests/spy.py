@@ -35,6 +35,12 @@ class Spy(Method):
     def tower(self):
         return self.method.tower()
 
+    def merge(self, seen, leaving):
+        return self.method.merge(seen, leaving)
+
+    def capacity(self, *size, **options):
+        return self.method.capacity(*size, **options)
+
     def check(self, shape):
         self.method.check(shape)
 

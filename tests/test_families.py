@@ -49,7 +49,7 @@ def test_a_row_says_how_the_engine_scores_patches(family):
     assert (known is not None) == (family.vision is not None)
     assert (getattr(known, "video", None) is not None) == (family.video and known is not None)
     located = locate(model_of(family.name, family.backends[0]))
-    tap = VisionTap(located.base, located.vision, Tower(attention=True))
+    tap = VisionTap(located.base, located.vision, Tower(attention=True), rule=None)
     assert tap.available == (family.vision is not None)
     if tap.available:
         assert tap.has_cls == (family.vision == "cls")

@@ -32,6 +32,7 @@ from .refusals import (
 )
 from .static_cache import PrunedStaticCache
 from .vision import VisionTap
+from .vision_merging import unwatch_encoding, watch_encoding
 from .vision_view import VisionView
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class Attachment:
         self.located = locate(model)
         wanted = method.tower()
         if vision_scores is not None:
-            wanted = replace(wanted, attention=False)
-        self.vision = VisionTap(self.located.base, self.located.vision, wanted)
+            wanted = replace(wanted, attention=False, merge=False)
+        self.vision = VisionTap(self.located.base, self.located.vision, wanted, method.merge)
         self.visual_mask = None if visual_mask is None else torch.atleast_2d(visual_mask)
         self.vision_scores = vision_scores
         self.trace = Trace()
@@ -111,10 +112,12 @@ class Attachment:
                 )
             self.vision.install()
             watch_generate(self.located.outer)
+            if self.vision.merging.blocks:
+                watch_encoding(located.outer, lambda *prompt: self._expect(*on_host(*prompt)))
             self._tagged = dict.fromkeys(located.attentions, self._attend)
             self._implementations = {located.implementation}
             for attention in self.vision.tapped:
-                self._tagged[attention] = tap.watching(self.vision.observe)
+                self._tagged[attention] = self.vision.attend
                 self._implementations.add(attention.config._attn_implementation)
             tap.tag(self._tagged, self._implementations)
         except BaseException:
@@ -132,6 +135,7 @@ class Attachment:
         self._handles = []
         self.vision.remove()
         unwatch_generate(self.located.outer)
+        unwatch_encoding(self.located.outer)
         if hasattr(self, "_tagged"):
             tap.untag(self._tagged, self._implementations)
             del self._tagged
@@ -205,8 +209,11 @@ class Attachment:
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
         later = PrunedCache.of(kwargs.get("past_key_values")) is not None
         is_prompt = ids is not None and ids.shape[1] > 1 and not later
+        host = on_host(ids, mask) if is_prompt else (ids, mask)
+        if is_prompt:
+            self._expect(*host, getattr(self._local, "drafts", 0))
         self._local.prompt = {
-            "host": on_host(ids, mask) if is_prompt else (ids, mask),
+            "host": host,
             "attention_mask": mask,
             "has_images": any(
                 value is not None
@@ -214,6 +221,19 @@ class Attachment:
                 for name, value in kwargs.items()
             ),
         }
+
+    def _expect(self, ids: torch.Tensor, mask: Any, drafts: int = 0) -> None:
+        """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
+        if not self.vision.merging.blocks:
+            return
+        layout = read_layout(
+            ids, mask, ids.shape, self.located.visual_ids, self.visual_mask, drafts
+        )
+        prompts = set(zip(layout.num_visual, layout.num_text, strict=True))
+        depth, cost = self.shape.num_layers, self.shape.cost
+        self.vision.merging.expect(
+            [(self.method.capacity(depth, *p, cost=cost)[0], p[0]) for p in prompts if p[0]]
+        )
 
     def _before_text(
         self, module: nn.Module, args: tuple, kwargs: dict
@@ -253,7 +273,9 @@ class Attachment:
     ) -> Prefill | None:
         drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         ids, mask = prompt["host"]
-        layout = read_layout(ids, mask, embeds, self.located.visual_ids, self.visual_mask, drafts)
+        layout = read_layout(
+            ids, mask, embeds.shape, self.located.visual_ids, self.visual_mask, drafts
+        )
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ class Layout:
 def read_layout(
     ids: torch.Tensor | None,
     mask: Any,
-    embeds: torch.Tensor,
+    shape: Sequence[int],
     visual_ids: tuple[int, ...],
     visual_mask: torch.Tensor | None = None,
     drafts: int = 0,
@@ -81,7 +82,7 @@ def read_layout(
 
     Args:
         ids, mask: the `input_ids` and `attention_mask` that the model was called with, best `on_host`.
-        embeds: [batch, S, hidden size].
+        shape: batch, S, and what may follow.
         visual_ids: token ids that stand for pictures and videos.
         visual_mask: bool [prompts, S], given by the user instead of ids; generation may have
             repeated the prompts since.
@@ -91,7 +92,7 @@ def read_layout(
         UnsupportedError: there are neither ids nor a visual mask.
         ValueError: the visual mask does not fit the prompt.
     """
-    batch, length = embeds.shape[:2]
+    batch, length = shape[:2]
     if visual_mask is not None:
         if visual_mask.shape[1] != length or batch % visual_mask.shape[0]:
             raise ValueError(

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Observer = Callable[..., None]
 # Called as handler(attend, module, query, key, value, attention_mask, *args, **kwargs), where `attend`
 # is the original function of (module, query, ...), whose result it returns.
 Handler = Callable[..., Any]
@@ -24,16 +23,6 @@ _lock = threading.Lock()
 _handlers: dict[nn.Module, Handler] = {}
 _users: dict[str, int] = {}
 _covered: dict[str, Any] = {}
-
-
-def watching(observer: Observer) -> Handler:
-    """Show `observer(module, query, key, attention_mask, **kwargs)` an attention that stays as it is."""
-
-    def handler(attend, module, query, key, value, attention_mask, *args, **kwargs):
-        observer(module, query, key, attention_mask, **kwargs)
-        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-    return handler
 
 
 def tag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:

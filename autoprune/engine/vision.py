@@ -20,7 +20,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .vision_maps import FAMILIES, setting, token_places, tower_depth
+from .locate import tower_attentions, tower_blocks
+from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
+from .vision_merging import Rule, TowerMerging
 from .vision_patches import cls_attention, padded_patches, received_attention
 from .vision_view import VisionView, in_prompt_order
 
@@ -73,17 +75,22 @@ class VisionTap:
         base: the model without its language head.
         vision: its vision tower.
         wanted: what the method must see.
+        rule: how it merges patches, if it wants to.
     """
 
-    def __init__(self, base: nn.Module, vision: nn.Module, wanted: Tower):
+    def __init__(self, base: nn.Module, vision: nn.Module, wanted: Tower, rule: Rule):
         self.base, self.vision, self.wanted = base, vision, wanted
         self.family = FAMILIES.get(base.config.model_type)
-        self.attention, self.middle = self._attentions()
         self.has_cls = any(
             getattr(module, name, None) is not None
             for module in vision.modules()
             for name in ("class_embedding", "cls_token")
         )
+        blocks = self._blocks()
+        self.attention, self.middle = self._watched(tower_attentions(blocks))
+        layer = getattr(base.config, "vision_feature_layer", -1)
+        merges = wanted.merge and self.family and self.family.merges and isinstance(layer, int)
+        self.merging = TowerMerging(rule, blocks if merges else [], self.has_cls)
         self._covered: dict[str, Any] = {}
         self._local = threading.local()
 
@@ -94,13 +101,15 @@ class VisionTap:
 
     @property
     def tapped(self) -> list[nn.Module]:
-        """The tower's attention modules that `observe` must see."""
+        """The tower's attention modules that `attend` must handle."""
         wanted = self.wanted
         if not (wanted.attention or wanted.keys or wanted.places or wanted.middle is not None):
             return []
-        return [module for module in (self.attention, self.middle) if module is not None]
+        watched = (self.attention, self.middle, *self.merging.attentions)
+        return [module for module in watched if module is not None]
 
     def install(self) -> None:
+        self.merging.install()
         if self.tapped:
             for medium in MEDIA:
                 if getattr(self.family, medium) is not None:
@@ -113,6 +122,7 @@ class VisionTap:
             else:
                 setattr(self.base, name, covered)
         self._covered = {}
+        self.merging.remove()
         self._local = threading.local()
 
     def take(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionView | None:
@@ -122,6 +132,7 @@ class VisionTap:
             input_ids: [batch, length]; tells videos from images where both were seen.
             visual: bool [batch, length], the visual tokens.
         """
+        self.merging.expect(())
         ready, self._local.ready = self._ready(), {}
         if len(ready) < 2:
             return next(iter(ready.values()), None)
@@ -137,6 +148,7 @@ class VisionTap:
         Args:
             inputs: what the processor gave; the rest of it is passed over.
         """
+        self.merging.expect(())
         encoded = {}
         for medium in MEDIA:
             features = getattr(self.base, f"get_{medium}_features", None)
@@ -170,14 +182,25 @@ class VisionTap:
             self._local.ready = {}
         return self._local.ready
 
+    def attend(
+        self, attend, module, query, key, value, attention_mask, *args, **kwargs
+    ) -> tuple[torch.Tensor, Any]:
+        """The attention of one of the tower's blocks, observed, and to tokens by their patches."""
+        self.observe(module, query, key, attention_mask, **kwargs)
+        attention_mask = self.merging.see(module, query, key, attention_mask, **kwargs)
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
     @torch.no_grad()
     def observe(
         self, module, query, key, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
     ) -> None:
         """Called with the query and key of a tapped block, [images, heads, tokens, head dim]."""
         call = getattr(self._local, "call", None)
-        if call is None:
+        if call is None or module not in (self.attention, self.middle):
             return
+        merged = self.merging.merged
+        if merged is not None:
+            query, key = merged.spread(query), merged.spread(key)
         strategy = setting(self.base, call.arguments, "vision_feature_select_strategy")
         first = int(strategy == "default")
         pictures = [(query, key)]
@@ -189,6 +212,8 @@ class VisionTap:
                 received = received_attention(queries, keys, scaling, attention_mask)
                 call.add("vision_middle", received[:, first:, None])
             if module is self.attention:
+                if merged is not None:
+                    call.add("vision_groups", merged.groups()[:, first:, None])
                 call.pictures.append((keys.shape[0], keys.shape[2] - first))
                 if self.wanted.keys:
                     call.add("vision_keys", keys.float().mean(dim=1)[:, first:])
@@ -213,7 +238,8 @@ class VisionTap:
             arguments |= arguments.pop("kwargs", {})
             call = self._local.call = _Call(arguments)
             try:
-                features = original(*args, **kwargs)
+                with self.merging.running(as_configured(self.base, arguments)):
+                    features = original(*args, **kwargs)
             finally:
                 self._local.call = None
             if call.pictures:
@@ -253,24 +279,21 @@ class VisionTap:
         size = size if isinstance(size, int) else size[0]
         return padded_patches(call.arguments.get("pixel_values"), shape, size)
 
-    def _attentions(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The attention of the scored block, and that of the middle one if it is wanted."""
-        depth = tower_depth(self.base.config)
-        if self.family is None or depth is None:
-            return None, None
-        index = self.family.block(self.base.config)
-        modules = self.vision.modules()
-        blocks = next(
-            (m for m in modules if isinstance(m, nn.ModuleList) and len(m) == depth), None
-        )
-        if blocks is None or index < 0:
+    def _blocks(self) -> list[nn.Module]:
+        """The tower's blocks, up to the one that is scored; none if they are not known."""
+        if self.family is None:
+            return []
+        blocks = tower_blocks(self.vision, tower_depth(self.base.config))
+        return blocks[: self.family.block(self.base.config) + 1]
+
+    def _watched(
+        self, attentions: Sequence[nn.Module | None]
+    ) -> tuple[nn.Module | None, nn.Module | None]:
+        """Of the blocks' attention that of the last, and that of the middle one if it is wanted."""
+        if not attentions:
             return None, None
         if self.wanted.middle is None:
-            return _attention_of(blocks[index]), None
+            return attentions[-1], None
         # 29 / 45 * 45 is a hair more than 29.
-        middle = math.ceil(round(self.wanted.middle * depth, 6)) - 1
-        return _attention_of(blocks[index]), _attention_of(blocks[min(max(middle, 0), index)])
-
-
-def _attention_of(block: nn.Module) -> nn.Module | None:
-    return next((module for module in block.modules() if hasattr(module, "is_causal")), None)
+        middle = math.ceil(round(self.wanted.middle * tower_depth(self.base.config), 6)) - 1
+        return attentions[-1], attentions[min(max(middle, 0), len(attentions) - 1)]

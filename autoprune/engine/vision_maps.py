@@ -36,12 +36,15 @@ class VisionFamily:
         deepest one whose output the decoder receives. Negative if there is none.
     squares: whether `pixel_values` are [pictures, 3, height, width] with patches in row-major
         order, so that the border of a picture padded to a square can be seen in them.
+    merges: whether patches may merge inside the tower: it runs once for all pictures, of one number
+        of patches, and its maps take every visual token from one patch.
     """
 
     image: Map
     video: Map | None = None
     block: Callable[[Any], int] = lambda config: selected_block(config)
     squares: bool = False
+    merges: bool = False
 
 
 def selected_block(config: Any) -> int:
@@ -63,6 +66,12 @@ def setting(base: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
     """An argument of the call, or the configuration's value where it was left out."""
     given = arguments.get(name)
     return getattr(base.config, name, None) if given is None else given
+
+
+def as_configured(base: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call takes its features from the block that the configuration names."""
+    name = "vision_feature_layer"
+    return setting(base, arguments, name) == getattr(base.config, name, None)
 
 
 def token_places(
@@ -254,8 +263,8 @@ GRIDS: dict[Map, Grids] = {
 }
 
 FAMILIES: dict[str, VisionFamily] = {
-    "llava": VisionFamily(_each_patch, squares=True),
-    "llava_next": VisionFamily(_any_resolution),
+    "llava": VisionFamily(_each_patch, squares=True, merges=True),
+    "llava_next": VisionFamily(_any_resolution, merges=True),
     "llava_next_video": VisionFamily(_any_resolution, _next_video),
     "llava_onevision": VisionFamily(_any_resolution, _onevision_video),
     "qwen2_vl": VisionFamily(_merge_neighbours, _merge_neighbours),
@@ -271,7 +280,7 @@ FAMILIES: dict[str, VisionFamily] = {
     "idefics3": VisionFamily(_shuffle_idefics),
     "smolvlm": VisionFamily(_shuffle_idefics),
     "gemma3": VisionFamily(_pool_gemma, squares=True),
-    "paligemma": VisionFamily(_each_patch, squares=True),
+    "paligemma": VisionFamily(_each_patch, squares=True, merges=True),
     "mistral3": VisionFamily(_merge_grids),
     "aya_vision": VisionFamily(_shuffle_aya),
 }

@@ -35,7 +35,8 @@ def answers(
     except (ValueError, UnsupportedError) as error:
         raise Refused(str(error)) from error
     for batch in batches:
-        inputs = batch.inputs()
+        # A tower that merges has to run anew for each budget.
+        inputs = batch.pixels() if method.tower().merge else batch.inputs()
         try:
             texts, samples = _answer(model, processor, method, inputs, max_new_tokens)
         except (ValueError, UnsupportedError) as error:

@@ -22,10 +22,15 @@ ROOM = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Tasks that are asked together."""
+    """Tasks that are asked together.
+
+    inputs: gives the model's inputs, encoded where that was asked for.
+    pixels: gives them as the processor makes them.
+    """
 
     tasks: Sequence[Task]
     inputs: Callable[[], Any]
+    pixels: Callable[[], Any]
 
 
 def prepare(
@@ -58,9 +63,9 @@ def prepare(
         if room > 0:
             inputs = encode(again()) if encode else again()
             room -= _bytes(inputs)
-            batches.append(Batch(chosen, _given(inputs)))
+            batches.append(Batch(chosen, _given(inputs), again))
         else:
-            batches.append(Batch(chosen, again))
+            batches.append(Batch(chosen, again, again))
         on_progress(len(chosen))
     return batches
 

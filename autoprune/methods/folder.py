@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..method import Tower
 from .tome import ToMe
 
 
@@ -14,8 +15,8 @@ class Folder(ToMe):
 
     As `tome`, but all that is to go leaves in one round, or in as few as there can be: each takes up
     to half of the tokens that are left, until the budget is met.
-    Differs from the official code: as `tome` does, except that folding at the tower's end is the
-    method's own; and merged tokens are not scaled by 1 + log(size), as its simplified version does.
+    Differs from the official code: as `tome` does when it merges at the tower's end, which is where
+    this method folds; and merged tokens are not scaled by 1 + log(size), as its simplified version does.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
@@ -27,5 +28,7 @@ class Folder(ToMe):
         "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance, ICCV 2025, "
         "arxiv.org/abs/2501.02430"
     )
+
+    sees: ClassVar[Tower] = Tower(attention=True, keys=True)
 
     rounds: int = 1

@@ -1,43 +1,52 @@
-"""ToMe: similar visual tokens are merged, before the decoder."""
+"""ToMe: similar visual tokens are merged, in the vision tower and before the decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..mergers import absorb, merge_similar
-from ..method import Needs, Observation, PromptState, Selection, Tower
+from ..mergers import absorb, join_similar, merge_similar
+from ..method import Needs, Observation, Patches, PromptState, Selection, Tower
 from ..planned import PreDecoder
-from ..scorers import real_patches, required_vision
-from ..selectors import top_k
+from ..scorers import real_patches, required_vision, required_vision_attention
+from ..selectors import ranks, top_k
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
 class ToMe(PreDecoder):
-    """Merges visual tokens whose keys in the vision tower are similar, before the decoder.
+    """Merges visual tokens whose keys are similar, a few in each block of the vision tower.
 
     In each round every other token finds its most similar counterpart among the rest, and the most
     similar pairs are merged into their mean, weighted by how many tokens each already stands for (bipartite
-    soft matching).
-    Differs from the official code: the rounds follow each other at the tower's end, on the keys of the
-    block whose output the decoder receives, instead of one in each block, so the tower itself is not
-    sped up and there is no proportional attention; keys are means over heads and over the patches of a
-    token, and of a merged token's parts; tokens of different pictures of a prompt may be merged; a merged
-    token keeps the position of the one that the others joined; image newlines are dropped first.
+    soft matching). Each block up to the one whose output the decoder receives is a round, and what is to
+    go is spread evenly over them. The next block sees the tokens that are left, and log(size) is added to
+    its scores (proportional attention). The last round is the cut before the decoder.
+    Differs from the official code: tokens are merged behind a block, not between its attention and its
+    MLP; attention is not proportional with flash or flex attention; in the tower all pictures of a batch
+    are left with the largest share that one of its prompts keeps, so that a prompt may get other tokens in
+    a batch than alone; in the last round tokens of different pictures of a prompt may be merged, after
+    the projector; keys are means over heads and, there, of a merged token's parts; a merged token keeps the
+    position of the one that the others joined, or of its first patch if it was made in the tower; image
+    newlines are dropped first.
+    This holds for LLaVA, LLaVA-NeXT and PaliGemma, with CLIP and SigLIP towers. Elsewhere, if features of
+    several blocks are joined or vision scores are given, and for features computed ahead of the prompt
+    (`encode`), the tower is not sped up: all rounds follow each other at its end, on the keys of the
+    block whose output the decoder receives, which are means over the patches of a token.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
-        rounds: over how many rounds the merges are spread evenly, one for each block of ViT-L; more
-            follow where a round cannot take its share.
+        rounds: for merging at the tower's end only, over how many rounds the merges are spread evenly, one
+            for each block of ViT-L; more follow where a round cannot take its share.
     """
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster, ICLR 2023, arxiv.org/abs/2210.09461"
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
-    sees: ClassVar[Tower] = Tower(attention=True, keys=True)
+    sees: ClassVar[Tower] = Tower(attention=True, keys=True, merge=True)
 
     rounds: int = 24
 
@@ -49,14 +58,35 @@ class ToMe(PreDecoder):
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
         keys = required_vision(seen, "vision_keys")
         assert seen.hidden is not None
-        real = real_patches(seen, keys)
+        real, groups = real_patches(seen, keys), seen.vision_groups
         owner = merge_similar(
-            keys.nan_to_num(), real, seen.counts, counts, self.rounds, self.worth(seen, real)
+            keys.nan_to_num(),
+            real,
+            seen.counts,
+            counts,
+            self.rounds if groups is None else 1,
+            self.worth(lambda: required_vision_attention(seen), real.float()),
+            groups,
         )
-        stands = owner == torch.arange(owner.shape[1], device=owner.device)
-        kept = top_k(stands.float(), counts, seen.mask)
+        position = torch.arange(owner.shape[1], device=owner.device)
+        first = (owner == position).float() + real.float()
+        # Where the tower left fewer groups than are kept, other tokens of a group, which are like it.
+        stays = ranks(first, seen.mask) < to_device(list(counts), owner.device)[:, None]
+        kept = top_k(first, counts, seen.mask)
+        owner = torch.where(stays, position, owner)
         return Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
 
-    def worth(self, seen: Observation, real: torch.Tensor) -> torch.Tensor | None:
-        """What is taken off the similarity with which a token joins another, [batch, V]; None: nothing."""
+    def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
+        number = torch.full((len(seen.sizes),), leaving, device=seen.sizes.device)
+        return join_similar(seen.keys, number, self.worth(seen.attention, seen.sizes))
+
+    def worth(
+        self, attention: Callable[[], torch.Tensor], patches: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What is taken off the similarity with which a token joins another, [batch, V]; None: nothing.
+
+        Args:
+            attention: gives the attention of each token [batch, V], that of one of its patches.
+            patches: [batch, V], how many patches each token is; 0 for those that take no part.
+        """
         return None

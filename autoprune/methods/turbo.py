@@ -1,28 +1,27 @@
-"""Turbo: similar visual tokens are merged unless they are informative, before the decoder."""
+"""Turbo: similar visual tokens are merged unless they are informative, in the tower and before the decoder."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..method import Observation
-from ..scorers import required_vision_attention
 from .tome import ToMe
 
 
 @dataclass(frozen=True)
 class Turbo(ToMe):
-    """Merges visual tokens that are similar and little attended in the vision tower, before the decoder.
+    """Merges visual tokens that are similar and little attended, a few in each block of the vision tower.
 
     As `tome`, with the information degree E = R - alpha A in place of the similarity R of a token and its
-    counterpart, where A is the token's CLS attention in units of the mean one.
-    Differs from the official code: as `tome` does; attention is that of the block whose output the decoder
-    receives, taken once, and a merged token's is the mean of its parts'; alpha is stated for the mean
-    attention, so that it does not depend on the number of patches (the official 5, times 30, is 0.26
-    for 576 patches); where the tower has no CLS token, the attention that a patch receives stands in.
+    counterpart, where A is the token's CLS attention in that block in units of the mean one.
+    Differs from the official code: as `tome` does, in where it merges, too; a merged token's attention is
+    the mean of its parts'; alpha is stated for the mean attention, so that it does not depend on the
+    number of patches (the official 5, times 30, is 0.26 for 576 patches); where the tower has no CLS
+    token, the attention that a patch receives stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
@@ -43,7 +42,8 @@ class Turbo(ToMe):
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha must be a finite number, 0 or more, got {self.alpha!r}")
 
-    def worth(self, seen: Observation, real: torch.Tensor) -> torch.Tensor:
-        attention = required_vision_attention(seen).masked_fill(~real, 0.0)
-        mean = attention.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-        return self.alpha * attention / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    def worth(self, attention: Callable[[], torch.Tensor], patches: torch.Tensor) -> torch.Tensor:
+        share = attention()
+        total = (share * patches).sum(dim=1, keepdim=True)
+        mean = total / patches.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.alpha * share / mean.clamp(min=torch.finfo(mean.dtype).tiny)

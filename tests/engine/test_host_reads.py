@@ -46,6 +46,8 @@ def _is_mask(index):
         ("fastv", {}),
         ("fastervlm", {}),
         ("divprune", {}),
+        ("tome", {}),
+        ("turbo", {}),
         ("pdrop", {}),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from autoprune import AutoPrune, Budget, tiny
 from autoprune.errors import UnsupportedError
 from autoprune.evaluation import Options, Setting, Task, answering, compare, embedded_tasks
 from autoprune.evaluation.batches import prepare
+from autoprune.evaluation.encoding import encoder
 
 KINDS = ["colour", "count"]
 PER_KIND = 4
@@ -371,3 +373,17 @@ def test_inputs_that_do_not_fit_into_memory_are_prepared_again(loaded, tasks, mo
     assert kept() is kept()
     assert again() is not again()
     assert torch.equal(kept()["pixel_values"], again()["pixel_values"])
+
+
+def test_a_tower_that_merges_runs_for_each_of_its_settings(loaded, tasks):
+    settings = [SETTINGS[0], Setting("tome", "1/4", autoprune.create("tome", Budget.ratio(1 / 4)))]
+    model, processor = loaded
+    batches = prepare(model, processor, tasks[:2], 2, encode=encoder(model, settings))
+    blocks, runs = model.get_encoder(modality="image").encoder.layers, []
+    handle = blocks[-1].register_forward_pre_hook(lambda _, args: runs.append(args[0].shape[1]))
+    for setting in settings:
+        list(answering.answers(model, processor, setting, batches, 2))
+    handle.remove()
+    takes_features = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    assert len(runs) == (1 if takes_features else 2)
+    assert runs[-1] < 1 + 144 // 2

@@ -13,9 +13,10 @@ from autoprune.methods.turbo import Turbo
 from tests.methods.prompts import choices, cosines, mixed, observation, prompt
 
 
-def matched(p, count, rounds, alpha=0.0):
+def matched(p, count, rounds, alpha=0.0, groups=None):
     """For each token that stands for a group: the group."""
-    groups = {i: [i] for i in p.real}
+    merged_before = groups is not None
+    groups = groups if merged_before else {i: [i] for i in p.real}
     mean = p.attention[p.real].mean() if p.real else 1
     while len(groups) > count:
         excess, size = len(groups) - count, len(groups)
@@ -32,7 +33,7 @@ def matched(p, count, rounds, alpha=0.0):
         for index in np.argsort(-score)[:leaving]:
             groups[second[similarity[index].argmax()]] += groups.pop(first[index])
     for i in range(len(p.hidden)):
-        if len(groups) < count and i not in p.real:
+        if not merged_before and len(groups) < count and i not in p.real:
             groups[i] = [i]
     return dict(sorted(groups.items()))
 
@@ -58,6 +59,33 @@ def test_the_most_similar_pairs_become_their_mean(seed, method, rounds, alpha):
         if count:
             means = [p.hidden[group].mean(axis=0) for group in groups.values()]
             np.testing.assert_allclose(states, means, atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "alpha"), [(ToMe(8), 0), (Turbo(8), 0.26)], ids=str)
+@pytest.mark.parametrize("count", [7, 14, 30])
+def test_groups_of_the_tower_are_merged_further_or_divided(method, alpha, count):
+    p = prompt((3, 5), (5, 5), newlines=True, seed=1)
+    numbers = np.random.default_rng(0).integers(14, size=len(p.hidden)).astype(np.float32)
+    numbers[[i for i in range(len(numbers)) if i not in p.real]] = np.nan
+    groups = {}
+    for i in p.real:
+        groups.setdefault(numbers[i], []).append(i)
+    for group in groups.values():
+        for values in (p.hidden, p.keys, p.attention):
+            values[group] = values[group[0]]
+    seen = observation([p])
+    seen.vision_groups = torch.from_numpy(numbers)[None]
+    selection = method.choose(seen, [count], None)
+    assert selection.counts == [count]
+    (kept,) = selection.kept.tolist()
+    expected = matched(p, count, 1, alpha, {group[0]: group for group in groups.values()})
+    if count > len(groups):
+        # Tokens of a group are like each other, and newlines still go first.
+        assert set(expected) < set(kept) < set(p.real)
+        expected = {i: [i] for i in kept}
+    assert kept == list(expected)
+    means = [p.hidden[group].mean(axis=0) for group in expected.values()]
+    np.testing.assert_allclose(selection.states[0], means, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [ToMe(1), Folder(1), Turbo(1)], ids=str)
