@@ -73,7 +73,7 @@ class DecideOnly(Method):
         return self.method.budget
 
     def tower(self) -> Tower:
-        return self.method.tower()
+        return dataclasses.replace(self.method.tower(), merge=False)
 
     def begin(self, state: PromptState) -> None:
         self.method.begin(state)
