@@ -55,8 +55,8 @@ class Tower:
         tower's depth, in (0, 1].
     places: where each token lies in its picture.
     merge: let `Method.merge` merge patches behind each block, so that the tower gets faster too. Done
-        where a visual token is one patch and it is known what the prompts keep when the tower runs;
-        elsewhere the first cut finds all tokens single.
+        where a visual token is one patch and it is known when the tower runs what the prompts keep
+        (`Method.capacity` of layer 0); elsewhere the first cut finds all tokens single.
     """
 
     attention: bool = False
@@ -222,6 +222,7 @@ class Method(abc.ABC):
 
         Returns:
             LongTensor [pictures, P], the position of the token that each one joins; its own if it stays.
+            Exactly `leaving` of each picture join others, and none joins one that leaves: it is not checked.
         """
         raise NotImplementedError(f"{type(self).__name__} does not merge in the vision tower")
 

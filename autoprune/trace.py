@@ -32,7 +32,8 @@ class Sample:
         schedule: the planned n_l; None if the method plans none.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
         kv_bytes_held: this prompt's part of what the cache of its batch really holds: a batch pads every
-            layer to its longest prompt. Over a batch they sum to the bytes of a growing cache.
+            layer to its longest prompt. Over a batch they sum to the bytes of a growing cache without
+            sliding windows; draft tokens that came with a prompt count.
         peak_bytes, peak_bytes_full: most memory that the prefill takes at one time for this prompt
             (`DecoderCost.peak_bytes`), what the method keeps to decide and its batch's padding included.
     """

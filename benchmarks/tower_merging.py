@@ -101,7 +101,7 @@ def main(
     blocks: Annotated[int, typer.Option(help="of the tower")] = 24,
     width: Annotated[int, typer.Option(help="of the tower")] = 1024,
     budgets: Annotated[str, typer.Option(help="visual tokens, with commas")] = "192,128,64",
-    repeats: Annotated[int, typer.Option(help="rounds")] = 5,
+    repeats: Annotated[int, typer.Option(help="rounds", min=2)] = 5,
     output: Annotated[Path, typer.Option(help="JSON file")] = RESULTS / "tower_merging.json",
 ) -> None:
     torch.set_num_threads(1)

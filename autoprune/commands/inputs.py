@@ -85,9 +85,9 @@ def _typed(method: str, option: str, text: str) -> Any:
 
 def _annotation(method: str, option: str) -> Any:
     if method not in METHODS:
-        return None
+        return ""
     fields = {field.name: field.type for field in dataclasses.fields(cast(Any, METHODS[method]))}
-    return fields.get(option)
+    return fields.get(option, "")
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -32,7 +32,7 @@ from .refusals import (
 )
 from .static_cache import PrunedStaticCache
 from .vision import VisionTap
-from .vision_merging import unwatch_encoding, watch_encoding
+from .vision_merging import has_pixels, unwatch_encoding, watch_encoding
 from .vision_view import VisionView
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Attachment:
             self.vision.install()
             watch_generate(self.located.outer)
             if self.vision.merging.blocks:
-                watch_encoding(located.outer, lambda *prompt: self._expect(*on_host(*prompt)))
+                watch_encoding(located.outer, self._expect, self.vision.merging.forget)
             self._tagged = dict.fromkeys(located.attentions, self._attend)
             self._implementations = {located.implementation}
             for attention in self.vision.tapped:
@@ -210,22 +210,20 @@ class Attachment:
         later = PrunedCache.of(kwargs.get("past_key_values")) is not None
         is_prompt = ids is not None and ids.shape[1] > 1 and not later
         host = on_host(ids, mask) if is_prompt else (ids, mask)
-        if is_prompt:
+        self.vision.merging.forget()
+        if is_prompt and has_pixels(kwargs):
             self._expect(*host, getattr(self._local, "drafts", 0))
         self._local.prompt = {
             "host": host,
             "attention_mask": mask,
-            "has_images": any(
-                value is not None
-                and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and value))
-                for name, value in kwargs.items()
-            ),
+            "has_images": has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs")),
         }
 
     def _expect(self, ids: torch.Tensor, mask: Any, drafts: int = 0) -> None:
         """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
         if not self.vision.merging.blocks:
             return
+        ids, mask = on_host(ids, mask)
         layout = read_layout(
             ids, mask, ids.shape, self.located.visual_ids, self.visual_mask, drafts
         )

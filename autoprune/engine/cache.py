@@ -25,7 +25,7 @@ DROPPED = "_autoprune_dropped"
 HELD = "_autoprune_held"
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage:
     """The tokens entering `first_layer` and the layers behind it up to the next cut."""
 

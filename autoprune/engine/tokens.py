@@ -16,7 +16,7 @@ from .layout import Layout
 MERGED = -2
 
 
-@dataclass
+@dataclass(eq=False)
 class Tokens:
     """The tokens present at one depth, padded on the left to a common length n.
 

@@ -103,7 +103,8 @@ class VisionTap:
     def tapped(self) -> list[nn.Module]:
         """The tower's attention modules that `attend` must handle."""
         wanted = self.wanted
-        if not (wanted.attention or wanted.keys or wanted.places or wanted.middle is not None):
+        seen = (wanted.attention, wanted.keys, wanted.places, wanted.merge)
+        if not any(seen) and wanted.middle is None:
             return []
         watched = (self.attention, self.middle, *self.merging.attentions)
         return [module for module in watched if module is not None]
@@ -132,7 +133,7 @@ class VisionTap:
             input_ids: [batch, length]; tells videos from images where both were seen.
             visual: bool [batch, length], the visual tokens.
         """
-        self.merging.expect(())
+        self.merging.forget()
         ready, self._local.ready = self._ready(), {}
         if len(ready) < 2:
             return next(iter(ready.values()), None)
@@ -148,7 +149,7 @@ class VisionTap:
         Args:
             inputs: what the processor gave; the rest of it is passed over.
         """
-        self.merging.expect(())
+        self.merging.forget()
         encoded = {}
         for medium in MEDIA:
             features = getattr(self.base, f"get_{medium}_features", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -149,6 +149,10 @@ class TowerMerging:
         """How many visual tokens enter the decoder, and of how many, for the prompts of the next run."""
         self._local.expected = prompts
 
+    def forget(self) -> None:
+        """There is no next run that belongs to prompts."""
+        self._local.expected = ()
+
     @contextmanager
     def running(self, allowed: bool) -> Iterator[None]:
         """One computation of features, by the prompts that were expected."""
@@ -197,8 +201,20 @@ class TowerMerging:
         return merged.merge(output, into, leaving)
 
 
-def watch_encoding(model: nn.Module, tell: Callable[[torch.Tensor, Any], None]) -> None:
-    """Have `model.generate` tell its prompt, ids and mask, before it computes picture features."""
+def has_pixels(arguments: Mapping[str, Any]) -> bool:
+    """Whether a model is given pictures or videos that its tower has not seen yet."""
+    return any(
+        name.startswith("pixel_values") and value is not None for name, value in arguments.items()
+    )
+
+
+def watch_encoding(
+    model: nn.Module, tell: Callable[[torch.Tensor, Any], None], forget: Callable[[], None]
+) -> None:
+    """Have `model.generate` tell its prompt, ids and mask, before it computes picture features.
+
+    The prompt is read from the device once more then, which only methods that merge in the tower ask for.
+    """
     encode = getattr(model, ENCODES, None)
     if encode is None:
         # Releases before 5.19 compute them in the forward.
@@ -206,9 +222,12 @@ def watch_encoding(model: nn.Module, tell: Callable[[torch.Tensor, Any], None]) 
 
     @wraps(encode)
     def watched(inputs, model_kwargs, model_input_name, *args, **kwargs):
-        if model_input_name == "input_ids":
+        if model_input_name == "input_ids" and has_pixels(model_kwargs):
             tell(inputs, model_kwargs.get("attention_mask"))
-        return encode(inputs, model_kwargs, model_input_name, *args, **kwargs)
+        try:
+            return encode(inputs, model_kwargs, model_input_name, *args, **kwargs)
+        finally:
+            forget()
 
     setattr(model, ENCODES, watched)
 

@@ -63,7 +63,7 @@ def prepare(
         if room > 0:
             inputs = encode(again()) if encode else again()
             room -= _bytes(inputs)
-            batches.append(Batch(chosen, _given(inputs), again))
+            batches.append(Batch(chosen, _given(inputs), again if encode else _given(inputs)))
         else:
             batches.append(Batch(chosen, again, again))
         on_progress(len(chosen))

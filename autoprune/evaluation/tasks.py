@@ -16,7 +16,10 @@ from PIL import Image
 _ARTICLES = frozenset({"a", "an", "the"})
 # A point or comma inside a number says something, and so do a sign and a point in front of one; elsewhere
 # it is punctuation.
-_PUNCTUATION = re.compile(r"(?<!\d)(?!(?<!\w)(?:-\.?|\.)\d)[^\w\s]|(?<=\d)[^\w\s](?!\d)|_")
+_PUNCTUATION = re.compile(
+    r"(?<!\d)(?!(?<![^\W_])(?<!\.)(?:-\.?|\.)\d)[^\w\s]|(?<=\d)[^\w\s](?!\d)|_"
+)
+_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def picture_digest(task: Task) -> str:
         ValueError: its file cannot be read.
     """
     if isinstance(task.image, Image.Image):
-        content = task.image.tobytes()
+        image = task.image
+        content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
     else:
         try:
             content = task.image.read_bytes()
@@ -120,7 +124,7 @@ def read_tasks(
 
 
 def _normalised(text: str) -> str:
-    words = _PUNCTUATION.sub(" ", text.casefold()).split()
+    words = _PUNCTUATION.sub(" ", text.casefold().replace(_MINUS, "-")).split()
     # An answer may be an article and nothing else, such as a letter that was read.
     return " ".join([word for word in words if word not in _ARTICLES] or words) or text.strip()
 

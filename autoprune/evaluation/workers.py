@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
@@ -45,13 +46,13 @@ def run_all(
     try:
         for _ in range(workers):
             ear, mouth = context.Pipe(duplex=False)
-            arguments = (work, settings, next_one, mouth, workers)
+            ears.append(ear)
+            arguments = (work, settings, next_one, mouth, tuple(ears), workers)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             # Once it is the worker's alone, its end is heard.
             mouth.close()
             processes.append(process)
-            ears.append(ear)
         _listen(ears, on_progress)
     finally:
         for process in processes:
@@ -79,9 +80,18 @@ def threads_of_one(workers: int) -> Iterator[None]:
 
 
 def _serve(
-    work: Work, settings: Sequence[Setting], next_one: Any, mouth: Connection, workers: int
+    work: Work,
+    settings: Sequence[Setting],
+    next_one: Any,
+    mouth: Connection,
+    ears: Sequence[Connection],
+    workers: int,
 ) -> None:
     """One worker: takes the next setting until there is none."""
+    # If nobody else holds them, speaking fails once the parent is gone, and the worker ends.
+    for ear in ears:
+        ear.close()
+    last: BaseException | None = None
     try:
         with threads_of_one(workers):
             while True:
@@ -92,14 +102,24 @@ def _serve(
                     break
                 for answered in work(settings[index]):
                     mouth.send(answered)
-        mouth.send(None)
     except KeyboardInterrupt:
         # The terminal interrupts every process; the first one says so.
-        pass
+        return
     except (ValueError, OSError, UnsupportedError) as error:
-        mouth.send(error)
+        last = _portable(error)
     except BaseException:
-        mouth.send(RuntimeError(f"a worker failed:\n{traceback.format_exc()}"))
+        last = RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
+    with suppress(BrokenPipeError):
+        mouth.send(last)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, if it reaches another process as what it is."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"a worker failed: {error}")
+    return error
 
 
 def _listen(ears: list[Connection], on_progress: Callable[[int], None]) -> None:

@@ -26,12 +26,13 @@ class ToMe(PreDecoder):
     go is spread evenly over them. The next block sees the tokens that are left, and log(size) is added to
     its scores (proportional attention). The last round is the cut before the decoder.
     Differs from the official code: tokens are merged behind a block, not between its attention and its
-    MLP; attention is not proportional with flash or flex attention; in the tower all pictures of a batch
-    are left with the largest share that one of its prompts keeps, so that a prompt may get other tokens in
-    a batch than alone; in the last round tokens of different pictures of a prompt may be merged, after
-    the projector; keys are means over heads and, there, of a merged token's parts; a merged token keeps the
-    position of the one that the others joined, or of its first patch if it was made in the tower; image
-    newlines are dropped first.
+    MLP; they keep their order, so that later rounds split them otherwise; attention is not proportional
+    with flash or flex attention; in the tower all pictures of a batch are left with the largest share that
+    one of its prompts keeps, so that a prompt may get other tokens in a batch than alone; in the last
+    round tokens of different pictures of a prompt may be merged, after the projector; keys are means over
+    heads and, there, of a merged token's parts; a merged token keeps the position of the one that the
+    others joined, or of its first patch if it was made in the tower; image newlines are dropped first, but
+    counted in the share, so that at large budgets a few tokens of one group may enter side by side.
     This holds for LLaVA, LLaVA-NeXT and PaliGemma, with CLIP and SigLIP towers. Elsewhere, if features of
     several blocks are joined or vision scores are given, and for features computed ahead of the prompt
     (`encode`), the tower is not sped up: all rounds follow each other at its end, on the keys of the

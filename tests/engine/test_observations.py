@@ -174,10 +174,11 @@ def test_hidden_states_are_those_entering_the_cut(name):
 
 
 @pytest.mark.parametrize("batch", ["single", "padded3_text"])
-def test_hidden_states_come_back_in_the_prompts_own_columns(batch):
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+def test_hidden_states_come_back_in_the_prompts_own_columns(batch, first_cut):
     model = zoo.build("llava", "sdpa")
     inputs = zoo.inputs("llava", model, batch)
-    with torch.no_grad(), AutoPrune(Budget.ratio(0.4))(model) as trace:
+    with torch.no_grad(), AutoPrune(Budget.ratio(0.4), first_cut=first_cut)(model) as trace:
         states = model(**inputs, output_hidden_states=True).hidden_states
     real = inputs["attention_mask"].bool()
     kept = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import autoprune
 from autoprune import Budget
 from autoprune.engine.vision_maps import FAMILIES
+from autoprune.method import Selection, Tower
 from autoprune.methods.folder import Folder
 from autoprune.methods.tome import ToMe
 from autoprune.methods.turbo import Turbo
@@ -311,6 +312,40 @@ def test_features_for_no_prompt_in_particular_are_whole():
             assert torch.equal(model.model.get_image_features(pixels).pooler_output[0], plain)
             tower_of(model)(pixels)
     assert counts[:6] == counts[12:18] == counts[18:] == [17] * 6
+
+
+def test_a_later_turn_is_not_planned_for():
+    model = build()
+    arguments = zoo.inputs("llava", model)
+    total, text = 16, arguments["input_ids"].shape[1] - 16
+    cost = ToMe(4)(model).shape.cost
+    # Nothing is left for a longer text.
+    budget = Budget.kv_bytes(cost.kv_bytes([4] * zoo.LAYERS, text))
+    assert ToMe(budget).plan(zoo.LAYERS, total, text, cost)[0] == 4
+    with torch.no_grad(), ToMe(budget)(model) as trace:
+        first = model.generate(
+            **arguments, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        )
+        longer = torch.cat([first.sequences, torch.full((1, 9), 7)], dim=1)
+        later = model.generate(
+            input_ids=longer, past_key_values=first.past_key_values, max_new_tokens=2
+        )
+    assert later.shape[1] == longer.shape[1] + 2
+    assert len(trace.samples) == 1
+
+
+def test_a_method_may_merge_and_see_nothing_else():
+    class Blind(ToMe):
+        sees = Tower(merge=True)
+
+        def choose(self, seen, counts, state):
+            position = torch.arange(max(counts)).repeat(len(counts), 1)
+            return Selection(position, list(counts))
+
+    model = build()
+    with entering(model) as counts:
+        run(model, Blind(4), zoo.inputs("llava", model))
+    assert counts == [17, 14, 11, 9, 7, 17]
 
 
 def test_a_cls_token_among_the_visual_tokens_is_a_group_of_its_own():

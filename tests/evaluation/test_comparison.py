@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from autoprune.errors import UnsupportedError
 from autoprune.evaluation import Options, Setting, Task, answering, compare, embedded_tasks
 from autoprune.evaluation.batches import prepare
 from autoprune.evaluation.encoding import encoder
+from autoprune.evaluation.workers import run_all
 
 KINDS = ["colour", "count"]
 PER_KIND = 4
@@ -324,6 +327,49 @@ def test_a_killed_worker_ends_the_comparison_which_can_be_continued(
     monkeypatch.setattr(answering, "_answer", original)
     rows = compare(*loaded, SETTINGS, tasks, tmp_path, options)
     assert all(row["questions"] == QUESTIONS for row in rows)
+
+
+def test_workers_end_when_nobody_listens_any_more(tmp_path):
+    def work(setting):
+        (tmp_path / str(os.getpid())).touch()
+        while True:
+            time.sleep(0.05)
+            yield 1
+
+    parent = multiprocessing.get_context("fork").Process(
+        target=run_all, args=(work, SETTINGS, 2, lambda n: None)
+    )
+    parent.start()
+    patience = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < patience:
+        time.sleep(0.05)
+    parent.kill()
+    parent.join()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    while any(map(alive, workers)) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not any(map(alive, workers))
+
+
+def alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    return "State:\tZ" not in status
+
+
+def test_an_error_that_cannot_be_sent_is_told(loaded, tasks, tmp_path, monkeypatch):
+    class Stubborn(OSError):
+        def __reduce__(self):
+            raise TypeError("not me")
+
+    def fail(*arguments):
+        raise Stubborn("no such luck")
+
+    monkeypatch.setattr(answering, "_answer", fail)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=2))
 
 
 def test_another_picture_is_another_comparison(loaded, tmp_path):
