@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+FEW_LEVELS = 256
+"""So many breakpoints are looked at all at once."""
+
 SMALLEST_WEIGHT = 1e-100
 """Weights below this share of a row's largest one are raised to it, so that no intermediate product
 leaves float64.
@@ -64,22 +67,26 @@ def water_fill(
     settled = np.where(between, 0.0, np.where(meets_cap <= level, upper, lower))
     rest = np.maximum(total - _spending(settled, costs, quadratic), 0.0)
     active = np.where(between, weights, 0.0)
-    slope = (costs * active).sum(axis=1)
-    curvature = quadratic * (active * active).sum(axis=1)
-    divisor = slope + np.sqrt(slope * slope + 4.0 * curvature * rest)
-    solved = 2.0 * rest / np.where(divisor > 0, divisor, 1.0)
-    scale = np.where(divisor > 0, solved, level[:, 0])
+    divisor = (costs * active).sum(axis=1)
+    if quadratic:
+        curvature = quadratic * (active * active).sum(axis=1)
+        divisor = (divisor + np.sqrt(divisor * divisor + 4.0 * curvature * rest)) / 2.0
+    scale = level[:, 0].copy()
+    np.divide(rest, divisor, out=scale, where=divisor > 0)
     return np.minimum(np.maximum(scale[:, None] * weights, lower), upper)
 
 
 def _last_affordable(spent_at: Callable[[Floats], Floats], levels: Floats, total: Ints) -> Floats:
     """The highest of `levels [batch, n]` that spends at most `total`, `[batch, 1]`; 0 if none does.
 
-    Looks at every sqrt(n)-th level first and then at those up to the next one: evaluating them all
-    at once would be the bulk of the solver's time on large batches.
+    On large batches it looks at every sqrt(n)-th level first and then at those up to the next one:
+    evaluating them all at once would be the bulk of the solver's time.
     """
     if levels.shape[1] == 0:
         return np.zeros((len(levels), 1))
+    if levels.size <= FEW_LEVELS:
+        affordable = np.where(spent_at(levels) <= total[:, None], levels, 0.0)
+        return affordable.max(axis=1, keepdims=True)
     levels = np.sort(levels, axis=1)
     stride = math.isqrt(levels.shape[1])
     start = (spent_at(levels[:, ::stride]) <= total[:, None]).sum(axis=1, keepdims=True) - 1
@@ -106,9 +113,11 @@ def round_to_total(real: Floats, total: Ints) -> Ints:
     counts = np.floor(real)
     order = _by_remainder(real - counts)
     missing = total - counts.sum(axis=1).astype(np.int64)
-    extra = np.zeros(real.shape, dtype=np.int64)
-    np.put_along_axis(extra, order, np.arange(real.shape[1]) < missing[:, None], axis=1)
-    return counts.astype(np.int64) + extra
+    rounded = counts.astype(np.int64)
+    batch, layers = real.shape
+    place = order + layers * np.arange(batch)[:, None]
+    rounded.reshape(-1)[place] += np.arange(layers) < missing[:, None]
+    return rounded
 
 
 def round_within_cost(

@@ -103,10 +103,13 @@ def bounds(
                 f"got {decided.tolist()} for num_visual {visual.tolist()}"
             )
         last = decided[:, -1:]
-    upper = np.broadcast_to(last, (batch, layers - done))
+    upper = np.repeat(last, layers - done, axis=1)
     if caps is not None:
         bound = _per_layer(caps, batch, layers, "caps")[:, done:]
         upper = np.minimum(np.minimum.accumulate(bound, axis=1), last)
+    elif isinstance(floors, int) and floors >= 0:
+        # One floor for all layers falls nowhere, and no cap is below it.
+        return Limits(visual, text, decided, np.minimum(upper, floors), upper)
     lower = np.minimum(_per_layer(floors, batch, layers, "floors")[:, done:], last)
     lower = np.maximum.accumulate(lower[:, ::-1], axis=1)[:, ::-1]
     if (lower > upper).any():
