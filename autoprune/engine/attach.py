@@ -113,7 +113,7 @@ class Attachment:
             self.vision.install()
             watch_generate(self.located.outer)
             if self.vision.merging.blocks:
-                watch_encoding(located.outer, self._expect, self.vision.merging.forget)
+                watch_encoding(located.outer, self._read_and_expect, self.vision.merging.forget)
             self._tagged = dict.fromkeys(located.attentions, self._attend)
             self._implementations = {located.implementation}
             for attention in self.vision.tapped:
@@ -219,11 +219,13 @@ class Attachment:
             "has_images": has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs")),
         }
 
+    def _read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
+        self._expect(*on_host(ids, mask))
+
     def _expect(self, ids: torch.Tensor, mask: Any, drafts: int = 0) -> None:
         """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
         if not self.vision.merging.blocks:
             return
-        ids, mask = on_host(ids, mask)
         layout = read_layout(
             ids, mask, ids.shape, self.located.visual_ids, self.visual_mask, drafts
         )
