@@ -25,40 +25,32 @@ import autoprune
 from autoprune.bench.clock import Clock
 from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe
-from autoprune.bench.subjects import Configuration, Subject, random_prompts
+from autoprune.bench.subjects import (
+    Configuration,
+    Subject,
+    clip,
+    llava,
+    random_prompts,
+    square,
+)
 from autoprune.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
-PATCHES, SIDE = 576, 336
+PATCHES = 24 * 24
 
 
 def subject(blocks: int, width: int, text: int) -> Subject:
     """A LLaVA with a tower of this size and a small decoder, random weights of a fixed seed."""
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": width // 64,
-        "image_size": SIDE,
-        "patch_size": 14,
-    }
-    decoder = {
-        "model_type": "llama",
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    }
-    config = transformers.LlavaConfig(
-        text_config=decoder, vision_config=vision, image_token_index=4032
+    config = llava(
+        "LlavaConfig",
+        clip(width, blocks, width // 64),
+        vocabulary=4096,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
     )
-    row = Configuration(
-        lambda: config,
-        lambda generator: {"pixel_values": torch.randn(1, 3, SIDE, SIDE, generator=generator)},
-        PATCHES,
-    )
+    row = Configuration(lambda: config, square, PATCHES)
     torch.manual_seed(0)
     model: Any = transformers.LlavaForConditionalGeneration._from_config(config).eval()
     return Subject("llava", model, lambda batch: random_prompts(row, config, batch, text, 1))

@@ -96,7 +96,8 @@ def random_prompts(
     return made | {key: torch.cat([picture[key] for picture in pictures]) for key in pictures[0]}
 
 
-def _clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+def clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    """Configuration of a CLIP tower for pictures of `square`: 24 x 24 patches."""
     return {
         "model_type": "clip_vision_model",
         "hidden_size": hidden,
@@ -108,7 +109,8 @@ def _clip(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
-def _llava(name: str, vision: dict[str, Any], vocabulary: int = 32064, **text: Any) -> Any:
+def llava(name: str, vision: dict[str, Any], vocabulary: int = 32064, **text: Any) -> Any:
+    """Configuration of that class, with a Llama decoder."""
     import transformers
 
     llama = {"model_type": "llama", "vocab_size": vocabulary, "max_position_embeddings": 8192}
@@ -120,9 +122,9 @@ def _llava(name: str, vision: dict[str, Any], vocabulary: int = 32064, **text: A
 
 
 def _small() -> Any:
-    return _llava(
+    return llava(
         "LlavaConfig",
-        _clip(64, 2, 2),
+        clip(64, 2, 2),
         # In proportion to the width, as in a 7B model, so that the logits do not dominate.
         vocabulary=4096,
         hidden_size=512,
@@ -149,7 +151,8 @@ def _qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(text_config=text)
 
 
-def _square(generator: torch.Generator) -> Tensors:
+def square(generator: torch.Generator) -> Tensors:
+    """Random pixels of one picture."""
     return {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}
 
 
@@ -165,13 +168,13 @@ def _patches(generator: torch.Generator) -> Tensors:
 
 
 CONFIGURATIONS = {
-    "small": Configuration(_small, _square, 24 * 24),
+    "small": Configuration(_small, square, 24 * 24),
     "llava-1.5-7b": Configuration(
-        lambda: _llava("LlavaConfig", _clip(1024, 24, 16)), _square, 24 * 24
+        lambda: llava("LlavaConfig", clip(1024, 24, 16)), square, 24 * 24
     ),
     # Four tiles and the whole picture, 2880 patches, and the end of each of the tiles' 48 rows.
     "llava-next-7b": Configuration(
-        lambda: _llava("LlavaNextConfig", _clip(1024, 24, 16)), _tiles, 2880 + 48
+        lambda: llava("LlavaNextConfig", clip(1024, 24, 16)), _tiles, 2880 + 48
     ),
     "qwen2.5-vl-7b": Configuration(_qwen2_5_vl, _patches, 36 * 36),
 }

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from ..budget import Budget
 from ..files import write_whole
 from ..methods import METHODS
+from .bench_table import show
 from .inputs import build_method, parse_budget
 from .methods import options
 from .models import DTYPES, load_model, pick_device
@@ -31,11 +31,6 @@ FULL, QUICK = ("autoprune,random", 10, 32), ("autoprune", 3, 4)
 """Methods, rounds, and greedy steps after each prefill."""
 ALL_TOKENS = 10**6
 """A budget that pays for everything, in the unit that every method takes."""
-
-HEADINGS = (
-    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "at\nbest", "TTFT\nfaster",
-    "decode\nfaster", "peak\nMB", "KV\nMB", "pad-\nding",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ def _report(
     if request.as_json:
         print_json(console, record)
     else:
-        _show(record, [path for path in (output, picture) if path is not None], console)
+        show(record, [path for path in (output, picture) if path is not None], console)
 
 
 def _plan(request: Request) -> Plan:
@@ -261,79 +256,3 @@ def _plot(record: dict[str, Any], output: Path) -> Path | None:
     path = output.with_suffix(".png")
     write_whole(path, to_png(plot_speedups(record["rows"], record["model"]["name"])))
     return path
-
-
-def _show(record: dict[str, Any], files: Sequence[Path], console: Console) -> None:
-    model, machine, rows = record["model"], record["machine"], record["rows"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
-    console.print(f"{model['name']}, {model['dtype']}, {model['attention']}; {where}")
-    rounds, asked = _rounds(rows), record["repeats"]
-    stopped = f" of {asked}, stopped before the end" if record["interrupted"] else ""
-    console.print(f"medians of {rounds} rounds{stopped}, {machine['clock']}")
-    console.print()
-    console.print(_speeds([row for row in rows if row["kind"] != "overhead"]))
-    console.print()
-    console.print(_overheads([row for row in rows if row["kind"] == "overhead"]))
-    console.print()
-    policy = record["policy_seconds"]
-    console.print(
-        f"policy and solver, 32 layers, 2880 visual tokens: {1e3 * policy['one_prompt']:.3f} ms for "
-        f"one prompt, {1e3 * policy['batch_of_64']:.3f} ms for 64"
-    )
-    for path in files:
-        console.print(f"written: {path}", soft_wrap=True)
-
-
-def _rounds(rows: Sequence[dict[str, Any]]) -> int:
-    """How often every row was measured, at the least."""
-    return min((len(row["seconds"]["prefill"]["all"]) for row in rows), default=0)
-
-
-def _speeds(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("batch", justify="right", no_wrap=True)
-    table.add_column("method", overflow="fold")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        is_pruned = row["kind"] == "pruned"
-        speedup = {phase: f"{row['speedup'][phase]['median']:.2f}" for phase in row["speedup"]}
-        table.add_row(
-            str(row["batch"]),
-            row["variant"],
-            f"{row['mean_tokens']:.4g}" if is_pruned else "all",
-            *_milliseconds(row["seconds"]["prefill"]),
-            speedup["prefill"],
-            f"{row['ideal_speedup']:.2f}" if is_pruned else "",
-            f"{row['realised_share']:.3f}" if is_pruned else "",
-            f"{row['floor_share']:.3f}" if "floor_share" in row else "",
-            speedup["ttft"],
-            speedup["decode"],
-            f"{row['peak_bytes'] / 1e6:.4g}",
-            f"{row['kv_bytes_held'] / 1e6:.4g}",
-            f"{row['padding_waste']:.1%}" if is_pruned else "",
-        )
-    return table
-
-
-def _overheads(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("batch", justify="right")
-    table.add_column("overhead", no_wrap=True)
-    for heading in ("prefill ms", "± %", "of plain", "decode of plain"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        shares = (1 / row["speedup"][phase]["median"] for phase in ("prefill", "decode"))
-        table.add_row(
-            str(row["batch"]),
-            row["variant"],
-            *_milliseconds(row["seconds"]["prefill"]),
-            *(f"{share:.3f}" for share in shares),
-        )
-    return table
-
-
-def _milliseconds(seconds: dict[str, Any]) -> tuple[str, str]:
-    """Median, and half the distance between the quartiles in per cent of it."""
-    spread = 50 * (seconds["q3"] - seconds["q1"]) / seconds["median"]
-    return f"{1e3 * seconds['median']:.4g}", f"{spread:.1f}"

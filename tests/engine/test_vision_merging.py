@@ -100,7 +100,9 @@ def shares(method, model, arguments):
 
 
 def slow_block(block, groups, states, proportional):
-    """Output, key of each token (mean over heads), and the CLS token's attention to a patch of each."""
+    """Output, key of each token (mean over heads), and the CLS token's attention to a patch of each, which
+    always counts patches.
+    """
     sizes = torch.tensor([float(len(group)) for group in groups])
     normed = block.layer_norm1(states)
     attention, heads, keys, weights = block.self_attn, [], [], []
@@ -111,11 +113,11 @@ def slow_block(block, groups, states, proportional):
             projection(normed)[:, rows]
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        weight = (query @ key.T / math.sqrt(size)).exp() * (sizes if proportional else 1)
-        weight = weight / weight.sum(dim=1, keepdim=True)
-        heads.append(weight @ value)
+        scores = (query @ key.T / math.sqrt(size)).exp()
+        weight = scores * sizes if proportional else scores
+        heads.append(weight @ value / weight.sum(dim=1, keepdim=True))
         keys.append(key)
-        weights.append(weight[0] / sizes)
+        weights.append(scores[0] / (scores[0] * sizes).sum())
     states = states + attention.out_proj(torch.cat(heads, dim=1))
     states = states + block.mlp(block.layer_norm2(states))
     return states, torch.stack(keys).mean(dim=0), torch.stack(weights).mean(dim=0)
@@ -169,8 +171,6 @@ def slow_tower(model, pixels, keep, alpha, proportional):
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.no_grad()
 def test_the_tower_merges_as_one_pair_at_a_time_does(method, has_run, attention):
-    if attention == "flash" and isinstance(method, Turbo):
-        pytest.skip("the attention that Turbo sees is proportional")
     model = build(attention="sdpa" if attention == "flash" else attention)
     arguments = zoo.inputs("llava", model, "padded3")
     if has_run:
