@@ -202,7 +202,9 @@ class DecoderCost:
         inputs[..., 1:] += np.where(tokens < before, before, 0)[..., 1:]
         states = self.hidden * (2 * tokens + inputs)
         products = (3 if self.gated_mlp else 2) * self.intermediate * tokens
-        rotary = 2 * self.head_dim * (first // sharing + np.where(was_cut, tokens, 0))
+        # Behind a cut, those of the whole prompt once more, in one piece to be taken from.
+        copies = np.where(was_cut, 2, 1)
+        rotary = 2 * self.head_dim * (copies * (first // sharing) + np.where(was_cut, tokens, 0))
         working = (states + products + rotary) * self.dtype_bytes
         working = working + np.asarray(observed, dtype=np.int64)
         columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)

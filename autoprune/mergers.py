@@ -94,7 +94,7 @@ def get_merger(name: str | None) -> Merger:
 
 
 def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
-    mask = None if seen.unpadded else seen.mask
+    mask = seen.mask if seen.ragged else None
     return Selection(top_k(scores, counts, mask), list(counts))
 
 

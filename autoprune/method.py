@@ -114,7 +114,7 @@ class Observation:
         visual columns (so that a row sums to at most 1); None if not asked for.
     text_mask: BoolTensor [batch, text], False for padding rows, which come first. Text tokens are the
         rows asked for; by default every text token after the last visual one.
-    unpadded: whether both masks are known to be True throughout, so that nothing need be masked.
+    no_padding: whether `text_mask` is known to be True throughout, so that no row need be masked.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
@@ -136,7 +136,7 @@ class Observation:
     mask: torch.Tensor
     attention: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
-    unpadded: bool = False
+    no_padding: bool = False
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None
@@ -148,6 +148,11 @@ class Observation:
     keys: Callable[[], torch.Tensor] | None = None
     text_keys: Callable[[], torch.Tensor] | None = None
     queries: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def ragged(self) -> bool:
+        """Whether prompts differ in their number of visual tokens; if not, `mask` is True throughout."""
+        return min(self.counts) < max(self.counts)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def text_attention(seen: Observation, rows: torch.Tensor | None = None) -> torch
     attention, text_mask = seen.attention, seen.text_mask if rows is None else rows
     if attention is None or text_mask is None:
         raise ValueError("text attention was not observed: ask for it with Needs(rows='text')")
-    if rows is None and seen.unpadded:
+    if rows is None and seen.no_padding:
         return attention.mean(dim=(1, 2))
     number = text_mask.sum(dim=1).clamp(min=1)
     return (attention.mean(dim=1) * text_mask[:, :, None]).sum(dim=1) / number[:, None]

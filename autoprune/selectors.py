@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .scorers import cosine
@@ -44,10 +45,8 @@ def first_picks(order: torch.Tensor, counts: Sequence[int], width: int) -> torch
     best = order[:, :largest]
     if min(counts, default=0) == largest:
         return best.sort(dim=1).values
-    rank = torch.arange(largest, device=order.device)
-    keep = to_device(list(counts), order.device)
-    kept = best.masked_fill(rank >= keep[:, None], width).sort(dim=1).values
-    return kept.masked_fill(kept == width, -1)
+    beyond = to_device(np.arange(largest) >= np.array(counts)[:, None], order.device)
+    return best.masked_fill(beyond, width).sort(dim=1).values.masked_fill_(beyond, -1)
 
 
 def ranks(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

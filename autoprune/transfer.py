@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+ALIGNED = 16
+TYPES = {"i": torch.int64, "b": torch.bool}
 
 
 def to_device(values: Any, device: torch.device) -> torch.Tensor:
@@ -17,3 +22,20 @@ def to_device(values: Any, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Arrays of int64 or bool in one copy, which on a GPU costs more than what is in it."""
+    sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
+    starts = np.cumsum([0, *sizes]).tolist()
+    # An empty tensor has no strides to be viewed by.
+    buffer = np.zeros(starts[-1] + ALIGNED, dtype=np.uint8)
+    for start, array in zip(starts, arrays, strict=False):
+        buffer[start : start + array.nbytes] = (
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        )
+    moved = to_device(buffer, device)
+    return [
+        moved[start : start + array.nbytes].view(TYPES[array.dtype.kind]).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]

@@ -1,34 +1,34 @@
 """Time of one decoding step on a long prompt: the plain model, and pruned on caches of three kinds.
 
     python benchmarks/decode.py
+    python benchmarks/decode.py --model llava-next-7b --images 1 --output decode_gpu.json    # on a GPU
 
-A small LLaVA (12 layers, width 512, random weights) with five pictures, 2880 visual tokens. Steps of all
-variants take turns, so that a machine that gets slower slows all. Writes
-benchmarks/results/decode.json and prints the table of docs/speed.md.
+A small LLaVA (12 layers, width 512, random weights) with five pictures, 2880 visual tokens, unless told
+otherwise. Steps of all variants take turns, so that a machine that gets slower slows all. On a GPU the
+compiled ones are CUDA graphs. Writes benchmarks/results/decode.json and prints the table of docs/speed.md.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import quantiles
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from transformers import DynamicCache, StaticCache
 
-import autoprune
 from autoprune import AutoPrune
 from autoprune.bench.clock import Clock
 from autoprune.bench.memory import cache_bytes
-from autoprune.bench.subjects import build
+from autoprune.bench.results import describe
+from autoprune.bench.subjects import Subject, build
+from autoprune.commands.models import pick_device
 from autoprune.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,17 +55,26 @@ def prefilled(label: str, model: Any, prompts: dict, cache: Any, compiled: bool)
     logits = model(**prompts, past_key_values=cache, logits_to_keep=1).logits
     step = model.forward
     if compiled:
-        step = torch.compile(step, fullgraph=True, dynamic=False)
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
     return Variant(label, step, cache, logits.argmax(dim=-1).clone())
 
 
-def variants(batch: int, images: int, text: int, budget: float, new: int) -> list[Variant]:
+@contextmanager
+def pruning(model: Any, budget: float) -> Iterator[Any]:
+    """The handle of a model that is pruned meanwhile."""
+    handle = AutoPrune(budget).attach(model)
+    try:
+        yield handle
+    finally:
+        handle.detach()
+
+
+def variants(
+    subjects: tuple[Subject, Subject], handle: Any, batch: int, text: int, new: int
+) -> list[Variant]:
     """The plain and the pruned model on each kind of cache."""
-    device = torch.device("cpu")
-    subject = build("small", text, images, device, torch.float32)
-    plain, prompts = subject.model, subject.prompts(batch)
-    pruned = build("small", text, images, device, torch.float32).model
-    handle = AutoPrune(budget).attach(pruned)
+    (plain, pruned), prompts = (subject.model for subject in subjects), subjects[0].prompts(batch)
     length = prompts["input_ids"].shape[1]
 
     def full() -> StaticCache:
@@ -113,36 +122,40 @@ def table(measured: dict[int, list[dict]]) -> str:
 
 
 def main(
+    model: Annotated[str, typer.Option(help="small, llava-1.5-7b or llava-next-7b")] = "small",
     batch: Annotated[str, typer.Option(help="batch sizes, with commas")] = "1,8",
-    images: Annotated[int, typer.Option(help="pictures of 576 tokens")] = 5,
+    images: Annotated[int, typer.Option(help="pictures")] = 5,
     text: Annotated[int, typer.Option(help="other tokens of the prompt")] = 64,
     budget: Annotated[float, typer.Option(help="mean visual tokens per layer")] = 320,
     steps: Annotated[int, typer.Option(help="steps of each variant")] = 40,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; auto takes a GPU")] = "auto",
     threads: Annotated[int, typer.Option()] = 1,
     output: Annotated[Path, typer.Option()] = RESULTS / "decode.json",
 ) -> None:
     """Measure, print and write the table."""
     torch.set_num_threads(threads)
-    clock = Clock(torch.device("cpu"))
-    new = WARM_UP + steps + 1
-    measured = {}
-    for size in map(int, batch.split(",")):
-        torch._dynamo.reset()
-        measured[size] = measure(variants(size, images, text, budget, new), steps, clock)
-    command = f"python benchmarks/decode.py --batch {batch} --images {images} --text {text}"
+    place = pick_device(device)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    # One stays plain, the other is pruned.
+    subjects = (
+        build(model, text, images, place, dtype),
+        build(model, text, images, place, dtype),
+    )
+    clock, new = Clock(place), WARM_UP + steps + 1
+    measured: dict[int, list[dict]] = {}
+    command = f"python benchmarks/decode.py --model {model} --batch {batch} --images {images} --text {text}"
     record = {
         "command": f"{command} --budget {budget:g} --steps {steps} --threads {threads}",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, CPU, {threads} threads, float32, {clock.name}",
-        "versions": {
-            "autoprune": autoprune.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **describe(subjects[0], clock),
         "batches": measured,
     }
-    write_whole(output, json.dumps(record, indent=1))
+    for size in map(int, batch.split(",")):
+        torch._dynamo.reset()
+        with pruning(subjects[1].model, budget) as handle:
+            ways = variants(subjects, handle, size, text, new)
+            measured[size] = measure(ways, steps, clock)
+            del ways
+        write_whole(output, json.dumps(record, indent=1))
     Console().print(table(measured), soft_wrap=True, markup=False)
 
 

@@ -1,6 +1,7 @@
 """What to do with prompts of one batch that follow different curves: pad, sort into buckets, or pack.
 
     python benchmarks/ragged_batches.py
+    python benchmarks/ragged_batches.py --model llava-next-7b --budget 640,320,160 --output ragged_gpu.json
 
 Times the decoder's prefill of a batch whose prompts have spread mutual information, three ways in turns:
 every layer padded to its longest prompt; the batch sorted by information and run as two; and packed, as the
@@ -28,6 +29,7 @@ from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe, padding_waste
 from autoprune.bench.subjects import build
 from autoprune.bench.variants import SpreadAutoPrune
+from autoprune.commands.models import pick_device
 from autoprune.engine import prefill
 from autoprune.files import write_whole
 
@@ -70,6 +72,8 @@ def against_padding(rounds: list[dict[str, float]], way: str) -> dict[str, float
 
 
 def main(
+    model: Annotated[str, typer.Option(help="small, llava-1.5-7b or llava-next-7b")] = "small",
+    budget: Annotated[str, typer.Option(help="mean visual tokens, with commas")] = "192,128,64",
     batch: Annotated[int, typer.Option(help="prompts")] = 8,
     repeats: Annotated[int, typer.Option(help="rounds")] = 10,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
@@ -77,27 +81,31 @@ def main(
 ) -> None:
     """Measure, print and write the table."""
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject, clock = build("small", 64, 1, device, torch.float32), Clock(device)
+    device = pick_device("auto")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    subject, clock = build(model, 64, 1, device, dtype), Clock(device)
     prompts, rows = subject.prompts(batch), []
     for bits in (0.25, 1.0):
-        for budget in (192, 128, 64):
-            with SpreadAutoPrune(budget, high=bits)(subject.model) as trace, torch.inference_mode():
+        for tokens in map(int, budget.split(",")):
+            with SpreadAutoPrune(tokens, high=bits)(subject.model) as trace, torch.inference_mode():
                 subject.model(**prompts, logits_to_keep=1)
             # The first round warms up.
             rounds = [
-                seconds(subject.model, prompts, budget, bits, clock) for _ in range(repeats + 1)
+                seconds(subject.model, prompts, tokens, bits, clock) for _ in range(repeats + 1)
             ]
             rows.append(
                 {
                     "spread": bits,
-                    "budget": budget,
+                    "budget": tokens,
                     "padding": padding_waste(trace.samples),
                     "padded_seconds": statistics.median(r["padded"] for r in rounds[1:]),
                     **{way: against_padding(rounds[1:], way) for way in ("buckets", "packed")},
                 }
             )
-    command = f"python benchmarks/ragged_batches.py --batch {batch} --repeats {repeats} --threads {threads}"
+    command = (
+        f"python benchmarks/ragged_batches.py --model {model} --budget {budget} --batch {batch}"
+    )
+    command += f" --repeats {repeats} --threads {threads}"
     record = {"command": command, **describe(subject, clock), "batch": batch, "rows": rows}
     write_whole(output, json.dumps(record, indent=1))
     table = Table("spread, bits", "budget", "padding", "padded", "buckets", "packed")

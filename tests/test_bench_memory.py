@@ -11,6 +11,7 @@ from autoprune.bench.measure import hold_once
 from autoprune.bench.memory import AllocationCounter, PeakMemory
 from autoprune.bench.results import padding_waste
 from autoprune.bench.variants import HooksOnly, Replay, spread_curves
+from autoprune.engine import prefill
 from tests import zoo
 
 MEGABYTE = 1 << 20
@@ -99,6 +100,18 @@ def test_the_peak_of_a_ragged_batch_is_what_the_trace_says():
     method = spread_curves(AutoPrune(budget=9, k0=2.0), 6.0)
     held = hold_once(model, prompts(model, 4), method)
     assert padding_waste(held.samples) > 0.01
+    assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.02)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_peak_knows_whether_layers_compute_padding(packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(prefill, "WORTH_PACKING", float("inf"))
+    model = wide("llava")
+    counts = [14, 1, 1, 1]
+    method = Replay(tuple((n,) * zoo.LAYERS for n in counts))
+    held = hold_once(model, prompts(model, len(counts)), method)
+    assert padding_waste(held.samples) > 0.5
     assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.02)
 
 

@@ -21,23 +21,23 @@ HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_va
 
 
 class LayerArguments:
-    """Keyword arguments of the layers between two cuts; what they share is made once.
+    """Keyword arguments of the layers of one prefill; what the layers between two cuts share is made once.
 
     Args:
-        tokens: those present, and packing: how hidden states hold them.
+        tokens: those present at first.
         length: columns of the whole prompt.
     """
 
-    def __init__(
-        self,
-        located: Located,
-        positions: Positions,
-        tokens: Tokens,
-        packing: Packing | None,
-        length: int,
-    ):
-        self.located, self.positions = located, positions
-        self.tokens, self.packing, self.length = tokens, packing, length
+    def __init__(self, located: Located, positions: Positions, tokens: Tokens, length: int):
+        self.located, self.positions, self.length = located, positions, length
+        self.implementation = located.implementation
+        # The whole prompt's, for all cuts.
+        self._rotations: dict[int, tuple[Any, torch.Tensor]] = {}
+        self.follow(tokens, None)
+
+    def follow(self, tokens: Tokens, packing: Packing | None) -> None:
+        """Go on with the tokens that a cut left, and with how hidden states hold them."""
+        self.tokens, self.packing = tokens, packing
         self._made: dict[Any, tuple[Any, Any]] = {}
 
     def fit(self, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
@@ -78,7 +78,7 @@ class LayerArguments:
         return self._made[key][1]
 
     def _mask(self, mask: Any, keys: int) -> Any:
-        tokens, implementation = self.tokens, self.located.implementation
+        tokens, implementation = self.tokens, self.implementation
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             return (tokens.column >= 0).to(mask.dtype) if tokens.padded else None
         if mask is None and "flash" in implementation:
@@ -99,12 +99,16 @@ class LayerArguments:
     def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.positions == "compacted":
             return self.compacted(hidden)
-        parts = [take_columns(part, self.tokens.some_column, dim=-2) for part in embeddings]
-        return self._packed(parts, dim=-3)
+        if id(embeddings) not in self._rotations:
+            # Cosine and sine in one tensor are taken from in one go; the source is held, as above.
+            self._rotations[id(embeddings)] = embeddings, torch.stack(tuple(embeddings))
+        whole = self._rotations[id(embeddings)][1]
+        taken = take_columns(whole, self.tokens.some_column, dim=-2)
+        return self._packed([taken], dim=-3)[0].unbind(0)
 
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
         width = self.tokens.width
-        if "flash" in self.located.implementation and ids.shape[-2] == 1:
+        if "flash" in self.implementation and ids.shape[-2] == 1:
             # Gaps in the positions would look like several packed sequences to flash attention.
             return torch.arange(width, device=ids.device)[None].expand_as(ids[..., :width])
         if self.positions == "compacted":

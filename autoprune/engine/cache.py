@@ -40,12 +40,14 @@ class PrunedCache:
     prompt_length: columns of the padded prompt; new tokens get the columns behind it.
     stage_of_layer: for each layer, the tokens of the prompt that its cache holds.
     compacted: whether new tokens continue each layer's own compacted positions.
+    padded: whether a layer's cache holds padding.
     has_gaps: whether a later turn brought padding of its own.
     """
 
     prompt_length: int
     stage_of_layer: list[Stage]
     compacted: bool
+    padded: bool
     has_gaps: bool = False
 
     @classmethod
@@ -56,10 +58,12 @@ class PrunedCache:
             Stage(stage.first_layer, stage.tokens.without_last(drafts))
             for stage in map(prefill.stage_of, range(depth))
         ]
-        setattr(cache, ATTRIBUTE, cls(length, stages, prefill.method.positions == "compacted"))
+        compacted = prefill.method.positions == "compacted"
+        padded = any(stage.tokens.padded for stage in stages)
+        setattr(cache, ATTRIBUTE, cls(length, stages, compacted, padded))
         for layer, stage in zip(cache.layers, stages, strict=False):
             if is_static(layer):
-                _mark_valid(layer, stage.tokens, prefill.method.positions == "compacted")
+                _mark_valid(layer, stage.tokens, compacted)
         if stages[0].tokens.width < length:
             _report_length(cache.layers[0], length - stages[0].tokens.width)
 
@@ -161,14 +165,6 @@ def _reset(layer: Any) -> None:
     layer.reset()
 
 
-def sliding_window(config: Any, layer: int) -> int | None:
-    """The window of a decoder layer, in positions; None where it sees everything before it."""
-    types_of_layers = getattr(config, "layer_types", None)
-    if types_of_layers is not None and types_of_layers[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
-
-
 class Decode:
     """One forward of new tokens on a pruned cache."""
 
@@ -181,6 +177,7 @@ class Decode:
         valid: torch.Tensor | None,
     ):
         self.located, self.pruned, self.cache = attachment.located, pruned, cache
+        self.implementation = attachment.located.implementation
         self.queries = queries
         # A static cache counts on the device, and its layers need no count here.
         static = is_static(cache.layers[0])
@@ -188,6 +185,9 @@ class Decode:
         if queries > 1 and valid is not None:
             pruned.has_gaps = pruned.has_gaps or not bool(valid[:, -queries:].all())
         self.valid = valid.bool() if valid is not None and pruned.has_gaps else None
+        # Whether a new token sees all that is there, so that it needs no mask.
+        self.sees_all = queries == 1 and self.valid is None and not pruned.compacted
+        self.sees_all = self.sees_all and not pruned.padded and not any(self.located.windows)
         self._made: dict[Any, Any] = {}
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -196,17 +196,13 @@ class Decode:
         if is_static(layer):
             return args, static_step(self.located, layer, args[0], kwargs)
         self._crop(layer, stage)
-        kwargs = dict(kwargs)
+        if self.sees_all and kwargs.get("attention_mask") is None:
+            return args, kwargs
+        kwargs, window = dict(kwargs), self.located.windows[index]
         mask = kwargs.get("attention_mask")
-        key = (
-            "mask",
-            stage.first_layer,
-            id(mask),
-            self._window(index),
-            self._key_length(layer, stage),
-        )
+        key = "mask", stage.first_layer, id(mask), window, self._key_length(layer, stage)
         if key not in self._made:
-            self._made[key] = self._mask(mask, stage, layer, self._window(index))
+            self._made[key] = self._mask(mask, stage, layer, window)
         kwargs["attention_mask"] = self._made[key]
         if self.pruned.compacted:
             key = ("rotary", stage.first_layer)
@@ -230,9 +226,6 @@ class Decode:
             return layer.keys.shape[-2] + self.queries
         return stage.tokens.width + self.past + self.queries
 
-    def _window(self, index: int) -> int | None:
-        return sliding_window(self.located.text.config, index)
-
     def _mask(self, mask: Any, stage: Stage, layer: Any, window: int | None) -> Any:
         tokens = stage.tokens
         if not (tokens.padded or self.queries > 1 or window is not None or self.valid is not None):
@@ -243,9 +236,9 @@ class Decode:
         # A sliding layer has let its oldest tokens go.
         length = self._key_length(layer, stage)
         column = column[:, column.shape[1] - length :]
-        if "flash" in self.located.implementation:
+        if "flash" in self.implementation:
             return self._flash_mask(column, new[self.past :], window)
-        if mask is None and self.located.implementation == "eager":
+        if mask is None and self.implementation == "eager":
             mask = layer.keys
         return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ class Located:
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
     attentions: the attention module of each decoder layer.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
+    windows: the sliding window of each decoder layer, in positions; None where it sees all before it.
     """
 
     outer: nn.Module
@@ -45,6 +47,7 @@ class Located:
     attentions: list[nn.Module]
     vision: nn.Module
     visual_ids: tuple[int, ...]
+    windows: list[int | None]
     cost: DecoderCost
 
     @property
@@ -90,6 +93,7 @@ def locate(model: nn.Module) -> Located:
         attentions=[_attention(layer) for layer in layers],
         vision=vision,
         visual_ids=tuple(dict.fromkeys(visual_ids)),
+        windows=_windows(text.config, len(layers)),
         cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
     )
 
@@ -133,6 +137,12 @@ def _layers(text: nn.Module) -> list[nn.Module]:
     for layer in {type(layer): layer for layer in layers}.values():
         _check_arguments(layer)
     return layers
+
+
+def _windows(config: Any, depth: int) -> list[int | None]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _check_arguments(layer: nn.Module) -> None:

@@ -56,11 +56,15 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
 
 
 def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
-    """A causal mask over the remaining tokens in their order, in the form of the mask `like`."""
-    batch, width = tokens.column.shape
-    order = torch.arange(width, device=tokens.column.device)
-    allowed = (order[None, :] <= order[:, None])[None, None].expand(batch, -1, -1, -1)
-    return as_mask(_finish(allowed, tokens, key_length), like)
+    """A causal mask over the tokens that a cut left, in their order, in the form of the mask `like`."""
+    order = tokens.order
+    allowed = (order <= order[:, None])[None]
+    if tokens.padded:
+        allowed = allowed & (order >= tokens.first_seen[..., None])
+    allowed = allowed[:, None].expand(len(tokens.column), -1, -1, -1)
+    if key_length > tokens.width:
+        allowed = pad(allowed, (0, key_length - tokens.width), value=False)
+    return as_mask(allowed, like)
 
 
 def row_mask(

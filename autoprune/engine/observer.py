@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SCORE_BYTES = 64 * 2**20
 """Long questions have their attention computed a few heads at a time, so that scores stay below this."""
 
+WORTH_COPYING = 2**20
+"""Bytes of attention on other tokens than visual ones that may be kept along with those."""
+
 
 class SeenEnough(Exception):
     """Ends a layer that was only run to see its attention."""
@@ -99,7 +102,7 @@ class Observer:
         if needs.rows is not None or needs.hidden or needs.keys:
             text, rows = self._rows(needs.rows or "text", tokens)
             seen.text_mask = rows.mask
-            seen.unpadded = rows.all_real and min(seen.counts) == max(seen.counts)
+            seen.no_padding = rows.all_real
         if (needs.rows is not None and self._attention is None) or (
             needs.keys and self._projections is None
         ):
@@ -202,7 +205,8 @@ def _columns(attention: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """The visual tokens' columns of [batch, heads, rows, n]."""
     if tokens.block is not None:
         columns = attention[..., tokens.block]
-        # A view would keep all of it; that is worth a copy where most is not visual.
-        return columns if 2 * columns.shape[-1] > attention.shape[-1] else columns.clone()
+        # A view would keep all of it; that is worth a copy where much is not visual.
+        rest = attention.nbytes - columns.nbytes
+        return columns.clone() if rest > max(columns.nbytes, WORTH_COPYING) else columns
     slots = tokens.slots.to(attention.device)
     return attention.gather(3, slots[:, None, None].expand(*attention.shape[:3], -1))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .tokens import Tokens
+
 # Below this share of padding the copies around attention cost more than the padding they save.
 WORTH_PACKING = 0.04
 
@@ -20,17 +22,12 @@ WORTH_PACKING = 0.04
 class Packing:
     """Where the tokens of a padded batch are in the packed row, and back.
 
-    real: bool [batch, n], False for padding.
-    place: LongTensor [batch, n], place of each token in the row; 0 for padding.
-    slots: LongTensor [total], places of the row's tokens among the batch * n padded ones.
+    Args:
+        tokens: what is packed, padded on the left.
     """
 
-    def __init__(self, real: torch.Tensor, total: int):
-        self.real = real
-        place = real.flatten().cumsum(0) - 1
-        self.place = place.clamp(min=0).view(real.shape)
-        # Of equal keys a stable sort keeps the order; unlike nonzero it needs no count from the device.
-        self.slots = (~real.flatten()).to(torch.int8).argsort(stable=True)[:total]
+    def __init__(self, tokens: Tokens):
+        self.place, self.slots = tokens.packed
 
     def pack(self, padded: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """[..., batch, n, ...], the batch in dimension `dim`, -> [..., 1, total, ...]."""

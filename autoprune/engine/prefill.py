@@ -13,7 +13,7 @@ from ..method import Needs, PromptState, Selection
 from ..trace import Prefilled
 from ..transfer import to_device
 from .arguments import LayerArguments
-from .cache import PrunedCache, Stage, sliding_window
+from .cache import PrunedCache, Stage
 from .layout import Layout
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
@@ -52,7 +52,7 @@ class Prefill:
         deepstack: Sequence[torch.Tensor] = (),
     ):
         self.method = attachment.method
-        self.located = attachment.located
+        self.located, self.implementation = attachment.located, attachment.located.implementation
         self.layout, self.state, self.cache = layout, state, cache
         self.tokens = Tokens.of(layout, device)
         self.stages = [Stage(0, self.tokens)]
@@ -66,7 +66,8 @@ class Prefill:
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
-        self.arguments = self._layer_arguments()
+        length = layout.real.shape[1]
+        self.arguments = LayerArguments(self.located, self.method.positions, self.tokens, length)
         self.method.begin(state)
 
     @property
@@ -94,12 +95,6 @@ class Prefill:
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
         return args, self._fit(index, args[0], kwargs)
-
-    def _layer_arguments(self) -> LayerArguments:
-        length = self.layout.real.shape[1]
-        return LayerArguments(
-            self.located, self.method.positions, self.tokens, self.packing, length
-        )
 
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
         """The layer's keyword arguments for the tokens that are present."""
@@ -165,7 +160,7 @@ class Prefill:
         self._check(index, selection)
         hidden = self._apply(selection, hidden)
         self.stages.append(Stage(index, self.tokens))
-        self.arguments = self._layer_arguments()
+        self.arguments.follow(self.tokens, self.packing)
         tokens = self.tokens
         packed = self.packing is not None
         self.records.append(CutRecord(index, tokens.index, tokens.counts, tokens.width, packed))
@@ -197,14 +192,12 @@ class Prefill:
         return pool.index_select(0, source.flatten().to(pool.device)).unflatten(0, source.shape)
 
     def _pack_if_worth_it(self) -> Packing | None:
-        tokens, located = self.tokens, self.located
+        tokens, has_windows = self.tokens, any(self.located.windows)
         if tokens.waste < WORTH_PACKING:
             return None
-        config, layers = located.text.config, range(len(located.layers))
-        has_windows = any(sliding_window(config, layer) is not None for layer in layers)
-        if not can_pack(self.cache, located.implementation, has_windows):
+        if not can_pack(self.cache, self.implementation, has_windows):
             return None
-        return Packing(tokens.column >= 0, sum(tokens.lengths))
+        return Packing(tokens)
 
     def _keeps_all(self, selection: Selection) -> bool:
         return selection.merged is None and list(selection.counts) == self.tokens.counts

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from .cache import is_static, sliding_window
+from .cache import is_static
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
             "flash attention cannot prune a static cache; use the default cache, or "
             "attn_implementation='sdpa'"
         )
-    config = located.text.config
-    windows = {sliding_window(config, layer) for layer in range(len(located.layers))} - {None}
+    windows = {window for window in located.windows if window is not None}
     if "flash" in located.implementation and windows and min(windows) < length:
         raise UnsupportedError(
             f"flash attention would count its sliding window of {min(windows)} in kept tokens, "

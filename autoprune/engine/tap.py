@@ -96,7 +96,9 @@ def row_attention(
     query = query.reshape(batch * key.shape[1], -1, width)
     key = key.flatten(0, 1).transpose(1, 2)
     scores = torch.baddbmm(query.new_empty(()), query, key, beta=0, alpha=scaling or width**-0.5)
-    scores = scores.view(batch, heads, rows, -1).float()
+    scores = scores.view(batch, heads, rows, -1)
+    if softcap is not None or bias is not None:
+        scores = scores.float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if blocked is not None:
@@ -104,4 +106,4 @@ def row_attention(
         last.masked_fill_(blocked, torch.finfo(scores.dtype).min)
     if bias is not None:
         scores = scores + bias
-    return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1, dtype=torch.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..method import Merged, Selection
-from ..transfer import to_device
+from ..transfer import all_to_device, to_device
 from .layout import Layout
 
 MERGED = -2
@@ -21,59 +21,79 @@ class Tokens:
     """The tokens present at one depth, padded on the left to a common length n.
 
     column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
-    text: LongTensor [batch, T], places of the other tokens in the sequence, ascending; negative for padding.
-    slots: LongTensor [batch, V], places of the visual tokens, ascending. Entries beyond a prompt's count
-        are padding and point anywhere.
     index: LongTensor [batch, V], 0..N-1 of an original visual token, MERGED, or -1 for padding.
+    order: LongTensor [n], 0, 1, ...
     lengths, counts: real tokens and visual tokens of each prompt (host).
-    padded: whether any prompt is shorter than n.
-    block: where the visual tokens are, if they are in one piece and at the same place in all prompts.
+    heads: how many tokens of each prompt stand before its visual ones, if those are in one piece in all
+        prompts (host). Where every token is follows from these numbers then.
+    places: `text` and `slots` where it does not.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     """
 
     column: torch.Tensor
-    text: torch.Tensor
-    slots: torch.Tensor
     index: torch.Tensor
+    order: torch.Tensor
     lengths: list[int]
     counts: list[int]
-    padded: bool
-    block: slice | None = None
+    heads: list[int] | None = None
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
     was_cut: bool = False
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
         real, visual = layout.real, layout.visual
-        columns, counts = np.arange(real.shape[1]), layout.num_visual
-        slots = _places(visual)
-        parts = (
-            np.where(real, columns, -1),
-            np.sort(_places(real & ~visual), axis=1),
-            np.maximum(slots, 0),
-            np.where(slots >= 0, np.arange(max(counts)), -1),
-        )
+        columns, counts, heads = np.arange(real.shape[1]), layout.num_visual, _heads(layout)
+        slots, places = _places(visual), None
+        if heads is None or not (real[:, 1:] >= real[:, :-1]).all():
+            text = np.sort(_places(real & ~visual), axis=1)
+            places = to_device(text, device), to_device(np.maximum(slots, 0), device)
         return cls(
-            *(to_device(part, device) for part in parts),
+            to_device(np.where(real, columns, -1), device),
+            to_device(np.where(slots >= 0, np.arange(max(counts)), -1), device),
+            torch.arange(len(columns), device=device),
             lengths=real.sum(axis=1).tolist(),
             counts=counts,
-            padded=not real.all(),
-            block=_block(slots) if real.all() else None,
+            heads=heads,
+            places=places,
         )
 
     def without_last(self, drafts: int) -> Tokens:
         """Without the last columns, which are text."""
         if not drafts:
             return self
+        width, places = self.width - drafts, self.places
+        if places is not None:
+            text, slots = places
+            places = text[:, : text.shape[1] - drafts], slots
         return replace(
             self,
-            column=self.column[:, : self.width - drafts],
-            text=self.text[:, : self.text.shape[1] - drafts],
+            column=self.column[:, :width],
+            order=self.order[:width],
             lengths=[n - drafts for n in self.lengths],
+            places=places,
         )
 
     @property
     def width(self) -> int:
         return self.column.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any prompt is shorter than n."""
+        return min(self.lengths) < self.width
+
+    @property
+    def ragged(self) -> bool:
+        """Whether prompts differ in their number of visual tokens."""
+        return min(self.counts) < max(self.counts)
+
+    @cached_property
+    def block(self) -> slice | None:
+        """Where the visual tokens are, if they are in one piece and at the same place in all prompts."""
+        heads = self.heads
+        if heads is None or self.padded or self.ragged or min(heads) < max(heads):
+            return None
+        return slice(heads[0], heads[0] + self.counts[0])
 
     @cached_property
     def some_column(self) -> torch.Tensor:
@@ -81,11 +101,68 @@ class Tokens:
         return self.column.clamp(min=0) if self.padded else self.column
 
     @cached_property
+    def text(self) -> torch.Tensor:
+        """LongTensor [batch, T], places of the other tokens, ascending; negative for padding."""
+        if self.places is not None:
+            return self.places[0]
+        heads, lengths, counts = self._geometry
+        number = lengths - counts
+        rank = np.arange(number.max()) - (number.max() - number)
+        place = self.width - lengths + rank + np.where(rank < heads, 0, counts)
+        return to_device(np.where(rank >= 0, place, -1), self.column.device)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """LongTensor [batch, V], places of the visual tokens, ascending; those beyond a prompt's count are
+        padding and point anywhere.
+        """
+        if self.places is not None:
+            return self.places[1]
+        if self.block is not None:
+            return self.order[self.block].expand(len(self.column), -1)
+        return self._arrangement[0]
+
+    @property
+    def _geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Heads, lengths and counts, each [batch, 1]."""
+        assert self.heads is not None
+        return tuple(np.array(n)[:, None] for n in (self.heads, self.lengths, self.counts))  # type: ignore
+
+    @cached_property
     def slot_mask(self) -> torch.Tensor:
         """bool [batch, V], False beyond a prompt's own count."""
-        if min(self.counts) == max(self.counts):
-            return torch.ones_like(self.slots, dtype=torch.bool)
-        return length_mask(self.counts, max(self.counts), self.column.device)
+        if not self.ragged:
+            return torch.ones_like(self.index, dtype=torch.bool)
+        return self._arrangement[1]
+
+    @property
+    def first_seen(self) -> torch.Tensor:
+        """LongTensor [batch, n], the first place that a token sees; padding, on the left, sees itself."""
+        return self._arrangement[2]
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All prompts' real tokens in one row: LongTensor [batch, n], the place of each token there (0 for
+        padding), and LongTensor [total], the places of the row's tokens among the batch * n padded ones.
+        """
+        return self._arrangement[3], self._arrangement[4]
+
+    @cached_property
+    def _arrangement(self) -> list[torch.Tensor]:
+        """What follows from the numbers of tokens on the host, for prompts padded on the left."""
+        width, lengths = self.width, np.array(self.lengths)[:, None]
+        counts, rank = np.array(self.counts)[:, None], np.arange(max(self.counts))
+        place = np.arange(width)
+        real = place >= width - lengths
+        heads = 0 if self.heads is None else np.array(self.heads)[:, None]
+        arrays = [
+            np.clip(width - lengths + heads + rank, 0, max(width - 1, 0)),
+            rank < counts,
+            np.minimum(place, width - lengths),
+            np.maximum(real.cumsum().reshape(real.shape) - 1, 0),
+            np.flatnonzero(real),
+        ]
+        return all_to_device(arrays, self.column.device)
 
     @property
     def waste(self) -> float:
@@ -94,7 +171,7 @@ class Tokens:
 
     def spread(self, values: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         """`default` [batch, n], with `values` [batch, V] in the visual tokens' places."""
-        if min(self.counts) < max(self.counts):
+        if self.ragged:
             # A column more takes what padding holds.
             spare = self.slots.masked_fill(~self.slot_mask, self.width)
             default = torch.nn.functional.pad(default, (0, 1))
@@ -110,8 +187,10 @@ class Tokens:
         """
         counts = list(selection.counts)
         kept = selection.kept[:, : max(counts)]
-        if self.block is not None and selection.merged is None and min(counts) == max(counts):
-            return self._after_in_block(kept, counts)
+        if selection.merged is None and self.places is None:
+            if self.block is not None and min(counts) == max(counts):
+                return self._after_in_block(kept, counts)
+            return self._after_in_pieces(kept, counts)
         if min(counts) < max(counts):
             mask = kept >= 0
             kept = kept.clamp(min=0)
@@ -129,15 +208,15 @@ class Tokens:
         ]
         width = max(lengths)
         padded, surplus = min(lengths) < width, keys.shape[1] - width
-        source, order = keys.sort(dim=1, stable=True)
-        # Where each went: the inverse of the order.
-        count = torch.arange(keys.shape[1], device=keys.device).expand_as(order)
-        places = torch.empty_like(order).scatter_(1, order, count)
+        source, ranked = keys.sort(dim=1, stable=True)
+        # Where each went: the inverse of the ranking.
+        order = torch.arange(keys.shape[1], device=keys.device)
+        went = torch.empty_like(ranked).scatter_(1, ranked, order.expand_as(ranked))
         if sources is not None:
-            source = sources.gather(1, order)
+            source = sources.gather(1, ranked)
         if surplus:
-            source, places = source[:, surplus:], places - surplus
-        text, slots = places.split([self.text.shape[1], index.shape[1]], dim=1)
+            source, went = source[:, surplus:], went - surplus
+        text, slots = went.split([went.shape[1] - index.shape[1], index.shape[1]], dim=1)
         if padded:
             real = source >= 0
             source = source.clamp(min=0)
@@ -145,37 +224,67 @@ class Tokens:
             text = text.where(self.text >= 0, -1)
         else:
             column = column.gather(1, source)
-        if min(counts) < max(counts):
-            slots = slots.clamp(min=0)
-        block = None
-        if self.block is not None and not padded:
-            # What stands before it stays.
-            block = slice(self.block.start, self.block.start + counts[0])
-        new = Tokens(column, text, slots, index, lengths, counts, padded, block, was_cut=True)
-        return new, source
+        heads, places = self.heads, None
+        if heads is None:
+            places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
+        order = order[:width]
+        return Tokens(column, index, order, lengths, counts, heads, places, was_cut=True), source
 
     def _after_in_block(self, kept: torch.Tensor, counts: list[int]) -> tuple[Tokens, torch.Tensor]:
         """`after`, where only places of one block are dropped, equally many in all prompts."""
         assert self.block is not None
-        (batch, width), start, stop = self.column.shape, self.block.start, self.block.stop
-        order = torch.arange(width, device=kept.device)
-        head, tail = order[:start].expand(batch, -1), order[stop:].expand(batch, -1)
+        batch, start, stop = len(self.column), self.block.start, self.block.stop
+        head, tail = self.order[:start].expand(batch, -1), self.order[stop:].expand(batch, -1)
         source = torch.cat([head, kept + start, tail], dim=1)
-        left = counts[0]
-        dropped = self.counts[0] - left
-        block = slice(start, start + left)
-        text = torch.cat([order[:start], order[block.stop : width - dropped]]).expand(batch, -1)
+        dropped = self.counts[0] - counts[0]
         new = Tokens(
             column=self.column.gather(1, source),
-            text=text,
-            slots=order[block].expand(batch, -1),
             index=self.index.gather(1, kept),
+            order=self.order[: source.shape[1]],
             lengths=[n - dropped for n in self.lengths],
             counts=counts,
-            padded=False,
-            block=block,
+            heads=self.heads,
             was_cut=True,
         )
+        return new, source
+
+    def _after_in_pieces(
+        self, kept: torch.Tensor, counts: list[int]
+    ) -> tuple[Tokens, torch.Tensor]:
+        """`after`, where the visual tokens of every prompt are in one piece and nothing is merged.
+
+        All but the kept places is known on the host.
+        """
+        heads, lengths, old = self._geometry
+        number, device = np.array(counts)[:, None], self.column.device
+        left = lengths - old + number
+        width = int(left.max())
+        place = np.arange(width) - (width - left)
+        rank = place - heads
+        visual = (rank >= 0) & (rank < number)
+        # Of a visual token, where its piece begins: the kept place is added to it.
+        before = np.where(visual, heads, place + np.where(rank < 0, 0, old - number))
+        before = np.where(place < 0, 0, before + self.width - lengths)
+        rows = np.flatnonzero(visual)
+        chosen = (rank + kept.shape[1] * np.arange(len(old))[:, None])[visual]
+        arrays = [before.ravel(), rows, chosen, place < 0]
+        source, rows, chosen, padding = all_to_device(arrays, device)
+        source.index_add_(0, rows, kept.flatten().index_select(0, chosen))
+        source = source.view(padding.shape)
+        column = self.column.gather(1, source)
+        if left.min() < width:
+            column = column.masked_fill(padding, -1)
+        new = Tokens(
+            column=column,
+            index=self.index.gather(1, kept.clamp(min=0)),
+            order=self.order[:width],
+            lengths=left[:, 0].tolist(),
+            counts=counts,
+            heads=self.heads,
+            was_cut=True,
+        )
+        if new.ragged:
+            new.index = new.index.masked_fill(~new.slot_mask, -1)
         return new, source
 
     def _with_merged(self, merged: Merged, most: int, visual, index):
@@ -213,12 +322,15 @@ def _places(chosen: np.ndarray) -> np.ndarray:
     return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1)
 
 
-def _block(slots: np.ndarray) -> slice | None:
-    """The one slice that holds the same consecutive columns in all rows of [batch, V], if there is one."""
-    wanted = slots[0, 0] + np.arange(slots.shape[1]) if slots.size else slots
-    if not slots.size or (slots != wanted).any():
-        return None
-    return slice(int(wanted[0]), int(wanted[-1]) + 1)
+def _heads(layout: Layout) -> list[int] | None:
+    """Tokens of each prompt before its visual ones; None if those of a prompt are not in one piece."""
+    heads = []
+    for real, visual in zip(layout.real, layout.visual, strict=True):
+        (seen,) = np.nonzero(visual[real])
+        if seen.size and seen[-1] - seen[0] + 1 > seen.size:
+            return None
+        heads.append(int(seen[0]) if seen.size else 0)
+    return heads
 
 
 def length_mask(lengths: Sequence[int], width: int, device: torch.device) -> torch.Tensor:

@@ -258,8 +258,11 @@ class AutoPrune(Method):
         return merge(seen, self._scores(seen), counts)
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
-        masks = (None, None) if seen.unpadded else (seen.text_mask, seen.mask)
-        per_head = mutual_information(seen.attention, *masks)
+        per_head = mutual_information(
+            seen.attention,
+            None if seen.no_padding else seen.text_mask,
+            seen.mask if seen.ragged else None,
+        )
         bits = [self._disturbed(value) for value in per_head.mean(dim=1).tolist()]
         shape, prior = state.shape, state.notes["plan"]
         plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)

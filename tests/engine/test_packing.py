@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from autoprune.engine.layout import Layout
 from autoprune.engine.packing import WORTH_PACKING, Packing
+from autoprune.engine.tokens import Tokens
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
@@ -42,7 +44,8 @@ def ragged_forward(model, name="llava", schedules=DEEP, **options):
 
 def test_packing_and_unpacking_are_inverse():
     real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
-    packing = Packing(real, 9)
+    layout = Layout(real.numpy(), torch.zeros_like(real).numpy())
+    packing = Packing(Tokens.of(layout, real.device))
     padded = torch.arange(24.0).view(3, 4, 2)
     row = packing.pack(padded)
     assert row.shape == (1, 9, 2)

@@ -177,11 +177,12 @@ def test_peak_bytes_of_the_fullest_layer():
     # Cut behind layer 0: its own input was there before.
     first = 10 * (kv + mlp + 2 * width + rotary)
     assert cost.peak_bytes([6, 0, 0], 4) == first
-    # Cut mildly: the states before the cut and both rotary embeddings are held in layer 1.
-    second = 9 * (kv + mlp + 3 * width + rotary) + 10 * (kv + width + rotary)
+    # Cut mildly: the states before the cut, and rotary embeddings of the whole prompt, twice, and of
+    # what is left, are held in layer 1.
+    second = 9 * (kv + mlp + 3 * width + rotary) + 10 * (kv + width + 2 * rotary)
     assert cost.peak_bytes([6, 5, 0], 4) == max(first, second) == second
     # Cut before the decoder.
-    third = 6 * (3 * kv + mlp + 3 * width + rotary) + 10 * rotary
+    third = 6 * (3 * kv + mlp + 3 * width + rotary) + 10 * 2 * rotary
     assert cost.peak_bytes([2, 2, 2], 4, num_visual=6) == third
     assert cost.peak_bytes([2, 2, 2], 4, num_visual=6, observed=[0, 0, 7]) == third + 7
     assert cost.peak_bytes([[6, 6, 6], [6, 5, 0]], [4, 4]).tolist() == [
