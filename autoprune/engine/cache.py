@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import UnsupportedError
 from ..transfer import to_device
@@ -23,6 +24,8 @@ VALID = "_autoprune_valid"
 PADDING = "_autoprune_padding"
 DROPPED = "_autoprune_dropped"
 HELD = "_autoprune_held"
+# New tokens that a mask has room for when it is made.
+ROOM = 128
 
 
 @dataclass(eq=False)
@@ -42,6 +45,7 @@ class PrunedCache:
     compacted: whether new tokens continue each layer's own compacted positions.
     padded: whether a layer's cache holds padding.
     has_gaps: whether a later turn brought padding of its own.
+    masks: of one new token, with room for those behind it, by stage and type.
     """
 
     prompt_length: int
@@ -49,6 +53,7 @@ class PrunedCache:
     compacted: bool
     padded: bool
     has_gaps: bool = False
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def remember(cls, prefill: Prefill) -> None:
@@ -230,6 +235,11 @@ class Decode:
         tokens = stage.tokens
         if not (tokens.padded or self.queries > 1 or window is not None or self.valid is not None):
             return None
+        if mask is None and self.implementation == "eager":
+            mask = layer.keys
+        plain = "flash" not in self.implementation and not isinstance(mask, BlockMask)
+        if plain and self.queries == 1 and window is None and self.valid is None:
+            return self._row(mask, stage)
         first, device = self.pruned.prompt_length, tokens.column.device
         new = torch.arange(first, first + self.past + self.queries, device=device)
         column = torch.cat([tokens.column, new.expand(tokens.column.shape[0], -1)], dim=1)
@@ -238,9 +248,18 @@ class Decode:
         column = column[:, column.shape[1] - length :]
         if "flash" in self.implementation:
             return self._flash_mask(column, new[self.past :], window)
-        if mask is None and self.implementation == "eager":
-            mask = layer.keys
         return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
+
+    def _row(self, like: torch.Tensor | None, stage: Stage) -> torch.Tensor:
+        """The mask of one new token, which sees all but padding: a view of one made for many steps."""
+        key = stage.first_layer, torch.bool if like is None else like.dtype
+        length, made = stage.tokens.width + self.past + 1, self.pruned.masks.get(key)
+        if made is None or made.shape[-1] < length:
+            real = stage.tokens.column >= 0
+            new = real.new_ones(len(real), max(self.past, ROOM) + 1 + self.past)
+            made = as_mask(torch.cat([real, new], dim=1)[:, None, None], like)
+            self.pruned.masks[key] = made
+        return made[..., :length]
 
     def _flash_mask(
         self, column: torch.Tensor, new: torch.Tensor, window: int | None

@@ -9,6 +9,7 @@ import torch
 
 from ..method import Observation, PromptState
 from ..planned import PreDecoder
+from ..transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,5 @@ class Random(PreDecoder):
     def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         draws = [torch.rand(n, generator=generator) for n in seen.counts]
-        return torch.nn.utils.rnn.pad_sequence(draws, batch_first=True).to(seen.mask.device)
+        drawn = torch.nn.utils.rnn.pad_sequence(draws, batch_first=True)
+        return to_device(drawn, seen.mask.device)

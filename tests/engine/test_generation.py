@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, Budget
+from autoprune.engine import cache as cache_of_engine
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
@@ -321,3 +323,23 @@ def assistant():
         pad_token_id=zoo.PAD, num_assistant_tokens=3
     )
     return model.eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch):
+    monkeypatch.setattr(cache_of_engine, "ROOM", 2)
+    model = model_of("llava", attention)
+    inputs = zoo.inputs("llava", model, "padded3")
+    tokens = torch.randint(10, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    with METHODS["deep"](model) as trace:
+        conversation = oracle.Conversation(model, inputs)
+        rows, made = [conversation.logits[:, -1:]], []
+        for step in range(tokens.shape[1]):
+            rows.append(conversation.feed(tokens[:, step : step + 1]))
+            pruned = cache_of_engine.PrunedCache.of(conversation.cache)
+            made.append({key: id(mask) for key, mask in pruned.masks.items()})
+    columns = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
+    close(torch.cat(rows, dim=1), oracle.oracle_logits(model, inputs, columns, tokens))
+    assert made[0]
+    changes = sum(before != after for before, after in itertools.pairwise(made))
+    assert 1 <= changes <= 3
