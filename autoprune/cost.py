@@ -24,6 +24,9 @@ PLAIN_MLP_MODEL_TYPES = frozenset(
 projection).
 """
 
+FUSED_MLP_MODEL_TYPES = frozenset({"glm", "glm4", "glm4v_text", "phi3"})
+"""Text model types whose gated MLP computes gate and up projection in one piece."""
+
 
 @dataclass(frozen=True)
 class DecoderCost:
@@ -35,6 +38,7 @@ class DecoderCost:
         intermediate: MLP width that one token passes through (for mixtures of experts, of its
             active experts).
         gated_mlp: True for gate/up/down (SwiGLU and relatives), False for up/down.
+        fused_mlp: whether a gated MLP computes gate and up in one piece; matters for memory alone.
         vocab_size: rows of the lm_head.
         dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
             bfloat16).
@@ -49,6 +53,7 @@ class DecoderCost:
     gated_mlp: bool = True
     vocab_size: int = 0
     dtype_bytes: int = 2
+    fused_mlp: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -86,6 +91,7 @@ class DecoderCost:
             head_dim=_read(text, "head_dim", default=hidden // heads),
             intermediate=_active_intermediate(text, hidden),
             gated_mlp=getattr(text, "model_type", None) not in PLAIN_MLP_MODEL_TYPES,
+            fused_mlp=getattr(text, "model_type", None) in FUSED_MLP_MODEL_TYPES,
             vocab_size=_read(text, "vocab_size", default=0),
             dtype_bytes=dtype_bytes,
         )
@@ -173,9 +179,9 @@ class DecoderCost:
 
         That is in the MLP of some layer: the cache up to there, rotary embeddings, the hidden states
         that enter the layer, its residual and normed ones, and the MLP's products (three for a gated
-        one, as transformers' Llama and Qwen compute it, else two). Attention that forms whole score
-        matrices ("eager") needs more, and so may a method in a small model that looks at hundreds of
-        text rows, while it does; weights and what enters the decoder are not counted.
+        one, as transformers' Llama and Qwen compute it, four for a fused one, else two). Attention that
+        forms whole score matrices ("eager") needs more, and so may a method in a small model that looks
+        at hundreds of text rows, while it does; weights and what enters the decoder are not counted.
 
         Args:
             visual_per_layer, num_text: as above.
@@ -201,7 +207,9 @@ class DecoderCost:
         inputs = np.where((np.arange(self.layers) > 0) | was_cut, tokens, 0)
         inputs[..., 1:] += np.where(tokens < before, before, 0)[..., 1:]
         states = self.hidden * (2 * tokens + inputs)
-        products = (3 if self.gated_mlp else 2) * self.intermediate * tokens
+        # One piece stays whole while the product of its halves is taken.
+        pieces = 3 + self.fused_mlp if self.gated_mlp else 2
+        products = pieces * self.intermediate * tokens
         # Behind a cut, those of the whole prompt once more, in one piece to be taken from.
         copies = np.where(was_cut, 2, 1)
         rotary = 2 * self.head_dim * (copies * (first // sharing) + np.where(was_cut, tokens, 0))

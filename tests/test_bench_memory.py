@@ -145,7 +145,10 @@ def wide(name):
     return getattr(transformers, family.model)._from_config(config).eval()
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl", "mistral3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "glm4v", "gemma3"],
+)
 def test_the_peak_is_what_the_trace_says(name):
     model = wide(name)
     inputs = zoo.inputs(name, model)

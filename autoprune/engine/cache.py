@@ -15,7 +15,6 @@ from .masks import as_mask, decode_mask
 from .tokens import Tokens
 
 if TYPE_CHECKING:
-    from .attach import Attachment
     from .locate import Located
     from .prefill import Prefill
 
@@ -175,14 +174,14 @@ class Decode:
 
     def __init__(
         self,
-        attachment: Attachment,
+        located: Located,
         pruned: PrunedCache,
         cache: Any,
         queries: int,
         valid: torch.Tensor | None,
     ):
-        self.located, self.pruned, self.cache = attachment.located, pruned, cache
-        self.implementation = attachment.located.implementation
+        self.located, self.pruned, self.cache = located, pruned, cache
+        self.implementation = located.implementation
         self.queries = queries
         # A static cache counts on the device, and its layers need no count here.
         static = is_static(cache.layers[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from .cache import PrunedCache, Stage
 from .layout import Layout
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
+from .tap import no_plans
 from .tokens import MERGED, Tokens
 
 if TYPE_CHECKING:
-    from .attach import Attachment
+    from ..method import Method
+    from .locate import Located
     from .vision_view import VisionView
 
 
@@ -43,7 +46,8 @@ class Prefill:
 
     def __init__(
         self,
-        attachment: Attachment,
+        method: Method,
+        located: Located,
         layout: Layout,
         state: PromptState,
         device: torch.device,
@@ -51,14 +55,14 @@ class Prefill:
         vision: VisionView | None,
         deepstack: Sequence[torch.Tensor] = (),
     ):
-        self.method = attachment.method
-        self.located, self.implementation = attachment.located, attachment.located.implementation
+        self.method, self.located = method, located
+        self.implementation = located.implementation
         self.layout, self.state, self.cache = layout, state, cache
         self.tokens = Tokens.of(layout, device)
         self.stages = [Stage(0, self.tokens)]
         self.packings: list[Packing | None] = [None]
         self.records: list[CutRecord] = []
-        # Bytes that were kept of a layer's attention while the rest of it ran.
+        # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
@@ -85,13 +89,17 @@ class Prefill:
         if 0 < index <= len(self.deepstack):
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         if kept := self.observer.kept_bytes:
-            self.observed[index - 1] = kept
+            self.observed[index - 1] = self.observed.get(index - 1, 0) + kept
+        entering = args[0]
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
             if needs.ahead:
                 self._peek(index, needs, args, kwargs)
-            hidden = self._cut(index, needs, args[0])
+            hidden = self._cut(index, needs, entering)
             args = (hidden, *args[1:])
+        if args[0] is entering and 0 < index <= len(self.deepstack):
+            # The model holds the states without the features.
+            self.observed[index] = entering.nbytes
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
         return args, self._fit(index, args[0], kwargs)
@@ -138,17 +146,19 @@ class Prefill:
         self, attend, module, query, key, value, attention_mask, *args, **kwargs
     ) -> tuple[torch.Tensor, Any]:
         """The attention of one decoder layer, observed, and padded if its tokens came packed."""
-        packing = self.packing
+        packing, whole = self.packing, len(self.stages) == 1
         if packing is None:
             self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
-            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+            with nullcontext() if whole else no_plans:
+                return attend(module, query, key, value, attention_mask, *args, **kwargs)
         query, key, value = map(packing.unpack_heads, (query, key, value))
         self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
         if self.cache is not None:
             # The layer has put the packed row into its cache.
             layer = self.cache.layers[module.layer_idx]
             layer.keys, layer.values = key, value
-        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        with no_plans:
+            output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         return packing.pack(output), weights
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:

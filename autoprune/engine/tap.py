@@ -70,6 +70,34 @@ def _eager(module: nn.Module) -> Callable:
     raise RuntimeError(f"no eager_attention_forward beside {type(module).__name__}")
 
 
+class NoPlans:
+    """Within this, torch's attention does without cuDNN, process-wide; a context manager to be shared.
+
+    cuDNN plans its attention for every shape it has not met, which takes tens of milliseconds. A model
+    that is not pruned meets one new shape with each token it generates; layers that were cut have lengths of
+    their own, each of them a shape, and every prompt has others.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._before)
+
+
+no_plans = NoPlans()
+
+
 def row_attention(
     query: torch.Tensor,
     key: torch.Tensor,

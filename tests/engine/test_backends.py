@@ -6,9 +6,11 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, AutoPruneReference, Budget
+from autoprune.engine import tap
 from autoprune.errors import UnsupportedError
 from tests import kernels, oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
@@ -314,3 +316,51 @@ def test_continuous_batching_is_refused():
     with METHODS["deep"](model) as trace, pytest.raises(UnsupportedError, match="continuous"):
         model(**inputs, cache=object())
     assert not trace.samples
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Whether cuDNN may plan attention, noted at every call of torch's."""
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), []
+    original = F.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield seen
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+def test_attention_plans_no_shapes_where_every_prompt_brings_new_ones(plans, batch):
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, batch)
+    first_cut = 2
+    with Scattered(({first_cut: 0.5},))(model), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert plans[-zoo.LAYERS :] == [layer < first_cut for layer in range(zoo.LAYERS)]
+        mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"][:, -1:]], dim=1)
+        model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+        assert not any(plans[-zoo.LAYERS :])
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        model(input_ids=inputs["input_ids"][:, :1].clone())
+        assert all(plans[-zoo.LAYERS :])
+
+
+def test_plans_are_back_after_all_who_did_without_them(plans):
+    def broken():
+        with tap.no_plans:
+            raise KeyError
+
+    with tap.no_plans:
+        with pytest.raises(KeyError):
+            broken()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with tap.no_plans:
+        pass
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
