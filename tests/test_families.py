@@ -11,7 +11,6 @@ import pytest
 
 from autoprune import families
 from autoprune.engine import vision_maps
-from autoprune.engine.cache import sliding_window
 from autoprune.engine.locate import locate
 from autoprune.engine.vision import VisionTap
 from autoprune.method import Tower
@@ -57,8 +56,7 @@ def test_a_row_says_how_the_engine_scores_patches(family):
 
 @ROWS
 def test_a_row_tells_of_sliding_layers(family):
-    config = zoo.FAMILIES[family.name].config().get_text_config()
-    sliding = any(sliding_window(config, layer) for layer in range(zoo.LAYERS))
+    sliding = any(locate(zoo.build(family.name)).windows)
     assert (families.SLIDING in family.note) == sliding
 
 
