@@ -24,7 +24,9 @@ PLAIN_MLP_MODEL_TYPES = frozenset(
 projection).
 """
 
-FUSED_MLP_MODEL_TYPES = frozenset({"glm", "glm4", "glm4v_text", "phi3"})
+FUSED_MLP_MODEL_TYPES = frozenset(
+    {"glm", "glm4", "glm4v_text", "glm_image_text", "glm_ocr_text", "phi3"}
+)
 """Text model types whose gated MLP computes gate and up projection in one piece."""
 
 
@@ -187,8 +189,8 @@ class DecoderCost:
             visual_per_layer, num_text: as above.
             num_visual: visual tokens entering the decoder, which a cut before layer 0 reduces; scalar or
                 `[batch]`. Default: those entering layer 0.
-            observed: bytes of each layer's attention that a method keeps to decide the next cut, like
-                `visual_per_layer` or a scalar.
+            observed: bytes of each layer's attention that a method keeps to decide the next cut, and what
+                else is held while a layer runs, like `visual_per_layer` or a scalar.
             sharing: prompts of the batch that have the rotary embeddings of the whole prompt in common.
             cached: columns of each layer's cache, `[L]`, where a batch pads them. Default: the tokens that
                 enter the layer.

@@ -91,7 +91,7 @@ class Summary:
 class Prefilled:
     """What one prefill of a batch left for the trace.
 
-    observed: bytes that were kept of a layer's attention, by layer. sharing: see
+    observed: bytes that were kept of a layer's attention, or beside its hidden states, by layer. sharing: see
         `DecoderCost.peak_bytes`.
     """
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 ALIGNED = 16
-TYPES = {"i": torch.int64, "b": torch.bool}
+TYPES = {"i": np.int64, "b": np.bool_}
+_TORCH = {"i": torch.int64, "b": torch.bool}
 
 
 def to_device(values: Any, device: torch.device) -> torch.Tensor:
@@ -25,17 +26,16 @@ def to_device(values: Any, device: torch.device) -> torch.Tensor:
 
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """Arrays of int64 or bool in one copy, which on a GPU costs more than what is in it."""
+    """Arrays of integers or bools in one copy, which on a GPU costs more than what is in it."""
+    arrays = [array.astype(TYPES[array.dtype.kind], order="C", copy=False) for array in arrays]
     sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
     starts = np.cumsum([0, *sizes]).tolist()
     # An empty tensor has no strides to be viewed by.
     buffer = np.zeros(starts[-1] + ALIGNED, dtype=np.uint8)
     for start, array in zip(starts, arrays, strict=False):
-        buffer[start : start + array.nbytes] = (
-            np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        )
+        buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
     moved = to_device(buffer, device)
     return [
-        moved[start : start + array.nbytes].view(TYPES[array.dtype.kind]).view(array.shape)
+        moved[start : start + array.nbytes].view(_TORCH[array.dtype.kind]).view(array.shape)
         for start, array in zip(starts, arrays, strict=False)
     ]

@@ -145,7 +145,7 @@ def main(
     measured: dict[int, list[dict]] = {}
     command = f"python benchmarks/decode.py --model {model} --batch {batch} --images {images} --text {text}"
     record = {
-        "command": f"{command} --budget {budget:g} --steps {steps} --threads {threads}",
+        "command": f"{command} --budget {budget:g} --steps {steps} --device {place.type} --threads {threads}",
         **describe(subjects[0], clock),
         "batches": measured,
     }

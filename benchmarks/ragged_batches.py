@@ -80,6 +80,8 @@ def main(
     output: Annotated[Path, typer.Option()] = RESULTS / "ragged_batches.json",
 ) -> None:
     """Measure, print and write the table."""
+    if batch < 2 or batch % 2:
+        raise typer.BadParameter(f"an even number of prompts is run as two batches, got {batch}")
     torch.set_num_threads(threads)
     device = pick_device("auto")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -56,7 +56,8 @@ def test_a_row_says_how_the_engine_scores_patches(family):
 
 @ROWS
 def test_a_row_tells_of_sliding_layers(family):
-    sliding = any(locate(zoo.build(family.name)).windows)
+    attention = zoo.FAMILIES[family.name].attentions[0]
+    sliding = any(locate(zoo.build(family.name, attention)).windows)
     assert (families.SLIDING in family.note) == sliding
 
 

@@ -99,12 +99,12 @@ class Attachment:
                 watch_encoding(
                     located.outer, self.forwards.read_and_expect, self.vision.merging.forget
                 )
-            self._tagged = dict.fromkeys(located.attentions, self.forwards.attend)
-            self._implementations = {located.implementation}
-            for attention in self.vision.tapped:
-                self._tagged[attention] = self.vision.attend
-                self._implementations.add(attention.config._attn_implementation)
-            tap.tag(self._tagged, self._implementations)
+            tagged = dict.fromkeys(located.attentions, self.forwards.attend)
+            tagged |= dict.fromkeys(self.vision.tapped, self.vision.attend)
+            names = {module.config._attn_implementation for module in self.vision.tapped}
+            names.add(located.implementation)
+            tap.tag(tagged, names)
+            self._tagged, self._implementations = tagged, names
         except BaseException:
             self.detach()
             _attached.discard(located.text)

@@ -89,7 +89,7 @@ def row_mask(
             rows = rows.expand(slots.shape[0], -1, -1, -1)
             index = slots.to(rows.device)[:, None, :, None]
             rows = rows.gather(2, index.expand(-1, rows.shape[1], -1, width))
-        return (~rows, None) if rows.dtype == torch.bool else (None, rows.float())
+        return (~rows, None) if rows.dtype == torch.bool else (None, _as_float(rows))
     at_end, flexible = isinstance(slots, slice), isinstance(mask, BlockMask)
     # Where the mask is causal and the rows are the last, the keys before them are seen by all.
     first = slots.start if rows_are_causal(mask, tokens, slots) else 0
@@ -104,6 +104,11 @@ def row_mask(
     if tokens.padded:
         blocked = blocked | (tokens.column < 0)[:, None, :]
     return blocked[:, None], None
+
+
+def _as_float(bias: torch.Tensor) -> torch.Tensor:
+    """An additive mask in float32; what is least in float64 stays finite."""
+    return bias.clamp(min=torch.finfo(torch.float32).min).float()
 
 
 def rows_are_causal(mask: Any, tokens: Tokens, slots: torch.Tensor | slice) -> bool:

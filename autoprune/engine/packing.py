@@ -35,7 +35,7 @@ class Packing:
         return rows.index_select(dim, self.slots.to(padded.device)).unsqueeze(dim)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, total, ...] -> [batch, n, ...]; padding holds the first token."""
+        """[1, total, ...] -> [batch, n, ...]; padding holds some other token."""
         place = self.place.to(packed.device)
         return packed[0].index_select(0, place.flatten()).unflatten(0, place.shape)
 

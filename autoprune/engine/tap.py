@@ -71,7 +71,10 @@ def _eager(module: nn.Module) -> Callable:
 
 
 class NoPlans:
-    """Within this, torch's attention does without cuDNN, process-wide; a context manager to be shared.
+    """Within this, torch's attention does without cuDNN; a context manager for all threads.
+
+    The setting is the process's: a thread that changes it meanwhile, as `torch.nn.attention.sdpa_kernel`
+    does, may end up with the other's.
 
     cuDNN plans its attention for every shape it has not met, which takes tens of milliseconds. A model
     that is not pruned meets one new shape with each token it generates; layers that were cut have lengths of
@@ -125,7 +128,8 @@ def row_attention(
     key = key.flatten(0, 1).transpose(1, 2)
     scores = torch.baddbmm(query.new_empty(()), query, key, beta=0, alpha=scaling or width**-0.5)
     scores = scores.view(batch, heads, rows, -1)
-    if softcap is not None or bias is not None:
+    if softcap is not None or bias is not None or scores.dtype == torch.float64:
+        # The softmax would turn what is least in float64 into an infinity.
         scores = scores.float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -25,8 +25,8 @@ class Tokens:
     order: LongTensor [n], 0, 1, ...
     lengths, counts: real tokens and visual tokens of each prompt (host).
     heads: how many tokens of each prompt stand before its visual ones, if those are in one piece in all
-        prompts (host). Where every token is follows from these numbers then.
-    places: `text` and `slots` where it does not.
+        prompts (host). Where every token is follows from these numbers then, if padding is on the left.
+    places: `text` and `slots` where it does not follow.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     """
 
@@ -142,7 +142,7 @@ class Tokens:
 
     @property
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All prompts' real tokens in one row: LongTensor [batch, n], the place of each token there (0 for
+        """All prompts' real tokens in one row: LongTensor [batch, n], the place of each token there (any for
         padding), and LongTensor [total], the places of the row's tokens among the batch * n padded ones.
         """
         return self._arrangement[3], self._arrangement[4]

@@ -239,3 +239,25 @@ def test_padding_of_a_selection_may_be_wide_but_not_short(batch):
             pytest.raises(ValueError, match=r"kept of shape \[\d, \d+\] at cut 1"),
         ):
             model(**inputs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_float64_model_keeps_what_a_float32_one_does(attention):
+    # The first prompt's question is longer than all of the other prompt: rows of padding see nothing.
+    model = zoo.build("llava", attention)
+    inputs = zoo.inputs("llava", model, "padded3")
+    more = torch.randint(10, 100, (3, 60), generator=torch.Generator().manual_seed(0))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    long = torch.cat([ids, more], dim=1)
+    short = torch.cat([torch.zeros_like(more), ids], dim=1)
+    padding = torch.cat([torch.zeros_like(more), mask], dim=1)
+    is_long = torch.tensor([[True], [False], [False]])
+    inputs["input_ids"] = torch.where(is_long, long, short)
+    inputs["attention_mask"] = torch.where(is_long, torch.cat([mask, more.sign()], dim=1), padding)
+    kept = {}
+    for dtype in (torch.float32, torch.float64):
+        pixels = inputs["pixel_values"].to(dtype)
+        with AutoPrune(Budget.ratio(0.5))(model.to(dtype)) as trace, torch.no_grad():
+            model(**inputs | {"pixel_values": pixels})
+        kept[dtype] = [[layer.tolist() for layer in sample.kept] for sample in trace.samples]
+    assert kept[torch.float32] == kept[torch.float64]
