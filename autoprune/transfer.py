@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+# Bytes: every array begins at a multiple.
 ALIGNED = 16
-TYPES = {"i": np.int64, "b": np.bool_}
-_TORCH = {"i": torch.int64, "b": torch.bool}
 
 
 def to_device(values: Any, device: torch.device) -> torch.Tensor:
@@ -27,7 +26,10 @@ def to_device(values: Any, device: torch.device) -> torch.Tensor:
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Arrays of integers or bools in one copy, which on a GPU costs more than what is in it."""
-    arrays = [array.astype(TYPES[array.dtype.kind], order="C", copy=False) for array in arrays]
+    types = [torch.bool if array.dtype == bool else torch.int64 for array in arrays]
+    arrays = [
+        array.astype(bool if array.dtype == bool else np.int64, "C", copy=False) for array in arrays
+    ]
     sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
     starts = np.cumsum([0, *sizes]).tolist()
     # An empty tensor has no strides to be viewed by.
@@ -36,6 +38,6 @@ def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[to
         buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
     moved = to_device(buffer, device)
     return [
-        moved[start : start + array.nbytes].view(_TORCH[array.dtype.kind]).view(array.shape)
-        for start, array in zip(starts, arrays, strict=False)
+        moved[start : start + array.nbytes].view(dtype).view(array.shape)
+        for start, array, dtype in zip(starts, arrays, types, strict=False)
     ]

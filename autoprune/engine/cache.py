@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..errors import UnsupportedError
 from ..transfer import to_device
 from .masks import as_mask, decode_mask
+from .tap import no_plans
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -214,6 +215,11 @@ class Decode:
                 self._made[key] = self.located.text.rotary_emb(args[0], self._positions(stage))
             kwargs["position_embeddings"] = self._made[key]
         return args, kwargs
+
+    def attend(self, attend, *args, **kwargs):
+        """The attention of one decoder layer."""
+        with no_plans:
+            return attend(*args, **kwargs)
 
     def _crop(self, layer: Any, stage: Stage) -> None:
         """Drop rejected draft tokens that a cropped cache left behind in the shorter layers."""

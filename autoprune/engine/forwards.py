@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
-from . import tap
 from .cache import Decode, PrunedCache, is_static, narrowed, static_step
 from .layout import Layout, on_host, read_layout
 from .locate import Located
@@ -194,10 +192,9 @@ class Forwards:
     def attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
         """The attention of a decoder layer."""
         run = getattr(self._local, "run", None)
-        if isinstance(run, Prefill):
+        if run is not None:
             return run.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
-        with nullcontext() if run is None else tap.no_plans:
-            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
     def after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """End a prefill and record it."""

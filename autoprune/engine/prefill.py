@@ -15,6 +15,7 @@ from ..trace import Prefilled
 from ..transfer import to_device
 from .arguments import LayerArguments
 from .cache import PrunedCache, Stage
+from .cut import cut
 from .layout import Layout
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack
@@ -146,20 +147,17 @@ class Prefill:
         self, attend, module, query, key, value, attention_mask, *args, **kwargs
     ) -> tuple[torch.Tensor, Any]:
         """The attention of one decoder layer, observed, and padded if its tokens came packed."""
-        packing, whole = self.packing, len(self.stages) == 1
-        if packing is None:
-            self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
-            with nullcontext() if whole else no_plans:
-                return attend(module, query, key, value, attention_mask, *args, **kwargs)
-        query, key, value = map(packing.unpack_heads, (query, key, value))
+        packing = self.packing
+        if packing is not None:
+            query, key, value = map(packing.unpack_heads, (query, key, value))
         self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
-        if self.cache is not None:
+        if packing is not None and self.cache is not None:
             # The layer has put the packed row into its cache.
             layer = self.cache.layers[module.layer_idx]
             layer.keys, layer.values = key, value
-        with no_plans:
+        with no_plans if len(self.stages) > 1 else nullcontext():
             output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
-        return packing.pack(output), weights
+        return (output if packing is None else packing.pack(output)), weights
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
         padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
@@ -179,7 +177,7 @@ class Prefill:
     def _apply(self, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states of the tokens that stay: rows of the old ones, and of those that are new."""
         rows, before, width = [hidden.flatten(0, 1)], self.packing, self.tokens.width
-        self.tokens, source = self.tokens.after(selection)
+        self.tokens, source = cut(self.tokens, selection)
         batch, device, merged = len(source), source.device, selection.merged
         if merged is not None:
             rows.append(merged.hidden.flatten(0, 1))

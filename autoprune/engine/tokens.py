@@ -1,4 +1,4 @@
-"""The tokens that are present at one depth of the decoder, and what a cut leaves of them."""
+"""The tokens that are present at one depth of the decoder, and where they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..method import Merged, Selection
 from ..transfer import all_to_device, to_device
 from .layout import Layout
 
 MERGED = -2
+"""The index of a token that was made from dropped ones."""
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class Tokens:
         """LongTensor [batch, T], places of the other tokens, ascending; negative for padding."""
         if self.places is not None:
             return self.places[0]
-        heads, lengths, counts = self._geometry
+        heads, lengths, counts = self.geometry
         number = lengths - counts
         rank = np.arange(number.max()) - (number.max() - number)
         place = self.width - lengths + rank + np.where(rank < heads, 0, counts)
@@ -123,7 +123,7 @@ class Tokens:
         return self._arrangement[0]
 
     @property
-    def _geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Heads, lengths and counts, each [batch, 1]."""
         assert self.heads is not None
         return tuple(np.array(n)[:, None] for n in (self.heads, self.lengths, self.counts))  # type: ignore
@@ -177,142 +177,6 @@ class Tokens:
             default = torch.nn.functional.pad(default, (0, 1))
             return default.scatter(1, spare, values)[:, : self.width]
         return default.scatter(1, self.slots, values)
-
-    def after(self, selection: Selection) -> tuple[Tokens, torch.Tensor]:
-        """The tokens after a cut, and where each comes from.
-
-        Returns:
-            The new tokens, and LongTensor [batch, n'] of sources: places in this sequence, or
-            width + i for merged token i. Sources of padding point anywhere.
-        """
-        counts = list(selection.counts)
-        kept = selection.kept[:, : max(counts)]
-        if selection.merged is None and self.places is None:
-            if self.block is not None and min(counts) == max(counts):
-                return self._after_in_block(kept, counts)
-            return self._after_in_pieces(kept, counts)
-        if min(counts) < max(counts):
-            mask = kept >= 0
-            kept = kept.clamp(min=0)
-            visual = self.slots.gather(1, kept).where(mask, -1)
-            index = self.index.gather(1, kept).where(mask, -1)
-        else:
-            visual, index = self.slots.gather(1, kept), self.index.gather(1, kept)
-        # Each token's place is its key: sorting puts padding in front and the rest in order.
-        keys, sources, column = torch.cat([self.text, visual], dim=1), None, self.column
-        if (merged := selection.merged) is not None:
-            counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
-            keys, sources, index, column = self._with_merged(merged, max(counts), visual, index)
-        lengths = [
-            n - old + new for n, old, new in zip(self.lengths, self.counts, counts, strict=True)
-        ]
-        width = max(lengths)
-        padded, surplus = min(lengths) < width, keys.shape[1] - width
-        source, ranked = keys.sort(dim=1, stable=True)
-        # Where each went: the inverse of the ranking.
-        order = torch.arange(keys.shape[1], device=keys.device)
-        went = torch.empty_like(ranked).scatter_(1, ranked, order.expand_as(ranked))
-        if sources is not None:
-            source = sources.gather(1, ranked)
-        if surplus:
-            source, went = source[:, surplus:], went - surplus
-        text, slots = went.split([went.shape[1] - index.shape[1], index.shape[1]], dim=1)
-        if padded:
-            real = source >= 0
-            source = source.clamp(min=0)
-            column = column.gather(1, source).where(real, -1)
-            text = text.where(self.text >= 0, -1)
-        else:
-            column = column.gather(1, source)
-        heads, places = self.heads, None
-        if heads is None:
-            places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
-        order = order[:width]
-        return Tokens(column, index, order, lengths, counts, heads, places, was_cut=True), source
-
-    def _after_in_block(self, kept: torch.Tensor, counts: list[int]) -> tuple[Tokens, torch.Tensor]:
-        """`after`, where only places of one block are dropped, equally many in all prompts."""
-        assert self.block is not None
-        batch, start, stop = len(self.column), self.block.start, self.block.stop
-        head, tail = self.order[:start].expand(batch, -1), self.order[stop:].expand(batch, -1)
-        source = torch.cat([head, kept + start, tail], dim=1)
-        dropped = self.counts[0] - counts[0]
-        new = Tokens(
-            column=self.column.gather(1, source),
-            index=self.index.gather(1, kept),
-            order=self.order[: source.shape[1]],
-            lengths=[n - dropped for n in self.lengths],
-            counts=counts,
-            heads=self.heads,
-            was_cut=True,
-        )
-        return new, source
-
-    def _after_in_pieces(
-        self, kept: torch.Tensor, counts: list[int]
-    ) -> tuple[Tokens, torch.Tensor]:
-        """`after`, where the visual tokens of every prompt are in one piece and nothing is merged.
-
-        All but the kept places is known on the host.
-        """
-        heads, lengths, old = self._geometry
-        number, device = np.array(counts)[:, None], self.column.device
-        left = lengths - old + number
-        width = int(left.max())
-        place = np.arange(width) - (width - left)
-        rank = place - heads
-        visual = (rank >= 0) & (rank < number)
-        # Of a visual token, where its piece begins: the kept place is added to it.
-        before = np.where(visual, heads, place + np.where(rank < 0, 0, old - number))
-        before = np.where(place < 0, 0, before + self.width - lengths)
-        rows = np.flatnonzero(visual)
-        chosen = (rank + kept.shape[1] * np.arange(len(old))[:, None])[visual]
-        arrays = [before.ravel(), rows, chosen, place < 0]
-        source, rows, chosen, padding = all_to_device(arrays, device)
-        source.index_add_(0, rows, kept.flatten().index_select(0, chosen))
-        source = source.view(padding.shape)
-        column = self.column.gather(1, source)
-        if left.min() < width:
-            column = column.masked_fill(padding, -1)
-        new = Tokens(
-            column=column,
-            index=self.index.gather(1, kept.clamp(min=0)),
-            order=self.order[:width],
-            lengths=left[:, 0].tolist(),
-            counts=counts,
-            heads=self.heads,
-            was_cut=True,
-        )
-        if new.ragged:
-            new.index = new.index.masked_fill(~new.slot_mask, -1)
-        return new, source
-
-    def _with_merged(self, merged: Merged, most: int, visual, index):
-        """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
-
-        Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
-        """
-        slots, device = self.slots, self.slots.device
-        number = merged.hidden.shape[1]
-        real = length_mask(merged.counts, number, device)
-        if merged.place is None:
-            last = to_device([max(n - 1, 0) for n in self.counts], device)
-            slot, behind = slots.gather(1, last[:, None]).expand(-1, number), 1
-        else:
-            slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
-        extra = torch.arange(self.width, self.width + number, device=device).expand_as(slot)
-        # Kept and merged tokens in their order, padding last.
-        key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)
-        order = key.where(key >= 0, 2 * self.width + 2).argsort(dim=1, stable=True)[:, :most]
-        key = key.gather(1, order)
-        joined = torch.cat([index, torch.full_like(slot, MERGED).where(real, -1)], dim=1)
-        source = torch.cat([visual, extra], dim=1).gather(1, order).where(key >= 0, -1)
-        return (
-            torch.cat([self.text * 2, key], dim=1),
-            torch.cat([self.text, source], dim=1),
-            joined.gather(1, order),
-            torch.cat([self.column, self.column.gather(1, slot)], dim=1),
-        )
 
 
 def _places(chosen: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoprune.engine.cut import cut
 from autoprune.engine.layout import Layout
 from autoprune.engine.tokens import MERGED, Tokens
 from autoprune.method import Merged, Selection
@@ -108,7 +109,7 @@ def test_cuts_leave_what_they_say(layout, data):
     check(tokens, prompts)
     for _ in range(2):
         selection, results = draw_cut(data, prompts)
-        before, (tokens, source) = tokens, tokens.after(selection)
+        before, (tokens, source) = tokens, cut(tokens, selection)
         was = [(row >= 0).nonzero().squeeze(1).tolist() for row in before.column]
         prompts = [[token for token, _ in result] for result in results]
         check(tokens, prompts)
@@ -133,8 +134,8 @@ def test_one_picture_at_the_same_place_is_one_block():
     tokens = Tokens.of(Layout(np.ones_like(visual), visual), CPU)
     assert tokens.block == slice(1, 4)
     even = Selection(torch.tensor([[0, 2], [1, 2]]), [2, 2])
-    assert tokens.after(even)[0].block == slice(1, 3)
+    assert cut(tokens, even)[0].block == slice(1, 3)
     ragged = Selection(torch.tensor([[0, 2], [1, -1]]), [2, 1])
-    assert tokens.after(ragged)[0].block is None
+    assert cut(tokens, ragged)[0].block is None
     split = np.array([[False, True, False, True, False]])
     assert Tokens.of(Layout(np.ones_like(split), split), CPU).block is None

@@ -1,0 +1,152 @@
+"""What a cut leaves of the tokens that were present."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..method import Merged, Selection
+from ..transfer import all_to_device, to_device
+from .tokens import MERGED, Tokens, length_mask
+
+
+def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
+    """The tokens after a cut, and where each comes from.
+
+    Returns:
+        The new tokens, and LongTensor [batch, n'] of sources: places in the old sequence, or
+        width + i for merged token i. Sources of padding point anywhere.
+    """
+    counts = list(selection.counts)
+    kept = selection.kept[:, : max(counts)]
+    if selection.merged is None and tokens.places is None:
+        if tokens.block is not None and min(counts) == max(counts):
+            return _cut_block(tokens, kept, counts)
+        return _cut_pieces(tokens, kept, counts)
+    if min(counts) < max(counts):
+        mask = kept >= 0
+        kept = kept.clamp(min=0)
+        visual = tokens.slots.gather(1, kept).where(mask, -1)
+        index = tokens.index.gather(1, kept).where(mask, -1)
+    else:
+        visual, index = tokens.slots.gather(1, kept), tokens.index.gather(1, kept)
+    # Each token's place is its key: sorting puts padding in front and the rest in order.
+    keys, sources, column = torch.cat([tokens.text, visual], dim=1), None, tokens.column
+    if (merged := selection.merged) is not None:
+        counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
+        keys, sources, index, column = _with_merged(tokens, merged, max(counts), visual, index)
+    lengths = [
+        n - old + new for n, old, new in zip(tokens.lengths, tokens.counts, counts, strict=True)
+    ]
+    width = max(lengths)
+    padded, surplus = min(lengths) < width, keys.shape[1] - width
+    source, ranked = keys.sort(dim=1, stable=True)
+    # Where each went: the inverse of the ranking.
+    order = torch.arange(keys.shape[1], device=keys.device)
+    went = torch.empty_like(ranked).scatter_(1, ranked, order.expand_as(ranked))
+    if sources is not None:
+        source = sources.gather(1, ranked)
+    if surplus:
+        source, went = source[:, surplus:], went - surplus
+    text, slots = went.split([went.shape[1] - index.shape[1], index.shape[1]], dim=1)
+    if padded:
+        real = source >= 0
+        source = source.clamp(min=0)
+        column = column.gather(1, source).where(real, -1)
+        text = text.where(tokens.text >= 0, -1)
+    else:
+        column = column.gather(1, source)
+    heads, places = tokens.heads, None
+    if heads is None:
+        places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
+    order = order[:width]
+    return Tokens(column, index, order, lengths, counts, heads, places, was_cut=True), source
+
+
+def _cut_block(
+    tokens: Tokens, kept: torch.Tensor, counts: list[int]
+) -> tuple[Tokens, torch.Tensor]:
+    """`cut`, where only places of one block are dropped, equally many in all prompts."""
+    assert tokens.block is not None
+    batch, start, stop = len(tokens.column), tokens.block.start, tokens.block.stop
+    head, tail = tokens.order[:start].expand(batch, -1), tokens.order[stop:].expand(batch, -1)
+    source = torch.cat([head, kept + start, tail], dim=1)
+    dropped = tokens.counts[0] - counts[0]
+    new = Tokens(
+        column=tokens.column.gather(1, source),
+        index=tokens.index.gather(1, kept),
+        order=tokens.order[: source.shape[1]],
+        lengths=[n - dropped for n in tokens.lengths],
+        counts=counts,
+        heads=tokens.heads,
+        was_cut=True,
+    )
+    return new, source
+
+
+def _cut_pieces(
+    tokens: Tokens, kept: torch.Tensor, counts: list[int]
+) -> tuple[Tokens, torch.Tensor]:
+    """`cut`, where the visual tokens of every prompt are in one piece and nothing is merged.
+
+    All but the kept places is known on the host.
+    """
+    heads, lengths, old = tokens.geometry
+    number, device = np.array(counts)[:, None], tokens.column.device
+    left = lengths - old + number
+    width = int(left.max())
+    place = np.arange(width) - (width - left)
+    rank = place - heads
+    visual = (rank >= 0) & (rank < number)
+    # Of a visual token, where its piece begins: the kept place is added to it.
+    before = np.where(visual, heads, place + np.where(rank < 0, 0, old - number))
+    before = np.where(place < 0, 0, before + tokens.width - lengths)
+    rows = np.flatnonzero(visual)
+    chosen = (rank + kept.shape[1] * np.arange(len(old))[:, None])[visual]
+    arrays = [before.ravel(), rows, chosen, place < 0]
+    source, rows, chosen, padding = all_to_device(arrays, device)
+    source.index_add_(0, rows, kept.flatten().index_select(0, chosen))
+    source = source.view(padding.shape)
+    column = tokens.column.gather(1, source)
+    if left.min() < width:
+        column = column.masked_fill(padding, -1)
+    new = Tokens(
+        column=column,
+        index=tokens.index.gather(1, kept.clamp(min=0)),
+        order=tokens.order[:width],
+        lengths=left[:, 0].tolist(),
+        counts=counts,
+        heads=tokens.heads,
+        was_cut=True,
+    )
+    if new.ragged:
+        new.index = new.index.masked_fill(~new.slot_mask, -1)
+    return new, source
+
+
+def _with_merged(tokens: Tokens, merged: Merged, most: int, visual, index):
+    """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
+
+    Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
+    """
+    slots, device = tokens.slots, tokens.slots.device
+    number = merged.hidden.shape[1]
+    real = length_mask(merged.counts, number, device)
+    if merged.place is None:
+        last = to_device([max(n - 1, 0) for n in tokens.counts], device)
+        slot, behind = slots.gather(1, last[:, None]).expand(-1, number), 1
+    else:
+        slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
+    extra = torch.arange(tokens.width, tokens.width + number, device=device).expand_as(slot)
+    # Kept and merged tokens in their order, padding last.
+    key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)
+    order = key.where(key >= 0, 2 * tokens.width + 2).argsort(dim=1, stable=True)[:, :most]
+    key = key.gather(1, order)
+    joined = torch.cat([index, torch.full_like(slot, MERGED).where(real, -1)], dim=1)
+    source = torch.cat([visual, extra], dim=1).gather(1, order).where(key >= 0, -1)
+    return (
+        torch.cat([tokens.text * 2, key], dim=1),
+        torch.cat([tokens.text, source], dim=1),
+        joined.gather(1, order),
+        torch.cat([tokens.column, tokens.column.gather(1, slot)], dim=1),
+    )
