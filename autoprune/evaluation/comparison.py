@@ -33,7 +33,7 @@ from .results import Row, check_kinds, results
 from .run_directory import RunDirectory
 from .settings import REFERENCE, Setting, with_reference
 from .tasks import Task, picture_digest
-from .timing import PROMPTS, prefill_milliseconds
+from .timing import prefill_milliseconds, timed_batches
 from .workers import check_workers, run_all, threads_of_one
 
 _MINUTES = 5
@@ -118,7 +118,7 @@ def compare(
         run_all(work.answer, whole, options.workers, lambda n: progress.advance(bar, n))
     refusals = {s: reason for s in whole if (reason := run_directory.refusal(s)) is not None}
     ran = [setting for setting in whole if setting not in refusals]
-    milliseconds = _timings(work, ran, options.workers) if options.timing else {}
+    milliseconds = _timings(work, ran, options) if options.timing else []
     given = [None if setting in refusals else run_directory.read(setting) for setting in whole]
     rows = results(whole, given, list(noted["kinds"]), refusals, baseline, milliseconds)
     write_report(directory, rows, {"compared": compared, **noted}, baseline)
@@ -224,13 +224,17 @@ def _noted(model: Any, tasks: Sequence[Task], options: Options) -> dict[str, Any
     }
 
 
-def _timings(work: _Work, settings: Sequence[Setting], workers: int) -> dict[Setting, float]:
-    """Prefill milliseconds on some prompts of the middle batch, with the threads of one worker."""
-    sample = work.batches[len(work.batches) // 2].tasks[:PROMPTS]
-    (batch,) = prepare(work.model, work.processor, sample, len(sample))
-    with threads_of_one(workers):
-        times = prefill_milliseconds(work.model, batch.inputs(), settings)
-    return dict(zip(settings, times, strict=True))
+def _timings(work: _Work, settings: Sequence[Setting], options: Options) -> list[list[float]]:
+    """Prefill milliseconds on some of the prompts, with the threads of one worker."""
+    chosen = timed_batches([task for batch in work.batches for task in batch.tasks])
+    inputs = [
+        batch.inputs()
+        for tasks in chosen
+        for batch in prepare(work.model, work.processor, tasks, len(tasks))
+    ]
+    with threads_of_one(options.workers), _progress(options.show_progress) as progress:
+        bar = progress.add_task("timing", total=len(inputs))
+        return prefill_milliseconds(work.model, inputs, settings, lambda: progress.advance(bar))
 
 
 def _progress(shown: bool) -> Progress:

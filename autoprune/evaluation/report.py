@@ -68,16 +68,15 @@ def infeasible(rows: Sequence[Row]) -> list[str]:
 
 def cells(row: Row, brief: bool = False) -> list[str]:
     """A row as a reader wants it, under `HEADINGS`; `brief` leaves out most intervals."""
-    entering = f"{row['tokens_entering']:.4g}" + (" (over)" if overspends(row) else "")
     return [
         row["method"],
-        entering,
-        f"{row['flops_share']:.1%}",
-        f"{row['kv_bytes_share']:.1%}",
-        _interval(row, "accuracy"),
-        _interval(row, "relative", brief),
+        _figure(row, "tokens_entering", ".4g", brief) + (" (over)" if overspends(row) else ""),
+        _figure(row, "flops_share", ".1%", brief),
+        _figure(row, "kv_bytes_share", ".1%", brief),
+        _figure(row, "accuracy", ".3f"),
+        _figure(row, "relative", ".3f", brief),
         _verdict(row, brief),
-        "-" if row["prefill_ms"] is None else f"{row['prefill_ms']:.1f} ms",
+        _figure(row, "prefill_ms", ".1f", brief, " ms"),
     ]
 
 
@@ -88,7 +87,7 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
     lines += [f"`{config['command']}`", "", *(f"* {line}" for line in _setup(config)), ""]
     lines += [
         f"The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
-        "Brackets hold 95 % confidence intervals over questions.",
+        "Brackets hold 95 % confidence intervals over questions, unless their bounds read like the figure.",
         "",
     ]
     lines += ["![Accuracy against decoder prefill FLOPs](accuracy_vs_flops.png)", ""]
@@ -154,10 +153,16 @@ def _setup(config: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in config["compared"]["version"].items())
 
 
-def _interval(row: Row, name: str, brief: bool = False) -> str:
+def _figure(row: Row, name: str, form: str, brief: bool = False, unit: str = "") -> str:
+    """The value, and its interval unless all three read the same."""
     if row[name] is None:
         return "-"
-    return f"{row[name]:.3f}" + ("" if brief else _bounds(row, name, ".3f"))
+    value, low, high = (
+        "" if bound is None else f"{bound:{form}}"
+        for bound in (row[name], row[f"{name}_low"], row[f"{name}_high"])
+    )
+    shown = not brief and low and (low, high) != (value, value)
+    return value + unit + (f" [{low}, {high}]" if shown else "")
 
 
 def _verdict(row: Row, brief: bool) -> str:
@@ -165,13 +170,7 @@ def _verdict(row: Row, brief: bool) -> str:
         return "-"
     low, high = row["difference_low"], row["difference_high"]
     mark = "*" if low is not None and (low > 0 or high < 0) else ""
-    bounds = "" if brief else _bounds(row, "difference", "+.3f")
-    return f"{row['difference']:+.3f}{mark}{bounds}"
-
-
-def _bounds(row: Row, name: str, form: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "" if low is None else f" [{low:{form}}, {high:{form}}]"
+    return _figure(row, "difference", "+.3f", brief, mark)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

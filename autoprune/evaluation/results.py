@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..budget import Budget
 from .run_directory import Answers
-from .settings import FULL, Setting
-from .statistics import Accuracies, Estimate, bootstrap
+from .settings import Setting
+from .statistics import Estimate, Means, Resampled, bootstrap, bootstrap_median
 
 Row = dict[str, Any]
 _TOLERANCE = 0.02
 _DECIMALS = 6
 _BOUNDS = ("", "_low", "_high")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The figures of all settings that ran, the reference first."""
+
+    correct: Means
+    entering: Means
+    flops: Means
+    kv_bytes: Means
+    milliseconds: Resampled | None
 
 
 def results(
@@ -24,7 +36,7 @@ def results(
     kinds: Sequence[str],
     refusals: Mapping[Setting, str],
     baseline: str,
-    milliseconds: Mapping[Setting, float],
+    milliseconds: Sequence[Sequence[float]] = (),
 ) -> list[Row]:
     """One row per setting, in their order; the columns are those of results.csv.
 
@@ -34,24 +46,25 @@ def results(
         kinds: the order of their columns.
         refusals: why a setting could not run.
         baseline: label of the setting that others are compared with, at the same budget.
-        milliseconds: prefill time per prompt, where it was measured.
+        milliseconds: prefill times per prompt, in the same batches of prompts for each setting that ran;
+            empty where they were not measured.
     """
-    ran = [i for i, found in enumerate(answers) if found is not None]
     given = [found for found in answers if found is not None]
-    accuracies = bootstrap(np.stack([found.correct for found in given]), given[0].kinds)
-    column = {setting: ran.index(i) for i, setting in enumerate(settings) if i in ran}
-    rivals = {s.budget: column[s] for s in column if s.label == baseline}
+    ran = [setting for setting in settings if setting not in refusals]
+    measured = _measured(given, milliseconds)
+    rivals = {setting.budget: i for i, setting in enumerate(ran) if setting.label == baseline}
     rows = []
     for setting, found in zip(settings, answers, strict=True):
         row: Row = {"method": setting.label, "budget": setting.budget}
         if found is None:
             row |= {"status": "infeasible", "reason": refusals[setting]}
         else:
-            row |= {"status": "ok", "reason": ""}
-            row |= _spent(setting, found, given[0])
-            row |= _timed(setting, milliseconds)
-            row |= _accuracy(accuracies, column[setting], rivals.get(setting.budget))
-            row |= _per_kind(accuracies, column[setting], kinds)
+            own = ran.index(setting)
+            row |= {"status": "ok", "reason": "", "questions": len(found.kinds)}
+            row |= _spent(setting, measured, own)
+            row |= _timed(measured.milliseconds, own)
+            row |= _accuracy(measured.correct, own, rivals.get(setting.budget))
+            row |= _per_kind(measured.correct, own, kinds)
             row |= _information(found, kinds)
         rows.append(row)
     # Every row has every column, whatever came first.
@@ -78,41 +91,45 @@ def overspends(row: Row) -> bool:
     return asked is not None and row["tokens_entering"] > asked * (1 + _TOLERANCE)
 
 
-def _spent(setting: Setting, found: Answers, full: Answers) -> Row:
+def _measured(given: Sequence[Answers], milliseconds: Sequence[Sequence[float]]) -> _Measured:
+    figures = ("correct", "entering", "flops", "kv_bytes")
+    values = [np.stack([getattr(found, name) for found in given]) for name in figures]
+    means = dict(zip(figures, bootstrap(values, given[0].kinds), strict=True))
+    times = bootstrap_median(np.array(milliseconds)) if milliseconds else None
+    return _Measured(**means, milliseconds=times)
+
+
+def _spent(setting: Setting, measured: _Measured, own: int) -> Row:
     assert setting.method is not None
     budget = Budget.of(setting.method.budget)
-    visual = float(full.entering.mean())
+    visual = measured.entering.micro.value(0).value
     asked = {"ratio": budget.value * visual, "tokens": min(budget.value, visual)}.get(budget.kind)
-    return {
-        "questions": len(found.kinds),
-        "tokens_asked": asked,
-        "tokens_entering": float(found.entering.mean()),
-        "flops_share": float(found.flops.sum() / full.flops.sum()),
-        "kv_bytes_share": float(found.kv_bytes.sum() / full.kv_bytes.sum()),
-    }
-
-
-def _timed(setting: Setting, milliseconds: Mapping[Setting, float]) -> Row:
-    own = milliseconds.get(setting)
-    full = next((t for other, t in milliseconds.items() if other.label == FULL), None)
-    return {
-        "prefill_ms": own,
-        "prefill_speedup": full / own if own and full else None,
-    }
-
-
-def _accuracy(accuracies: Accuracies, column: int, rival: int | None) -> Row:
-    row = _columns("accuracy", accuracies.macro(column))
-    row |= _columns("accuracy_micro", accuracies.micro(column))
-    row |= _columns("relative", accuracies.relative(column, 0))
-    row |= _columns("difference", None if rival is None else accuracies.difference(column, rival))
+    row: Row = {"tokens_asked": asked}
+    row |= _columns("tokens_entering", measured.entering.micro.value(own))
+    row |= _columns("flops_share", measured.flops.micro.ratio(own, 0))
+    row |= _columns("kv_bytes_share", measured.kv_bytes.micro.ratio(own, 0))
     return row
 
 
-def _per_kind(accuracies: Accuracies, column: int, kinds: Sequence[str]) -> Row:
+def _timed(milliseconds: Resampled | None, own: int) -> Row:
+    if milliseconds is None:
+        return _columns("prefill_ms", None) | _columns("prefill_speedup", None)
+    row = _columns("prefill_ms", milliseconds.value(own))
+    return row | _columns("prefill_speedup", milliseconds.ratio(0, own))
+
+
+def _accuracy(correct: Means, own: int, rival: int | None) -> Row:
+    row = _columns("accuracy", correct.macro.value(own))
+    row |= _columns("accuracy_micro", correct.micro.value(own))
+    row |= _columns("relative", correct.macro.ratio(own, 0))
+    row |= _columns("difference", None if rival is None else correct.macro.difference(own, rival))
+    return row
+
+
+def _per_kind(correct: Means, own: int, kinds: Sequence[str]) -> Row:
     row: Row = {}
     for kind in kinds:
-        row |= _columns(f"accuracy_{kind}", accuracies.kind(kind, column))
+        row |= _columns(f"accuracy_{kind}", correct.kinds[kind].value(own))
     return row
 
 

@@ -1,12 +1,13 @@
-"""Accuracies with their uncertainty: a bootstrap over questions, paired between settings."""
+"""Figures with their uncertainty: a bootstrap over questions, paired between settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -25,104 +26,103 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Accuracies:
-    """Accuracies of all settings, measured and resampled.
+class Resampled:
+    """One figure of every setting, measured and resampled.
 
-    measured: for each kind, float [settings]. resampled: for each kind, float [resamples, settings];
-    one resample draws the same questions for every setting. questions: of each kind.
+    measured: float [settings]. resampled: float [resamples, settings]; one resample draws the same
+    questions for every setting. drawn: how many things a resample draws, of the rarest kind.
     """
 
-    measured: dict[str, Floats]
-    resampled: dict[str, Floats]
-    questions: dict[str, int]
+    measured: Floats
+    resampled: Floats
+    drawn: int
 
-    def kind(self, kind: str, setting: int) -> Estimate:
-        """Accuracy on one kind."""
-        return _estimate(
-            self.measured[kind][setting], self.resampled[kind][:, setting], self.questions[kind]
-        )
+    def value(self, setting: int) -> Estimate:
+        """The figure itself."""
+        return self._estimate(self.measured[setting], self.resampled[:, setting])
 
-    def macro(self, setting: int) -> Estimate:
-        """Mean over the kinds."""
-        measured, resampled = self._macro()
-        return _estimate(measured[setting], resampled[:, setting], self._fewest())
-
-    def micro(self, setting: int) -> Estimate:
-        """Share of all questions."""
-        counts = np.array(list(self.questions.values()), float)
-        weights = counts / counts.sum()
-        value, drawn = (
-            np.tensordot(weights, np.stack([by[kind][..., setting] for kind in self.questions]), 1)
-            for by in (self.measured, self.resampled)
-        )
-        return _estimate(value, drawn, self._fewest())
-
-    def relative(self, setting: int, reference: int) -> Estimate | None:
-        """Macro accuracy over that of `reference` on the same questions; None if that is 0."""
-        measured, resampled = self._macro()
-        if measured[reference] == 0:
+    def ratio(self, setting: int, reference: int) -> Estimate | None:
+        """The figure over that of `reference`, draw by draw; None if that is 0."""
+        if self.measured[reference] == 0:
             return None
-        base = resampled[:, reference]
-        drawn = resampled[base > 0, setting] / base[base > 0]
-        return _estimate(measured[setting] / measured[reference], drawn, self._fewest())
+        base = self.resampled[:, reference]
+        drawn = self.resampled[base > 0, setting] / base[base > 0]
+        return self._estimate(self.measured[setting] / self.measured[reference], drawn)
 
     def difference(self, setting: int, other: int) -> Estimate:
-        """Macro accuracy less that of `other`, question by question the same draw."""
-        measured, resampled = self._macro()
-        return _estimate(
-            measured[setting] - measured[other],
-            resampled[:, setting] - resampled[:, other],
-            self._fewest(),
+        """The figure less that of `other`, draw by draw."""
+        return self._estimate(
+            self.measured[setting] - self.measured[other],
+            self.resampled[:, setting] - self.resampled[:, other],
         )
 
-    def _fewest(self) -> int:
-        return min(self.questions.values())
+    def _estimate(self, value: float, drawn: Floats) -> Estimate:
+        if self.drawn < FEWEST:
+            return Estimate(float(value), None, None)
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        return Estimate(float(value), float(low), float(high))
 
-    def _macro(self) -> tuple[Floats, Floats]:
-        kinds = self.questions
-        return (
-            np.mean([self.measured[kind] for kind in kinds], axis=0),
-            np.mean([self.resampled[kind] for kind in kinds], axis=0),
+
+@dataclass(frozen=True)
+class Means:
+    """Means over the questions of each kind."""
+
+    kinds: dict[str, Resampled]
+
+    @cached_property
+    def macro(self) -> Resampled:
+        """Mean over the kinds, each weighing the same."""
+        return self._weighted(np.full(len(self.kinds), 1 / len(self.kinds)))
+
+    @cached_property
+    def micro(self) -> Resampled:
+        """Mean over all questions."""
+        counts = np.array([own.drawn for own in self.kinds.values()], float)
+        return self._weighted(counts / counts.sum())
+
+    def _weighted(self, weights: Floats) -> Resampled:
+        each = list(self.kinds.values())
+        return Resampled(
+            np.tensordot(weights, np.stack([own.measured for own in each]), 1),
+            np.tensordot(weights, np.stack([own.resampled for own in each]), 1),
+            min(own.drawn for own in each),
         )
 
 
 def bootstrap(
-    correct: NDArray[np.bool_],
-    kinds: Sequence[str],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Accuracies:
-    """Resample the questions of each kind with replacement, the same ones for all settings.
+    figures: Sequence[ArrayLike], kinds: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> list[Means]:
+    """Resample the questions of each kind with replacement, the same ones for all figures and settings.
 
     The number of questions of each kind stays what it is. Intervals are percentiles; they say how
     far another draw of questions might move a figure, and nothing about another trained model.
 
     Args:
-        correct: [settings, questions].
+        figures: each [settings, questions], such as right (1) or wrong (0), or the FLOPs spent.
         kinds: the kind of each question.
         resamples: how many times.
     """
     rng = np.random.default_rng(seed)
     names = np.asarray(kinds)
-    measured, resampled, questions = {}, {}, {}
+    values = [np.asarray(figure, np.float64) for figure in figures]
+    found: list[dict[str, Resampled]] = [{} for _ in values]
     for kind in dict.fromkeys(kinds):
-        hits = correct[:, names == kind].T.astype(np.float32)
-        count = len(hits)
+        chosen = names == kind
+        count = int(chosen.sum())
         draws = [
             rng.multinomial(count, np.full(count, 1 / count), size=min(_CHUNK, resamples - start))
             for start in range(0, resamples, _CHUNK)
         ]
-        measured[kind] = hits.mean(axis=0, dtype=np.float64)
-        # Counts and hits are whole numbers: float32 sums them exactly up to 16 million.
-        resampled[kind] = np.concatenate(
-            [(draw.astype(np.float32) @ hits).astype(np.float64) / count for draw in draws]
-        )
-        questions[kind] = count
-    return Accuracies(measured, resampled, questions)
+        for own, figure in zip(found, values, strict=True):
+            asked = figure[:, chosen]
+            drawn = np.concatenate([draw.astype(np.float64) @ asked.T for draw in draws])
+            own[kind] = Resampled(asked.mean(axis=1), drawn / count, count)
+    return [Means(own) for own in found]
 
 
-def _estimate(value: float | Floats, drawn: Floats, questions: int) -> Estimate:
-    if questions < FEWEST:
-        return Estimate(float(value), None, None)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return Estimate(float(value), float(low), float(high))
+def bootstrap_median(values: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
+    """The median of each setting's values, [settings, values]; the n-th ones belong together."""
+    count = values.shape[1]
+    draws = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    drawn = np.stack([np.median(own[draws], axis=1) for own in values], axis=1)
+    return Resampled(np.median(values, axis=1), drawn, count)

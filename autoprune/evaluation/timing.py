@@ -1,39 +1,55 @@
-"""Prefill time on a few prompts, the settings taking turns."""
+"""Prefill time on some of the prompts, the settings taking turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from .settings import FULL, Setting
+from .tasks import Task
 
 PROMPTS = 8
-REPEATS = 5
+BATCHES = 12
 
 
-def prefill_milliseconds(model: Any, inputs: Any, settings: Sequence[Setting]) -> list[float]:
-    """Median milliseconds per prompt until the first new token, vision tower included.
+def timed_batches(tasks: Sequence[Task]) -> list[Sequence[Task]]:
+    """Up to `BATCHES` times `PROMPTS` neighbours, none twice, spread over all tasks."""
+    groups = [tasks[i : i + PROMPTS] for i in range(0, len(tasks) - PROMPTS + 1, PROMPTS)]
+    chosen = min(BATCHES, len(groups))
+    return [groups[(2 * i + 1) * len(groups) // (2 * chosen)] for i in range(chosen)] or [tasks]
 
-    All settings run once before the clock counts, then take turns, so that what else the machine does
-    meets them alike. The reference is the plain model, without the library.
+
+def prefill_milliseconds(
+    model: Any,
+    batches: Sequence[Any],
+    settings: Sequence[Setting],
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Milliseconds per prompt until the first new token, vision tower included, [settings][batches].
+
+    Within a batch the settings take turns, so that what else the machine does meets them alike; each
+    runs once before the clock counts. A few batches are gone through several times, and the median of each
+    counts. The reference is the plain model, without the library.
 
     Args:
-        inputs: one batch.
+        batches: model inputs.
         settings: those that can run.
+        on_progress: called after each batch.
     """
-    times: list[list[float]] = [[] for _ in settings]
-    for turn in range(REPEATS + 1):
-        for setting, taken in zip(settings, times, strict=True):
-            seconds = _seconds(model, inputs, setting)
-            if turn:
-                taken.append(seconds)
-    prompts = len(inputs["input_ids"])
-    return [1000 * statistics.median(taken) / prompts for taken in times]
+    repeats = -(-BATCHES // len(batches))
+    found: list[list[float]] = [[] for _ in settings]
+    for inputs in batches:
+        turns = [[_seconds(model, inputs, s) for s in settings] for _ in range(1 + repeats)]
+        prompts = len(inputs["input_ids"])
+        for own, taken in zip(found, zip(*turns[1:], strict=True), strict=True):
+            own.append(1000 * statistics.median(taken) / prompts)
+        on_progress()
+    return found
 
 
 @torch.inference_mode()

@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +20,18 @@ from PIL import Image
 import autoprune
 from autoprune import AutoPrune, Budget, tiny
 from autoprune.errors import UnsupportedError
-from autoprune.evaluation import Options, Setting, Task, answering, compare, embedded_tasks
+from autoprune.evaluation import (
+    Options,
+    Setting,
+    Task,
+    answering,
+    compare,
+    embedded_tasks,
+    timing,
+)
 from autoprune.evaluation.batches import prepare
 from autoprune.evaluation.encoding import encoder
+from autoprune.evaluation.timing import PROMPTS, timed_batches
 from autoprune.evaluation.workers import run_all
 
 KINDS = ["colour", "count"]
@@ -107,6 +118,58 @@ def test_prefill_times_are_of_one_prompt(finished):
     for row in finished[0]:
         assert 0 < row["prefill_ms"] < 1000
         assert row["prefill_speedup"] > 0
+        # One batch of prompts was timed.
+        assert row["prefill_ms_low"] is row["prefill_speedup_high"] is None
+
+
+def test_every_figure_has_an_interval(loaded, tmp_path):
+    settings = [SETTINGS[0], Setting("random", "1/4", autoprune.create("random", 3))]
+    # Questions of one kind with texts of different lengths.
+    tasks = [replace(task, kind="all") for task in embedded_tasks(5 * PROMPTS, KINDS)]
+    full, pruned, floor = compare(*loaded, settings, tasks, tmp_path)
+    for name in ("flops_share", "kv_bytes_share", "accuracy", "prefill_ms", "prefill_speedup"):
+        assert pruned[f"{name}_low"] < pruned[name] < pruned[f"{name}_high"]
+    for row in (pruned, floor):
+        # A budget in tokens is the same for every prompt, its share of the FLOPs is not.
+        bounds = {row[f"tokens_entering{bound}"] for bound in ("", "_low", "_high")}
+        assert bounds == {row["tokens_entering"]}
+        assert row["flops_share_high"] - row["flops_share_low"] < 0.05
+    assert full["prefill_speedup_low"] == full["prefill_speedup_high"] == 1
+    line = f"{pruned['flops_share']:.1%} [{pruned['flops_share_low']:.1%}, "
+    assert line in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "starts"),
+    [
+        (5, [0]),
+        (8, [0]),
+        (17, [0, 8]),
+        (96, list(range(0, 96, 8))),
+        (8 * 36, list(range(8, 288, 24))),
+    ],
+)
+def test_timed_prompts_are_spread_and_none_counts_twice(tasks, starts):
+    found = timed_batches(range(tasks))
+    assert [batch[0] for batch in found] == starts
+    assert {len(batch) for batch in found} == {min(tasks, PROMPTS)}
+
+
+def test_a_few_batches_are_timed_as_often_as_many(loaded, tasks, monkeypatch):
+    seconds = iter(range(1000))
+    taken = []
+
+    def counted(model, inputs, setting):
+        taken.append(setting.label)
+        return next(seconds)
+
+    monkeypatch.setattr(timing, "_seconds", counted)
+    inputs = {"input_ids": [[0]] * 4}
+    found = timing.prefill_milliseconds(None, [inputs] * 3, SETTINGS[:2])
+    assert np.shape(found) == (2, 3)
+    assert taken == [setting.label for setting in SETTINGS[:2]] * 3 * 5
+    # The first of five turns does not count: at 2, 4, 6 and 8 the first setting starts.
+    assert found[0][0] == 1000 * 5 / 4
 
 
 def test_answers_are_those_of_the_plain_model_one_by_one(finished, loaded, tasks):
