@@ -21,6 +21,7 @@ EXACT = [
     AutoPrune(Budget.ratio(0.4), positions="compacted"),
     AutoPrune(Budget.ratio(0.4), mi_layer=0),
     AutoPrune(Budget.ratio(0.4), mi_layer=3, curve="linear"),
+    AutoPrune(Budget.ratio(0.4), cut_every=2),
 ]
 
 
@@ -61,6 +62,7 @@ def test_unknown_names_and_options_are_errors_that_help():
         {"curve": "logistics"},
         {"merger": "recycle"},
         {"mi_layer": -1},
+        {"cut_every": 0},
         {"first_cut": "before"},
         {"positions": "new"},
         {"budget": 0},
