@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its pale yellow.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^vP*X<>ph"
+_MISSED = 0.005
 HEADINGS = (
     "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "difference", "prefill",
 )  # fmt: skip
@@ -91,6 +92,12 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
         "",
     ]
     lines += ["![Accuracy against decoder prefill FLOPs](accuracy_vs_flops.png)", ""]
+    lines += ["## Accuracy", "", *_overview(rows), ""]
+    lines += [
+        "In brackets the mean number of tokens that entered a layer, where it misses the budget by over "
+        "half a per cent; `-`: infeasible.",
+        "",
+    ]
     for budget, group in [("1 (nothing pruned)", rows[:1]), *by_budget(rows)]:
         lines += [f"## Budget {budget}", "", *_table(HEADINGS, [cells(row) for row in group]), ""]
         head = ("method", *kinds)
@@ -143,6 +150,25 @@ def plot(rows: Sequence[Row]) -> Figure:
     axes.grid(color="#e9ecef")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def _overview(rows: Sequence[Row]) -> list[str]:
+    """Accuracy of each method at each budget."""
+    pruned = {(row["method"], row["budget"]): row for row in rows if row["method"] != FULL}
+    methods, budgets = (list(dict.fromkeys(names)) for names in zip(*pruned, strict=True))
+    body = [
+        [method, *(_brief(pruned.get((method, budget))) for budget in budgets)]
+        for method in methods
+    ]
+    return _table(("method", *budgets), body)
+
+
+def _brief(row: Row | None) -> str:
+    if row is None or row["status"] != "ok":
+        return "-"
+    asked, entering = row["tokens_asked"], row["tokens_entering"]
+    missed = asked is not None and abs(entering - asked) > _MISSED * asked
+    return f"{row['accuracy']:.3f}" + (f" ({entering:.1f})" if missed else "")
 
 
 def _setup(config: dict[str, Any]) -> Iterator[str]:

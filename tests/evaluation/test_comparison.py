@@ -189,6 +189,9 @@ def test_the_folder_holds_the_whole_record(finished):
     assert json.loads((folder / "results.json").read_text())["rows"] == rows
     report = (folder / "report.md").read_text()
     assert all(words in report for words in ("| random |", "## Budget 1/4", "| colour | count |"))
+    overview = [f"| autoprune | {rows[1]['accuracy']:.3f} | - |"]
+    overview.append(f"| random | {rows[2]['accuracy']:.3f} | {rows[3]['accuracy']:.3f} |")
+    assert "\n".join(["| method | 1/4 | 8 |", "|---|--:|--:|", *overview]) in report
     with Image.open(folder / "accuracy_vs_flops.png") as picture:
         assert picture.width > picture.height
     record = json.loads(predictions(folder)["autoprune__1-4.jsonl"].splitlines()[0])
