@@ -173,7 +173,7 @@ def bench(
         str, typer.Option(help="A built-in configuration, or the folder of a checkpoint.")
     ] = "small",
     method: Annotated[
-        str | None, typer.Option(help="One or more, by commas; default: autoprune,random.")
+        str | None, typer.Option(help="One or more, as for compare; default: autoprune,random.")
     ] = None,
     budget: Annotated[str, typer.Option(help="One or more, by commas.")] = "192,128,64",
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",

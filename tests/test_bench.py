@@ -43,8 +43,9 @@ def subject():
 
 
 def plan(batches=(1, 3), budgets=(9, 6), repeats=2):
-    methods = [autoprune.create(name, b) for name in ("autoprune", "random") for b in budgets]
-    return Plan(batches, methods, AutoPrune(Budget.ratio(1)), repeats, steps=2)
+    names = [(name, b) for name in ("autoprune", "random") for b in budgets]
+    pruned = [Variant(name, autoprune.create(name, b)) for name, b in names]
+    return Plan(batches, pruned, AutoPrune(Budget.ratio(1)), repeats, steps=2)
 
 
 @torch.inference_mode()
@@ -195,7 +196,7 @@ def test_variants_take_turns(subject, monkeypatch):
         if own.variant.kind == "pruned":
             one_round.append(LayersAlone.like(own.held.samples))
     assert order == one_round * 3
-    assert order[0] is None and order[1:9:2] == asked.methods
+    assert order[0] is None and order[1:9:2] == [variant.method for variant in asked.pruned]
     assert [len(own.floor) for own in done] == [0, 3, 3, 3, 3, 0, 0, 0, 0]
     assert [own.variant.label for own in done[5:]] == list(OVERHEADS)
 

@@ -18,12 +18,12 @@ class Plan:
     """What to measure.
 
     batches: batch sizes; overheads are measured at the first.
-    methods: one per method and budget. keeps_all: the first of them with a budget of all tokens.
+    pruned: one per method and budget. keeps_all: the first method with a budget of all tokens.
     repeats: rounds. steps: greedy steps after each prefill.
     """
 
     batches: Sequence[int]
-    methods: Sequence[Method]
+    pruned: Sequence[Variant]
     keeps_all: Method
     repeats: int
     steps: int
@@ -31,7 +31,7 @@ class Plan:
     @property
     def runs(self) -> int:
         """How many runs of the model `measure` makes."""
-        floors = len(self.batches) * len(self.methods)
+        floors = len(self.batches) * len(self.pruned)
         variants = len(self.batches) + floors + len(OVERHEADS)
         return variants * (1 + self.repeats) + floors * self.repeats
 
@@ -83,7 +83,7 @@ def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measure
 
 
 def _variants(plan: Plan) -> list[Variant]:
-    return [Variant("plain"), *(Variant(method.name, method) for method in plan.methods)]
+    return [Variant("plain"), *plan.pruned]
 
 
 def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:
@@ -92,7 +92,9 @@ def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:
     price = [sum(sample.flops for sample in each) for each in samples]
     cheapest = price.index(min(price))
     schedule = [sample.tokens_per_layer for sample in samples[cheapest]]
-    return overheads(plan.keeps_all, plan.methods[cheapest], schedule)
+    method = plan.pruned[cheapest].method
+    assert method is not None
+    return overheads(plan.keeps_all, method, schedule)
 
 
 def _hold(subject: Subject, prompts: Tensors, batch: int, variant: Variant) -> Measured:

@@ -17,7 +17,7 @@ from ..budget import Budget
 from ..files import write_whole
 from ..methods import METHODS
 from .bench_table import show
-from .inputs import build_method, parse_budget
+from .inputs import build_method, parse_budget, parse_methods
 from .methods import options
 from .models import DTYPES, load_model, pick_device
 from .report import print_json
@@ -138,23 +138,26 @@ def _report(
 
 def _plan(request: Request) -> Plan:
     from ..bench.session import Plan
-    from ..bench.variants import spread_curves
+    from ..bench.variants import Variant, spread_curves
 
-    method, repeats, steps = QUICK if request.quick else FULL
-    names = _listed("--method", method if request.method is None else request.method)
+    usual, repeats, steps = QUICK if request.quick else FULL
+    chosen = parse_methods("--method", usual if request.method is None else request.method)
     budgets = [parse_budget(text) for text in _listed("--budget", request.budget)]
-    settings = _settings_of(names, request.settings)
+    common = _settings_of(list(dict.fromkeys(name for _, name, _ in chosen)), request.settings)
     methods = [
-        build_method(name, budget, {}, settings[name]) for name in names for budget in budgets
+        (label, build_method(name, budget, {}, [*common[name], *own]))
+        for label, name, own in chosen
+        for budget in budgets
     ]
+    _, first, own = chosen[0]
     if not (math.isfinite(request.spread) and request.spread >= 0):
         raise ValueError(
             f"--spread expects a finite number of bits, 0 or more, got {request.spread}"
         )
     return Plan(
         batches=[_positive("--batch", text) for text in _listed("--batch", request.batch)],
-        methods=[spread_curves(method, request.spread) for method in methods],
-        keeps_all=build_method(names[0], Budget.tokens(ALL_TOKENS), {}, settings[names[0]]),
+        pruned=[Variant(label, spread_curves(method, request.spread)) for label, method in methods],
+        keeps_all=build_method(first, Budget.tokens(ALL_TOKENS), {}, [*common[first], *own]),
         repeats=request.repeats or repeats,
         steps=request.new_tokens or steps,
     )

@@ -17,8 +17,7 @@ from ..evaluation import Options, Setting, Task, embedded_tasks, read_tasks
 from ..evaluation import compare as run_comparison
 from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
-from ..methods import list_methods
-from .inputs import build_method, parse_budget
+from .inputs import build_method, parse_budget, parse_methods
 from .models import load_embedded, load_model
 from .report import print_json
 
@@ -90,36 +89,6 @@ def compare(request: CompareRequest, console: Console) -> None:
         _show(rows, request.output, console)
 
 
-def parse_methods(text: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Label, name and options of each method in "autoprune:k0=0.2,beta=1,random" or "all".
-
-    Options follow a colon, separated by commas as the methods are. The text of a method is its
-    label, unless it is given one: "steep@autoprune:k0=0.8".
-
-    Raises:
-        ValueError: no method, no such method, or an option that is not of the form name=value.
-    """
-    chosen: list[tuple[str, str, tuple[str, ...]]] = []
-    for part in (part.strip() for part in text.split(",")):
-        head, _, option = part.partition(":")
-        if not part:
-            continue
-        if "=" in head:
-            if not chosen or not chosen[-1][2]:
-                raise ValueError(f"option {part!r} follows no method; write method:{part}")
-            label, name, options = chosen.pop()
-            label = f"{label},{part}" if label.startswith(f"{name}:") else label
-            chosen.append((label, name, (*options, part)))
-        elif part == "all":
-            chosen += [(name, name, ()) for name in list_methods()]
-        else:
-            label, at, name = head.rpartition("@")
-            chosen.append((label if at else part, name, (option,) if option else ()))
-    if not chosen:
-        raise ValueError("--methods is empty; give names by commas, or all")
-    return list(dict.fromkeys(chosen))
-
-
 def parse_budgets(text: str) -> list[str]:
     """The budgets of "1/2,64", each as `parse_budget` takes it.
 
@@ -136,7 +105,7 @@ def parse_budgets(text: str) -> list[str]:
 
 def _settings(request: CompareRequest) -> Iterator[Setting]:
     budgets = parse_budgets(request.budgets or (QUICK_BUDGETS if request.quick else BUDGETS))
-    for label, name, options in parse_methods(request.methods):
+    for label, name, options in parse_methods("--methods", request.methods):
         # Without its budget a method only fails on what is wrong with it.
         build_method(name, parse_budget("64"), {}, options)
         for budget in budgets:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ..budget import Budget
 from ..method import Method
-from ..methods import METHODS, create
+from ..methods import METHODS, create, list_methods
 from .methods import options as defaults
 
 
@@ -37,6 +37,39 @@ def parse_budget(text: str) -> Budget:
     if value > 1:
         raise ValueError(f"budget {text!r} is more than all visual tokens; {expected}")
     return Budget.ratio(value)
+
+
+def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Label, name and options of each method in "autoprune:k0=0.2,beta=1,random" or "all".
+
+    Options follow a colon, separated by commas as the methods are. The text of a method is its
+    label, unless it is given one: "steep@autoprune:k0=0.8".
+
+    Args:
+        option: what the text was given to, for the message.
+
+    Raises:
+        ValueError: no method, no such method, or an option that is not of the form name=value.
+    """
+    chosen: list[tuple[str, str, tuple[str, ...]]] = []
+    for part in (part.strip() for part in text.split(",")):
+        head, _, setting = part.partition(":")
+        if not part:
+            continue
+        if "=" in head:
+            if not chosen or not chosen[-1][2]:
+                raise ValueError(f"option {part!r} follows no method; write method:{part}")
+            label, name, options = chosen.pop()
+            label = f"{label},{part}" if label.startswith(f"{name}:") else label
+            chosen.append((label, name, (*options, part)))
+        elif part == "all":
+            chosen += [(name, name, ()) for name in list_methods()]
+        else:
+            label, at, name = head.rpartition("@")
+            chosen.append((label if at else part, name, (setting,) if setting else ()))
+    if not chosen:
+        raise ValueError(f"{option} is empty; give names by commas, or all")
+    return list(dict.fromkeys(chosen))
 
 
 def build_method(

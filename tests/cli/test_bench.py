@@ -102,6 +102,17 @@ def test_an_option_is_for_the_methods_that_have_it(measure):
     assert max(pruned[0]["tokens_per_layer"][0]) < VISUAL
 
 
+def test_methods_are_given_as_to_compare(measure):
+    words = ("--budget", 30, "--method", "stairs@autoprune:cut_every=4,k0=0.5,autoprune", "--json")
+    record = measure(*words, "--set", "k0=0.3").record
+    stairs, smooth = (row for row in record["rows"] if row["kind"] == "pruned")
+    assert [stairs["variant"], smooth["variant"]] == ["stairs", "autoprune"]
+    (stairs,), (smooth,) = stairs["tokens_per_layer"], smooth["tokens_per_layer"]
+    assert sum(stairs) == sum(smooth)
+    assert len(set(stairs)) < len(set(smooth))
+    assert "--method stairs@autoprune:cut_every=4,k0=0.5,autoprune " in record["command"]
+
+
 def test_the_released_code_is_measured_at_its_own_kind_of_budget(measure):
     record = measure("--budget", 30, "--method", "autoprune_reference", "--json").record
     whole = next(row for row in record["rows"] if row["variant"] == "budget of all tokens")
@@ -128,7 +139,7 @@ def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
         (("--set", "magic=1"), "has no option 'magic'"),
         (("--spread", "inf"), "--spread expects"),
         (("--method", "magic"), "there is no method 'magic'"),
-        (("--method", ","), "--method expects one or more values"),
+        (("--method", ","), "--method is empty"),
         (("--budget", "64,0"), "budget '0'"),
         (("--budget", "1"), "smallest feasible budget"),
         (("--batch", "1,two"), "--batch expects whole numbers of 1 or more, got 'two'"),

@@ -8,7 +8,8 @@ import pytest
 
 from autoprune import list_methods, tiny
 from autoprune.commands import compare as command
-from autoprune.commands.compare import parse_budgets, parse_methods
+from autoprune.commands.compare import parse_budgets
+from autoprune.commands.inputs import parse_methods
 
 
 @pytest.fixture
@@ -47,13 +48,13 @@ def compare(call, tmp_path, model_folder):
     ],
 )
 def test_methods_with_options_and_labels(text, chosen):
-    assert parse_methods(text) == chosen
+    assert parse_methods("--methods", text) == chosen
 
 
 @pytest.mark.parametrize("text", ["", " , "])
 def test_no_methods_or_budgets(text):
     with pytest.raises(ValueError, match="--methods is empty"):
-        parse_methods(text)
+        parse_methods("--methods", text)
     with pytest.raises(ValueError, match="--budgets is empty"):
         parse_budgets(text)
 
