@@ -6,6 +6,8 @@ before that. What the buffer must hold is bounded here for every curve the promp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -28,6 +30,7 @@ def envelope(
     layers: int,
     cost: DecoderCost | None = None,
     num_text: int = 0,
+    shape: Callable[[Floats], Floats] = lambda retained: retained,
 ) -> list[int]:
     """At least what `solve_schedule` gives any layer, for every curve along a path of parameters.
 
@@ -41,6 +44,8 @@ def envelope(
         num_visual, num_text, budget, cost: as for `solve_schedule`, of one prompt.
         decided: counts of the first layers, `[1, decided]`.
         layers: L.
+        shape: what becomes of a curve's values [curves, L] before they are followed; higher ones must not
+            make any result lower.
 
     Returns:
         L counts, never rising with depth.
@@ -54,7 +59,7 @@ def envelope(
     margin = _margin(budget, num_visual, num_text, cost)
     if budget.counted == "leaving":
         budget = _as_entering(budget, decided, layers)
-    low, high = _extremes(curve, np.asarray(slopes), np.asarray(midpoints), layers)
+    low, high = map(shape, _extremes(curve, np.asarray(slopes), np.asarray(midpoints), layers))
     layer = np.arange(layers)
     own = np.arange(done, layers)[:, None]
     most, least = high[:, done:, None], low[:, None, :]

@@ -209,7 +209,12 @@ def test_every_run_is_announced_and_overheads_are_measured_once(subject):
     assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * len(OVERHEADS)
     assert [row["batch"] for row in found if row["kind"] == "plain"] == [1, 3]
     cuts = next(row for row in found if row["variant"] == "cuts only")
-    assert cuts["mean_tokens"] == 6
+    # Those of the first method, not of `random`, whose single cut costs fewer FLOPs.
+    ours = next(row for row in found[1:] if row["mean_tokens"] == 6)
+    assert ours["variant"] == "autoprune"
+    assert cuts["tokens_per_layer"] == ours["tokens_per_layer"]
+    (decides,) = (own for own in states[-1] if own.variant.label == "decisions only")
+    assert decides.variant.method.method == asked.pruned[1].method
 
 
 def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(subject):

@@ -87,13 +87,12 @@ def _variants(plan: Plan) -> list[Variant]:
 
 
 def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:
-    """Looks at the cheapest setting: it cuts most."""
-    samples = [own.held.samples for own in pruned]
-    price = [sum(sample.flops for sample in each) for each in samples]
-    cheapest = price.index(min(price))
-    schedule = [sample.tokens_per_layer for sample in samples[cheapest]]
-    method = plan.pruned[cheapest].method
+    """Looks at the first method, at its cheapest budget."""
+    first = [own for own in pruned if own.variant.label == plan.pruned[0].label]
+    cheapest = min(first, key=lambda own: sum(sample.flops for sample in own.held.samples))
+    method = cheapest.variant.method
     assert method is not None
+    schedule = [sample.tokens_per_layer for sample in cheapest.held.samples]
     return overheads(plan.keeps_all, method, schedule)
 
 

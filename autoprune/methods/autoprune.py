@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from ..budget import Budget
 from ..cost import DecoderCost
@@ -164,7 +163,7 @@ class AutoPrune(Method):
         prior = self._prior(num_layers, Prompts([num_visual], [num_text]), cost)
         slopes, midpoints = self._parameters(num_layers, self._every_information(num_visual))
         room = envelope(
-            self._staircase,
+            get_curve(self.curve),
             slopes,
             midpoints,
             num_visual,
@@ -173,6 +172,7 @@ class AutoPrune(Method):
             num_layers,
             cost,
             num_text,
+            shape=self._staircase,
         )
         # What rounding leaves over goes there, less than a token for each layer of a step.
         before = min(self.mi_layer + 1, num_layers - 1)
@@ -193,13 +193,11 @@ class AutoPrune(Method):
     def retention(self, num_layers: int, information: Sequence[float]) -> np.ndarray:
         """The curve before normalisation, [prompts, L], for each prompt's mutual information in bits."""
         slope, midpoint = self._parameters(num_layers, np.asarray(information, dtype=np.float64))
-        return self._staircase(np.arange(num_layers), slope, midpoint)
+        retained = get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
+        return self._staircase(retained)
 
-    def _staircase(
-        self, layers: ArrayLike, slope: ArrayLike, midpoint: ArrayLike
-    ) -> NDArray[np.float64]:
-        """The curve's mean over each step, in every layer of it; see `autoprune.curves`."""
-        retained = get_curve(self.curve)(layers, slope, midpoint)
+    def _staircase(self, retained: np.ndarray) -> np.ndarray:
+        """Each layer's retention [prompts, L] as the mean over its step."""
         if self.cut_every == 1:
             return retained
         starts, sizes = self._steps(retained.shape[1])
