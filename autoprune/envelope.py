@@ -30,7 +30,7 @@ def envelope(
     layers: int,
     cost: DecoderCost | None = None,
     num_text: int = 0,
-    shape: Callable[[Floats], Floats] = lambda retained: retained,
+    transform: Callable[[Floats], Floats] = lambda retained: retained,
 ) -> list[int]:
     """At least what `solve_schedule` gives any layer, for every curve along a path of parameters.
 
@@ -44,8 +44,8 @@ def envelope(
         num_visual, num_text, budget, cost: as for `solve_schedule`, of one prompt.
         decided: counts of the first layers, `[1, decided]`.
         layers: L.
-        shape: what becomes of a curve's values [curves, L] before they are followed; higher ones must not
-            make any result lower.
+        transform: what is done with a curve's values [curves, L] before the solver sees them; raising one of
+            them must not lower any result.
 
     Returns:
         L counts, never rising with depth.
@@ -59,7 +59,7 @@ def envelope(
     margin = _margin(budget, num_visual, num_text, cost)
     if budget.counted == "leaving":
         budget = _as_entering(budget, decided, layers)
-    low, high = map(shape, _extremes(curve, np.asarray(slopes), np.asarray(midpoints), layers))
+    low, high = map(transform, _extremes(curve, np.asarray(slopes), np.asarray(midpoints), layers))
     layer = np.arange(layers)
     own = np.arange(done, layers)[:, None]
     most, least = high[:, done:, None], low[:, None, :]

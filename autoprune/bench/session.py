@@ -10,7 +10,7 @@ from .clock import Clock
 from .floor import LayersAlone
 from .measure import PHASES, Held, hold_once, time_once
 from .subjects import Subject, Tensors
-from .variants import OVERHEADS, Variant, overheads
+from .variants import OVERHEADS, PLAIN, Variant, overheads
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measure
 
 
 def _variants(plan: Plan) -> list[Variant]:
-    return [Variant("plain"), *plan.pruned]
+    return [Variant(PLAIN), *plan.pruned]
 
 
 def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:

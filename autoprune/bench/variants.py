@@ -22,6 +22,7 @@ Kind = Literal["plain", "pruned", "overhead"]
 EVERYTHING = Budget.ratio(1.0)
 
 
+PLAIN = "plain"
 OVERHEADS = ("hooks only", "budget of all tokens", "decisions only", "cuts only")
 
 

@@ -143,6 +143,7 @@ def _plan(request: Request) -> Plan:
     usual, repeats, steps = QUICK if request.quick else FULL
     chosen = parse_methods("--method", usual if request.method is None else request.method)
     budgets = [parse_budget(text) for text in _listed("--budget", request.budget)]
+    _check_labels([label for label, _, _ in chosen])
     common = _settings_of(list(dict.fromkeys(name for _, name, _ in chosen)), request.settings)
     methods = [
         (label, build_method(name, budget, {}, [*common[name], *own]))
@@ -161,6 +162,17 @@ def _plan(request: Request) -> Plan:
         repeats=request.repeats or repeats,
         steps=request.new_tokens or steps,
     )
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    """Raise ValueError where two rows of the tables could not be told apart."""
+    from ..bench.variants import OVERHEADS, PLAIN
+
+    for label in labels:
+        if not label or label in (PLAIN, *OVERHEADS) or labels.count(label) > 1:
+            raise ValueError(
+                f"the label {label!r} of a method is empty, taken or given twice; choose another"
+            )
 
 
 def _settings_of(names: Sequence[str], settings: Sequence[str]) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...
         option: what the text was given to, for the message.
 
     Raises:
-        ValueError: no method, no such method, or an option that is not of the form name=value.
+        ValueError: no method, or an option that follows none.
     """
     chosen: list[tuple[str, str, tuple[str, ...]]] = []
     for part in (part.strip() for part in text.split(",")):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its pale yellow.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "osD^vP*X<>ph"
-_MISSED = 0.005
+_OFF = 0.005
 HEADINGS = (
     "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "difference", "prefill",
 )  # fmt: skip
@@ -88,14 +88,16 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
     lines += [f"`{config['command']}`", "", *(f"* {line}" for line in _setup(config)), ""]
     lines += [
         f"The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
-        "Brackets hold 95 % confidence intervals over questions, unless their bounds read like the figure.",
+        "Square brackets hold 95 % confidence intervals: over questions, and of prefill times over timed "
+        "batches. They are left out where both bounds read like the figure, and where there are too few "
+        "questions or batches to tell.",
         "",
     ]
     lines += ["![Accuracy against decoder prefill FLOPs](accuracy_vs_flops.png)", ""]
     lines += ["## Accuracy", "", *_overview(rows), ""]
     lines += [
-        "In brackets the mean number of tokens that entered a layer, where it misses the budget by over "
-        "half a per cent; `-`: infeasible.",
+        "In parentheses the mean number of tokens that entered a layer, where it is off the budget by more "
+        "than half a per cent; `-`: infeasible or not asked.",
         "",
     ]
     for budget, group in [("1 (nothing pruned)", rows[:1]), *by_budget(rows)]:
@@ -157,18 +159,18 @@ def _overview(rows: Sequence[Row]) -> list[str]:
     pruned = {(row["method"], row["budget"]): row for row in rows if row["method"] != FULL}
     methods, budgets = (list(dict.fromkeys(names)) for names in zip(*pruned, strict=True))
     body = [
-        [method, *(_brief(pruned.get((method, budget))) for budget in budgets)]
+        [method, *(_overview_cell(pruned.get((method, budget))) for budget in budgets)]
         for method in methods
     ]
     return _table(("method", *budgets), body)
 
 
-def _brief(row: Row | None) -> str:
+def _overview_cell(row: Row | None) -> str:
     if row is None or row["status"] != "ok":
         return "-"
     asked, entering = row["tokens_asked"], row["tokens_entering"]
-    missed = asked is not None and abs(entering - asked) > _MISSED * asked
-    return f"{row['accuracy']:.3f}" + (f" ({entering:.1f})" if missed else "")
+    off = asked is not None and abs(entering - asked) > _OFF * asked
+    return f"{row['accuracy']:.3f}" + (f" ({entering:.4g})" if off else "")
 
 
 def _setup(config: dict[str, Any]) -> Iterator[str]:
@@ -179,8 +181,8 @@ def _setup(config: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in config["compared"]["version"].items())
 
 
-def _figure(row: Row, name: str, form: str, brief: bool = False, unit: str = "") -> str:
-    """The value, and its interval unless all three read the same."""
+def _figure(row: Row, name: str, form: str, brief: bool = False, suffix: str = "") -> str:
+    """The value, and its interval unless both bounds read like it."""
     if row[name] is None:
         return "-"
     value, low, high = (
@@ -188,15 +190,17 @@ def _figure(row: Row, name: str, form: str, brief: bool = False, unit: str = "")
         for bound in (row[name], row[f"{name}_low"], row[f"{name}_high"])
     )
     shown = not brief and low and (low, high) != (value, value)
-    return value + unit + (f" [{low}, {high}]" if shown else "")
+    return value + suffix + (f" [{low}, {high}]" if shown else "")
 
 
 def _verdict(row: Row, brief: bool) -> str:
     if row["difference"] is None:
         return "-"
     low, high = row["difference_low"], row["difference_high"]
-    mark = "*" if low is not None and (low > 0 or high < 0) else ""
-    return _figure(row, "difference", "+.3f", brief, mark)
+    if low is None or low <= 0 <= high:
+        return _figure(row, "difference", "+.3f", brief)
+    bounds = "" if brief else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{row['difference']:+.3f}*{bounds}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

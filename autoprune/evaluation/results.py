@@ -102,10 +102,11 @@ def _measured(given: Sequence[Answers], milliseconds: Sequence[Sequence[float]])
 def _spent(setting: Setting, measured: _Measured, own: int) -> Row:
     assert setting.method is not None
     budget = Budget.of(setting.method.budget)
-    visual = measured.entering.micro.value(0).value
+    # Unpruned, all visual tokens of a prompt enter every layer.
+    visual = measured.entering.micro.estimate(0).value
     asked = {"ratio": budget.value * visual, "tokens": min(budget.value, visual)}.get(budget.kind)
-    row: Row = {"tokens_asked": asked}
-    row |= _columns("tokens_entering", measured.entering.micro.value(own))
+    row: Row = {"tokens_asked": None if asked is None else round(asked, _DECIMALS)}
+    row |= _columns("tokens_entering", measured.entering.micro.estimate(own))
     row |= _columns("flops_share", measured.flops.micro.ratio(own, 0))
     row |= _columns("kv_bytes_share", measured.kv_bytes.micro.ratio(own, 0))
     return row
@@ -114,13 +115,13 @@ def _spent(setting: Setting, measured: _Measured, own: int) -> Row:
 def _timed(milliseconds: Resampled | None, own: int) -> Row:
     if milliseconds is None:
         return _columns("prefill_ms", None) | _columns("prefill_speedup", None)
-    row = _columns("prefill_ms", milliseconds.value(own))
+    row = _columns("prefill_ms", milliseconds.estimate(own))
     return row | _columns("prefill_speedup", milliseconds.ratio(0, own))
 
 
 def _accuracy(correct: Means, own: int, rival: int | None) -> Row:
-    row = _columns("accuracy", correct.macro.value(own))
-    row |= _columns("accuracy_micro", correct.micro.value(own))
+    row = _columns("accuracy", correct.macro.estimate(own))
+    row |= _columns("accuracy_micro", correct.micro.estimate(own))
     row |= _columns("relative", correct.macro.ratio(own, 0))
     row |= _columns("difference", None if rival is None else correct.macro.difference(own, rival))
     return row
@@ -129,7 +130,7 @@ def _accuracy(correct: Means, own: int, rival: int | None) -> Row:
 def _per_kind(correct: Means, own: int, kinds: Sequence[str]) -> Row:
     row: Row = {}
     for kind in kinds:
-        row |= _columns(f"accuracy_{kind}", correct.kinds[kind].value(own))
+        row |= _columns(f"accuracy_{kind}", correct.kinds[kind].estimate(own))
     return row
 
 
@@ -137,7 +138,10 @@ def _columns(name: str, estimate: Estimate | None) -> Row:
     if estimate is None:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
     bounds = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return {k: None if value is None else round(value, _DECIMALS) for k, value in bounds.items()}
+    # A zero has no sign.
+    return {
+        k: None if value is None else round(value, _DECIMALS) + 0.0 for k, value in bounds.items()
+    }
 
 
 def _information(found: Answers, kinds: Sequence[str]) -> Row:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
 FEWEST = 10
-"""Questions of each kind below which there is no interval: resampling a few sees too little chance."""
+"""Questions of each kind, or batches, below which there is no interval: a few show too little chance."""
 _CHUNK = 250
 
 
@@ -30,14 +30,14 @@ class Resampled:
     """One figure of every setting, measured and resampled.
 
     measured: float [settings]. resampled: float [resamples, settings]; one resample draws the same
-    questions for every setting. drawn: how many things a resample draws, of the rarest kind.
+    questions, or batches of them, for every setting. count: how many, of the rarest kind.
     """
 
     measured: Floats
     resampled: Floats
-    drawn: int
+    count: int
 
-    def value(self, setting: int) -> Estimate:
+    def estimate(self, setting: int) -> Estimate:
         """The figure itself."""
         return self._estimate(self.measured[setting], self.resampled[:, setting])
 
@@ -57,7 +57,7 @@ class Resampled:
         )
 
     def _estimate(self, value: float, drawn: Floats) -> Estimate:
-        if self.drawn < FEWEST:
+        if self.count < FEWEST:
             return Estimate(float(value), None, None)
         low, high = np.percentile(drawn, (2.5, 97.5))
         return Estimate(float(value), float(low), float(high))
@@ -77,7 +77,7 @@ class Means:
     @cached_property
     def micro(self) -> Resampled:
         """Mean over all questions."""
-        counts = np.array([own.drawn for own in self.kinds.values()], float)
+        counts = np.array([own.count for own in self.kinds.values()], float)
         return self._weighted(counts / counts.sum())
 
     def _weighted(self, weights: Floats) -> Resampled:
@@ -85,7 +85,7 @@ class Means:
         return Resampled(
             np.tensordot(weights, np.stack([own.measured for own in each]), 1),
             np.tensordot(weights, np.stack([own.resampled for own in each]), 1),
-            min(own.drawn for own in each),
+            min(own.count for own in each),
         )
 
 

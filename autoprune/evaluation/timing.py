@@ -18,10 +18,11 @@ BATCHES = 12
 
 
 def timed_batches(tasks: Sequence[Task]) -> list[Sequence[Task]]:
-    """Up to `BATCHES` times `PROMPTS` neighbours, none twice, spread over all tasks."""
-    groups = [tasks[i : i + PROMPTS] for i in range(0, len(tasks) - PROMPTS + 1, PROMPTS)]
-    chosen = min(BATCHES, len(groups))
-    return [groups[(2 * i + 1) * len(groups) // (2 * chosen)] for i in range(chosen)] or [tasks]
+    """Up to `BATCHES` times `PROMPTS` neighbours, none twice, spread evenly over all tasks."""
+    count = min(BATCHES, len(tasks) // PROMPTS)
+    rest = len(tasks) - count * PROMPTS
+    starts = [i * PROMPTS + (2 * i + 1) * rest // (2 * count) for i in range(count)]
+    return [tasks[start : start + PROMPTS] for start in starts] or [tasks]
 
 
 def prefill_milliseconds(
@@ -32,9 +33,9 @@ def prefill_milliseconds(
 ) -> list[list[float]]:
     """Milliseconds per prompt until the first new token, vision tower included, [settings][batches].
 
-    Within a batch the settings take turns, so that what else the machine does meets them alike; each
-    runs once before the clock counts. A few batches are gone through several times, and the median of each
-    counts. The reference is the plain model, without the library.
+    On each batch the settings run one after the other, so that what else the machine does meets them alike;
+    all have run there once before the clock counts. With fewer than `BATCHES` batches each is timed several
+    times, and its median counts. The reference is the plain model, without the library.
 
     Args:
         batches: model inputs.

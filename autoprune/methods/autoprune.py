@@ -56,10 +56,11 @@ class AutoPrune(Method):
         x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
         curve: retention family, see `autoprune.curves.CURVES`.
         mi_layer: index of the layer whose attention is measured.
-        cut_every: behind the cut that follows the measurement, cut only every `cut_every` layers: the
-            curve becomes a staircase of its means, and the budget stays exact. Fewer cuts save time where
-            cutting is dear, as on a GPU. Where rounding cannot be made up before the staircase, and under
-            budgets of FLOPs or of tokens leaving, single tokens fall in between.
+        cut_every: from the second layer behind the measurement on, cut only every so many layers: the curve
+            becomes a staircase of its means, and the budget stays exact. Fewer cuts save time where
+            cutting is dear, as on a GPU. The few tokens that rounding leaves over enter the layer before the
+            staircase. Where they do not fit, and under budgets of FLOPs or of tokens leaving,
+            some steps hold a cut of a single token.
         first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
             decoder, which makes budgets feasible that could not even pay for layer 0.
         text_weight: weight of the text's attention against the vision tower's in the first cut, both
@@ -109,13 +110,13 @@ class AutoPrune(Method):
                 )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be a share in [0, 1], got {self.noise!r}")
-        if self.mi_layer < 0:
+        if not isinstance(self.mi_layer, int) or self.mi_layer < 0:
             raise ValueError(
-                f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer}"
+                f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer!r}"
             )
-        if self.cut_every < 1:
+        if not isinstance(self.cut_every, int) or self.cut_every < 1:
             raise ValueError(
-                f"cut_every must be a number of layers, 1 or more, got {self.cut_every}"
+                f"cut_every must be a number of layers, 1 or more, got {self.cut_every!r}"
             )
         for name, allowed in (
             ("first_cut", ("after_layer_0", "pre_llm")),
@@ -172,11 +173,12 @@ class AutoPrune(Method):
             num_layers,
             cost,
             num_text,
-            shape=self._staircase,
+            transform=self._staircase,
         )
-        # What rounding leaves over goes there, less than a token for each layer of a step.
-        before = min(self.mi_layer + 1, num_layers - 1)
-        room[before] = min(room[before] + self.cut_every - 1, room[before - 1])
+        if self._levels:
+            before = min(self.mi_layer + 1, num_layers - 1)
+            most = self._steps(num_layers)[1].max() - 1
+            room[before] = min(room[before] + int(most), room[before - 1])
         return room
 
     def _every_information(self, num_visual: int) -> np.ndarray:
@@ -250,13 +252,19 @@ class AutoPrune(Method):
             num_text=prompts.num_text,
             fixed=decided,
         )
-        return counts if self.cut_every == 1 else self._level(counts)
+        return self._level(counts) if self._levels else counts
+
+    @property
+    def _levels(self) -> bool:
+        """Whether tokens may move between layers, as each costs the same in all of them."""
+        assert isinstance(self.budget, Budget)
+        even = self.budget.kind != "flops" and self.budget.counted == "entering"
+        return self.cut_every > 1 and even
 
     def _level(self, counts: np.ndarray) -> np.ndarray:
-        """Counts [prompts, L] without a cut inside a step, where a token costs the same in all layers."""
-        assert isinstance(self.budget, Budget)
-        if self.budget.kind == "flops" or self.budget.counted == "leaving":
-            return counts
+        """Counts [prompts, L] without a cut inside a step: what rounding left over, less than a token for
+        each layer of one, goes to the layer before the staircase, if it fits.
+        """
         starts, sizes = self._steps(counts.shape[1])
         level = np.repeat(np.minimum.reduceat(counts, starts, axis=1), sizes, axis=1)
         before = min(self.mi_layer + 1, counts.shape[1] - 1)

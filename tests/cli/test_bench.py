@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoprune import AutoPrune
 from autoprune.bench import session
 from autoprune.bench.subjects import CONFIGURATIONS
 from tests.cli.conftest import LAYERS, VISUAL
@@ -103,14 +104,18 @@ def test_an_option_is_for_the_methods_that_have_it(measure):
 
 
 def test_methods_are_given_as_to_compare(measure):
-    words = ("--budget", 30, "--method", "stairs@autoprune:cut_every=4,k0=0.5,autoprune", "--json")
+    methods = "stairs@autoprune:cut_every=4,k0=0.5,gamma=0,beta=0,autoprune"
+    words = ("--budget", 30, "--method", methods, "--json")
     record = measure(*words, "--set", "k0=0.3").record
     stairs, smooth = (row for row in record["rows"] if row["kind"] == "pruned")
     assert [stairs["variant"], smooth["variant"]] == ["stairs", "autoprune"]
     (stairs,), (smooth,) = stairs["tokens_per_layer"], smooth["tokens_per_layer"]
+    # Its own option goes before --set.
+    own = AutoPrune(30, k0=0.5, gamma=0, beta=0, cut_every=4)
+    assert stairs == own.plan(LAYERS, VISUAL, mutual_information=0)
     assert sum(stairs) == sum(smooth)
     assert len(set(stairs)) < len(set(smooth))
-    assert "--method stairs@autoprune:cut_every=4,k0=0.5,autoprune " in record["command"]
+    assert f"--method {methods} " in record["command"]
 
 
 def test_the_released_code_is_measured_at_its_own_kind_of_budget(measure):
@@ -140,6 +145,10 @@ def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
         (("--spread", "inf"), "--spread expects"),
         (("--method", "magic"), "there is no method 'magic'"),
         (("--method", ","), "--method is empty"),
+        (("--method", "a@random,a@autoprune"), "the label 'a'"),
+        (("--method", "cuts only@random"), "the label 'cuts only'"),
+        (("--method", "plain@random"), "the label 'plain'"),
+        (("--method", "@random"), "the label ''"),
         (("--budget", "64,0"), "budget '0'"),
         (("--budget", "1"), "smallest feasible budget"),
         (("--batch", "1,two"), "--batch expects whole numbers of 1 or more, got 'two'"),

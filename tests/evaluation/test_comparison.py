@@ -27,6 +27,7 @@ from autoprune.evaluation import (
     answering,
     compare,
     embedded_tasks,
+    report,
     timing,
 )
 from autoprune.evaluation.batches import prepare
@@ -144,6 +145,7 @@ def test_every_figure_has_an_interval(loaded, tmp_path):
     [
         (5, [0]),
         (8, [0]),
+        (15, [3]),
         (17, [0, 8]),
         (96, list(range(0, 96, 8))),
         (8 * 36, list(range(8, 288, 24))),
@@ -155,7 +157,7 @@ def test_timed_prompts_are_spread_and_none_counts_twice(tasks, starts):
     assert {len(batch) for batch in found} == {min(tasks, PROMPTS)}
 
 
-def test_a_few_batches_are_timed_as_often_as_many(loaded, tasks, monkeypatch):
+def test_a_few_batches_are_timed_as_often_as_many(monkeypatch):
     seconds = iter(range(1000))
     taken = []
 
@@ -222,6 +224,18 @@ def test_columns_are_grouped_and_documented(finished):
             base = base.replace(f"_{kind}", "_KIND")
         assert f"`{base}`" in page
     assert names.index("accuracy_colour") + 3 == names.index("accuracy_count")
+
+
+def test_what_reads_like_the_figure_is_left_out_and_what_is_off_the_budget_is_not():
+    row = {"method": "m", "budget": "36", "status": "ok", "tokens_asked": 36, "accuracy": 0.5}
+    assert report._overview([row | {"tokens_entering": 35.9}])[-1] == "| m | 0.500 |"
+    assert report._overview([row | {"tokens_entering": 35.5}])[-1] == "| m | 0.500 (35.5) |"
+    for bounds, shown in (((0.4999, 0.5001), "0.500"), ((0.48, 0.52), "0.500 [0.480, 0.520]")):
+        low, high = bounds
+        same = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high}
+        assert report._figure(same, "accuracy", ".3f") == shown
+    clear = {"difference": 0.0003, "difference_low": 0.0001, "difference_high": 0.0004}
+    assert report._verdict(clear, brief=False) == "+0.000* [+0.000, +0.000]"
 
 
 def test_a_finished_run_is_not_asked_again(finished, loaded, tasks, asked):

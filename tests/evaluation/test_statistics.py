@@ -19,7 +19,7 @@ def accuracies_of(correct, kinds=None, **options):
 
 
 def test_the_interval_of_a_share_is_the_binomial_one():
-    found = accuracies_of(hits(0.8)).kinds["all"].value(0)
+    found = accuracies_of(hits(0.8)).kinds["all"].estimate(0)
     error = 1.96 * np.sqrt(0.8 * 0.2 / 400)
     assert found.value == 0.8
     assert found.low == pytest.approx(0.8 - error, abs=0.006)
@@ -33,7 +33,7 @@ def test_questions_that_differ_are_what_a_paired_difference_hangs_on():
     error = 1.96 * np.sqrt(0.03 * 0.97 / 400)
     assert paired.low == pytest.approx(-0.03 - error, abs=0.005)
     assert paired.high < 0
-    assert accuracies.kinds["all"].value(1).high > 0.8
+    assert accuracies.kinds["all"].estimate(1).high > 0.8
 
 
 def test_a_setting_does_not_differ_from_itself():
@@ -46,11 +46,11 @@ def test_a_setting_does_not_differ_from_itself():
 def test_macro_weighs_kinds_alike_and_micro_questions():
     correct = np.array([[True] * 300 + [False] * 100])
     accuracies = accuracies_of(correct, ["easy"] * 300 + ["hard"] * 100)
-    assert accuracies.macro.value(0).value == 0.5
-    assert accuracies.micro.value(0).value == pytest.approx(0.75)
-    assert accuracies.kinds["easy"].value(0).value == 1
+    assert accuracies.macro.estimate(0).value == 0.5
+    assert accuracies.micro.estimate(0).value == pytest.approx(0.75)
+    assert accuracies.kinds["easy"].estimate(0).value == 1
     # The kinds keep their numbers of questions, so nothing is left to chance here.
-    assert accuracies.macro.value(0).low == accuracies.macro.value(0).high == 0.5
+    assert accuracies.macro.estimate(0).low == accuracies.macro.estimate(0).high == 0.5
 
 
 def test_relative_accuracy_is_that_of_the_same_draw():
@@ -68,7 +68,9 @@ def test_nothing_is_relative_to_a_model_that_is_never_right():
 
 
 def test_the_seed_decides_the_draws():
-    first, again, other = (accuracies_of(hits(0.7), seed=seed).macro.value(0) for seed in (0, 0, 1))
+    first, again, other = (
+        accuracies_of(hits(0.7), seed=seed).macro.estimate(0) for seed in (0, 0, 1)
+    )
     assert first == again
     assert first != other
 
@@ -77,7 +79,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(0)
     correct = rng.random((300, 200)) < 0.7
     accuracies = accuracies_of(correct, resamples=1000)
-    found = [accuracies.macro.value(setting) for setting in range(300)]
+    found = [accuracies.macro.estimate(setting) for setting in range(300)]
     covered = np.mean([estimate.low <= 0.7 <= estimate.high for estimate in found])
     assert 0.91 <= covered <= 0.98
 
@@ -85,15 +87,15 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
 def test_a_handful_of_questions_has_no_interval():
     few = accuracies_of(hits(0.5, 0.25, count=8))
     for found in (
-        few.kinds["all"].value(0),
-        few.macro.value(0),
-        few.micro.value(0),
+        few.kinds["all"].estimate(0),
+        few.macro.estimate(0),
+        few.micro.estimate(0),
         few.macro.difference(1, 0),
     ):
         assert found.low is found.high is None
     mixed = accuracies_of(hits(0.5, count=40), ["many"] * 32 + ["few"] * 8)
-    assert mixed.kinds["many"].value(0).low is not None
-    assert mixed.macro.value(0).low is None
+    assert mixed.kinds["many"].estimate(0).low is not None
+    assert mixed.macro.estimate(0).low is None
 
 
 def test_figures_share_their_draws():
@@ -126,7 +128,7 @@ def test_a_share_of_the_whole_cost_weighs_questions_by_what_they_cost():
 def test_a_median_is_that_of_the_values_and_ratios_are_paired():
     noise = np.random.default_rng(0).uniform(1, 2, 40)
     times = bootstrap_median(np.stack([4 * noise, noise]))
-    slow, fast = times.value(0), times.value(1)
+    slow, fast = times.estimate(0), times.estimate(1)
     assert slow.value == np.median(4 * noise)
     assert slow.low < slow.value < slow.high
     assert fast.high == pytest.approx(slow.high / 4)
@@ -135,5 +137,5 @@ def test_a_median_is_that_of_the_values_and_ratios_are_paired():
 
 
 def test_a_handful_of_values_has_no_interval():
-    found = bootstrap_median(np.ones((1, 9))).value(0)
+    found = bootstrap_median(np.ones((1, 9))).estimate(0)
     assert (found.value, found.low, found.high) == (1, None, None)

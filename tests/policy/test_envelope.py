@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -103,6 +105,15 @@ def test_capacity_is_hardly_more_than_the_largest_plan(curve, layers, visual, bu
     bits = np.linspace(0, np.log2(visual), 2000)
     largest = plans(method, layers, visual, 0, None, bits).max(axis=0)
     assert sum(method.capacity(layers, visual)) <= 1.03 * largest.sum()
+
+
+@pytest.mark.parametrize("budget", [Budget.tokens(60), Budget.flops(0.7)])
+def test_no_room_is_kept_for_what_cannot_be_left_over(budget):
+    cost = DecoderCost(2, 64, 8, 8, 8, 128)
+    method = AutoPrune(budget, mi_layer=0, cut_every=4)
+    assert method.capacity(2, 100, 10, cost) == replace(method, cut_every=1).capacity(
+        2, 100, 10, cost
+    )
 
 
 PLANNED = [name for name in METHODS if not name.startswith("autoprune")]
