@@ -55,6 +55,19 @@ def test_compacted_positions_equal_the_oracle(name, attention, batch, schedules)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_staircases_equal_the_oracle(name, batch):
+    model = model_of(name, "sdpa")
+    method = AutoPrune(Budget.ratio(0.5), k0=2.0, mi_layer=0, cut_every=2)
+    result = oracle.compare(model, zoo.inputs(name, model, batch), method, steps=3)
+    assert result.worst < TOLERANCE
+    for sample in result.samples:
+        levels = sample.tokens_per_layer
+        assert sum(levels) == round(zoo.LAYERS * 0.5 * sample.num_visual)
+        assert levels[2::2][: len(levels[3::2])] == levels[3::2]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
 def test_the_trace_says_what_the_prompts_hold_and_spends_the_budget(name, attention, media, batch):
     model = model_of(name, attention)
