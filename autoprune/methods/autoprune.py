@@ -6,6 +6,7 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from ..method import (
 from ..schedules import REFERENCE_DEPTH
 from ..scorers import as_shares, text_attention, vision_attention
 from ..solver import solve_schedule
+from ..staircase import Staircase
 
 REMEMBERED_PRIORS = 256
 
@@ -110,11 +112,11 @@ class AutoPrune(Method):
                 )
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be a share in [0, 1], got {self.noise!r}")
-        if not isinstance(self.mi_layer, int) or self.mi_layer < 0:
+        if not isinstance(self.mi_layer, Integral) or self.mi_layer < 0:
             raise ValueError(
                 f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer!r}"
             )
-        if not isinstance(self.cut_every, int) or self.cut_every < 1:
+        if not isinstance(self.cut_every, Integral) or self.cut_every < 1:
             raise ValueError(
                 f"cut_every must be a number of layers, 1 or more, got {self.cut_every!r}"
             )
@@ -173,12 +175,12 @@ class AutoPrune(Method):
             num_layers,
             cost,
             num_text,
-            transform=self._staircase,
+            transform=self._staircase.average,
         )
         if self._levels:
-            before = min(self.mi_layer + 1, num_layers - 1)
-            most = self._steps(num_layers)[1].max() - 1
-            room[before] = min(room[before] + int(most), room[before - 1])
+            before = self._staircase.before(num_layers)
+            most = self._staircase.most_left_over(num_layers)
+            room[before] = min(room[before] + most, room[before - 1])
         return room
 
     def _every_information(self, num_visual: int) -> np.ndarray:
@@ -196,20 +198,12 @@ class AutoPrune(Method):
         """The curve before normalisation, [prompts, L], for each prompt's mutual information in bits."""
         slope, midpoint = self._parameters(num_layers, np.asarray(information, dtype=np.float64))
         retained = get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
-        return self._staircase(retained)
+        return self._staircase.average(retained)
 
-    def _staircase(self, retained: np.ndarray) -> np.ndarray:
-        """Each layer's retention [prompts, L] as the mean over its step."""
-        if self.cut_every == 1:
-            return retained
-        starts, sizes = self._steps(retained.shape[1])
-        return np.repeat(np.add.reduceat(retained, starts, axis=1) / sizes, sizes, axis=1)
-
-    def _steps(self, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
-        """First layer and number of layers of each step; up to behind the measurement layers stand alone."""
-        alone = self.mi_layer + 2
-        starts = np.r_[: min(alone, num_layers), alone : num_layers : self.cut_every]
-        return starts, np.diff(starts, append=num_layers)
+    @property
+    def _staircase(self) -> Staircase:
+        """Up to the first layer behind the measurement, layers stand alone."""
+        return Staircase(self.mi_layer + 2, self.cut_every)
 
     def _parameters(self, num_layers: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slope and midpoint for each mutual information, in layers of this model."""
@@ -252,7 +246,7 @@ class AutoPrune(Method):
             num_text=prompts.num_text,
             fixed=decided,
         )
-        return self._level(counts) if self._levels else counts
+        return self._staircase.level(counts) if self._levels else counts
 
     @property
     def _levels(self) -> bool:
@@ -260,17 +254,6 @@ class AutoPrune(Method):
         assert isinstance(self.budget, Budget)
         even = self.budget.kind != "flops" and self.budget.counted == "entering"
         return self.cut_every > 1 and even
-
-    def _level(self, counts: np.ndarray) -> np.ndarray:
-        """Counts [prompts, L] without a cut inside a step: what rounding left over, less than a token for
-        each layer of one, goes to the layer before the staircase, if it fits.
-        """
-        starts, sizes = self._steps(counts.shape[1])
-        level = np.repeat(np.minimum.reduceat(counts, starts, axis=1), sizes, axis=1)
-        before = min(self.mi_layer + 1, counts.shape[1] - 1)
-        level[:, before] += (counts - level).sum(axis=1)
-        fits = level[:, before] <= counts[:, before - 1]
-        return np.where(fits[:, None], level, counts)
 
     def check(self, shape: ModelShape) -> None:
         if self.mi_layer >= shape.num_layers - 1:

@@ -32,6 +32,9 @@ from autoprune.evaluation import (
 )
 from autoprune.evaluation.batches import prepare
 from autoprune.evaluation.encoding import encoder
+from autoprune.evaluation.results import results
+from autoprune.evaluation.run_directory import Answers
+from autoprune.evaluation.settings import REFERENCE
 from autoprune.evaluation.timing import PROMPTS, timed_batches
 from autoprune.evaluation.workers import run_all
 
@@ -138,6 +141,19 @@ def test_every_figure_has_an_interval(loaded, tmp_path):
     assert full["prefill_speedup_low"] == full["prefill_speedup_high"] == 1
     line = f"{pruned['flops_share']:.1%} [{pruned['flops_share_low']:.1%}, "
     assert line in (tmp_path / "report.md").read_text()
+
+
+def test_what_is_spent_is_summed_over_all_questions_and_not_by_kind():
+    kinds = ["short"] * 30 + ["long"] * 10
+    full, pruned = np.repeat([10.0, 100.0], [30, 10]), np.repeat([5.0, 10.0], [30, 10])
+    given = [
+        Answers(kinds, np.ones(40, bool), spent, spent, spent, np.full(40, np.nan))
+        for spent in (full, pruned)
+    ]
+    settings = [REFERENCE, SETTINGS[0]]
+    _, row = results(settings, given, ["short", "long"], {}, "autoprune")
+    assert row["tokens_entering"] == 250 / 40
+    assert row["flops_share"] == row["kv_bytes_share"] == pytest.approx(250 / 1300, abs=1e-6)
 
 
 @pytest.mark.parametrize(
