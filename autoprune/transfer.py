@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-# Bytes: every array begins at a multiple.
-ALIGNED = 16
-
 
 def to_device(values: Any, device: torch.device) -> torch.Tensor:
     """Numbers of the host (a sequence or a numpy array) as a tensor on `device`.
@@ -26,18 +23,12 @@ def to_device(values: Any, device: torch.device) -> torch.Tensor:
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Arrays of integers or bools in one copy, which on a GPU costs more than what is in it."""
-    types = [torch.bool if array.dtype == bool else torch.int64 for array in arrays]
-    arrays = [
-        array.astype(bool if array.dtype == bool else np.int64, "C", copy=False) for array in arrays
-    ]
-    sizes = [-(-array.nbytes // ALIGNED) * ALIGNED for array in arrays]
-    starts = np.cumsum([0, *sizes]).tolist()
-    # An empty tensor has no strides to be viewed by.
-    buffer = np.zeros(starts[-1] + ALIGNED, dtype=np.uint8)
-    for start, array in zip(starts, arrays, strict=False):
-        buffer[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    moved = to_device(buffer, device)
-    return [
-        moved[start : start + array.nbytes].view(dtype).view(array.shape)
-        for start, array, dtype in zip(starts, arrays, types, strict=False)
-    ]
+    flags = [array.ravel() for array in arrays if array.dtype == bool]
+    numbers = [array.ravel() for array in arrays if array.dtype != bool]
+    # One number more, as an empty tensor has no strides to be viewed by.
+    whole = np.concatenate([[0], *numbers], dtype=np.int64).view(np.uint8)
+    moved = to_device(np.concatenate([whole, *flags], dtype=np.uint8), device)
+    numbers_there = moved[: len(whole)].view(torch.int64)[1:].split([a.size for a in numbers])
+    flags_there = moved[len(whole) :].view(torch.bool).split([a.size for a in flags])
+    parts = {True: iter(flags_there), False: iter(numbers_there)}
+    return [next(parts[array.dtype == bool]).view(array.shape) for array in arrays]

@@ -102,9 +102,7 @@ class LayerArguments:
         if id(embeddings) not in self._rotations:
             # Cosine and sine in one tensor are taken from in one go; the source is held, as above.
             self._rotations[id(embeddings)] = embeddings, torch.stack(tuple(embeddings))
-        whole = self._rotations[id(embeddings)][1]
-        taken = take_columns(whole, self.tokens.some_column, dim=-2)
-        return self._packed([taken], dim=-3)[0].unbind(0)
+        return self._take(self._rotations[id(embeddings)][1], dim=-2).unbind(0)
 
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
         width = self.tokens.width
@@ -112,10 +110,28 @@ class LayerArguments:
             # Gaps in the positions would look like several packed sequences to flash attention.
             return torch.arange(width, device=ids.device)[None].expand_as(ids[..., :width])
         if self.positions == "compacted":
-            ids = compacted_positions(self.tokens)
-        else:
-            ids = take_columns(ids[..., None], self.tokens.some_column, dim=-2)[..., 0]
-        return self._packed([ids], dim=-2)[0]
+            return self._packed([compacted_positions(self.tokens)], dim=-2)[0]
+        return self._take(ids, dim=-1)
+
+    def _take(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """`take_columns` of the tokens present, in the form of hidden states."""
+        if self.packing is None:
+            return take_columns(values, self.tokens.some_column, dim)
+        batch, length = values.shape[dim - 1 :][:2]
+        if batch > 1:
+            # The prompts' own values in one row.
+            values = values.flatten(dim - 1, dim).unsqueeze(dim - 1)
+        column = self._once(("column", batch > 1), None, lambda: self._packed_column(batch, length))
+        return take_columns(values, column, dim)
+
+    def _packed_column(self, batch: int, length: int) -> torch.Tensor:
+        """LongTensor [1, total], where the packed tokens come from, in [batch * length]."""
+        assert self.packing is not None
+        column = self.tokens.column
+        if batch > 1:
+            first = torch.arange(0, batch * length, length, device=column.device)
+            column = column + first[:, None]
+        return self.packing.pack(column)
 
     def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
         """Tensors [..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""

@@ -59,10 +59,11 @@ class PrunedCache:
     def remember(cls, prefill: Prefill) -> None:
         cache, depth = prefill.cache, len(prefill.located.layers)
         drafts, length = prefill.layout.drafts, prefill.layout.length
-        stages = [
-            Stage(stage.first_layer, stage.tokens.without_last(drafts))
-            for stage in map(prefill.stage_of, range(depth))
-        ]
+        kept = {
+            stage: Stage(stage.first_layer, stage.tokens.without_last(drafts))
+            for stage in prefill.stages
+        }
+        stages = [kept[prefill.stage_of(layer)] for layer in range(depth)]
         compacted = prefill.method.positions == "compacted"
         padded = any(stage.tokens.padded for stage in stages)
         setattr(cache, ATTRIBUTE, cls(length, stages, compacted, padded))

@@ -7,7 +7,7 @@ import torch
 
 from ..method import Merged, Selection
 from ..transfer import all_to_device, to_device
-from .tokens import MERGED, Tokens, length_mask
+from .tokens import MERGED, Arrangement, Tokens, length_mask
 
 
 def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
@@ -18,7 +18,9 @@ def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
         width + i for merged token i. Sources of padding point anywhere.
     """
     counts = list(selection.counts)
-    kept = selection.kept[:, : max(counts)]
+    kept = selection.kept
+    if kept.shape[1] > max(counts):
+        kept = kept[:, : max(counts)]
     if selection.merged is None and tokens.places is None:
         if tokens.block is not None and min(counts) == max(counts):
             return _cut_block(tokens, kept, counts)
@@ -59,8 +61,7 @@ def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
     heads, places = tokens.heads, None
     if heads is None:
         places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
-    order = order[:width]
-    return Tokens(column, index, order, lengths, counts, heads, places, was_cut=True), source
+    return Tokens(column, index, order[None], lengths, counts, heads, places, was_cut=True), source
 
 
 def _cut_block(
@@ -68,14 +69,16 @@ def _cut_block(
 ) -> tuple[Tokens, torch.Tensor]:
     """`cut`, where only places of one block are dropped, equally many in all prompts."""
     assert tokens.block is not None
-    batch, start, stop = len(tokens.column), tokens.block.start, tokens.block.stop
-    head, tail = tokens.order[:start].expand(batch, -1), tokens.order[stop:].expand(batch, -1)
+    start, stop = tokens.block.start, tokens.block.stop
+    head, tail = tokens.ascending[:, :start], tokens.ascending[:, stop : tokens.width]
+    if len(kept) > 1:
+        head, tail = (part.expand(len(kept), -1) for part in (head, tail))
     source = torch.cat([head, kept + start, tail], dim=1)
     dropped = tokens.counts[0] - counts[0]
     new = Tokens(
         column=tokens.column.gather(1, source),
         index=tokens.index.gather(1, kept),
-        order=tokens.order[: source.shape[1]],
+        ascending=tokens.ascending,
         lengths=[n - dropped for n in tokens.lengths],
         counts=counts,
         heads=tokens.heads,
@@ -92,35 +95,33 @@ def _cut_pieces(
     All but the kept places is known on the host.
     """
     heads, lengths, old = tokens.geometry
-    number, device = np.array(counts)[:, None], tokens.column.device
+    number = np.array(counts)[:, None]
     left = lengths - old + number
     width = int(left.max())
+    arrangement = Arrangement.on_host(width, heads, left, number)
+    slots, slot_mask = arrangement[:2]
     place = np.arange(width) - (width - left)
-    rank = place - heads
-    visual = (rank >= 0) & (rank < number)
+    before = np.where(place < heads, place, place + (old - number)) + (tokens.width - lengths)
+    before[place < 0] = 0
     # Of a visual token, where its piece begins: the kept place is added to it.
-    before = np.where(visual, heads, place + np.where(rank < 0, 0, old - number))
-    before = np.where(place < 0, 0, before + tokens.width - lengths)
-    rows = np.flatnonzero(visual)
-    chosen = (rank + kept.shape[1] * np.arange(len(old))[:, None])[visual]
-    arrays = [before.ravel(), rows, chosen, place < 0]
-    source, rows, chosen, padding = all_to_device(arrays, device)
+    rows = (slots + width * np.arange(len(old))[:, None])[slot_mask]
+    before.flat[rows] = np.repeat(tokens.width - lengths + heads, counts)
+    arrays = [before.ravel(), rows, np.flatnonzero(slot_mask), place < 0, *arrangement]
+    source, rows, chosen, padding, *arranged = all_to_device(arrays, tokens.column.device)
     source.index_add_(0, rows, kept.flatten().index_select(0, chosen))
     source = source.view(padding.shape)
     column = tokens.column.gather(1, source)
-    if left.min() < width:
-        column = column.masked_fill(padding, -1)
+    index = tokens.index.gather(1, kept.clamp(min=0))
     new = Tokens(
-        column=column,
-        index=tokens.index.gather(1, kept.clamp(min=0)),
-        order=tokens.order[:width],
+        column=column.masked_fill(padding, -1) if left.min() < width else column,
+        index=index.where(arranged[1], -1) if number.min() < number.max() else index,
+        ascending=tokens.ascending,
         lengths=left[:, 0].tolist(),
         counts=counts,
         heads=tokens.heads,
         was_cut=True,
+        arranged=Arrangement(*arranged),
     )
-    if new.ragged:
-        new.index = new.index.masked_fill(~new.slot_mask, -1)
     return new, source
 
 

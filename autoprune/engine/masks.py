@@ -57,10 +57,10 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
 
 def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
     """A causal mask over the tokens that a cut left, in their order, in the form of the mask `like`."""
-    order = tokens.order
-    allowed = (order <= order[:, None])[None]
+    order = tokens.ascending[:, : tokens.width]
+    allowed = order <= order[..., None]
     if tokens.padded:
-        allowed = allowed & (order >= tokens.first_seen[..., None])
+        allowed = allowed & (order >= tokens.arrangement.first_seen[..., None])
     allowed = allowed[:, None].expand(len(tokens.column), -1, -1, -1)
     if key_length > tokens.width:
         allowed = pad(allowed, (0, key_length - tokens.width), value=False)

@@ -27,7 +27,8 @@ class Packing:
     """
 
     def __init__(self, tokens: Tokens):
-        self.place, self.slots = tokens.packed
+        self.place, self.slots = tokens.arrangement.packed, tokens.arrangement.real
+        self._places = self.place.flatten()
 
     def pack(self, padded: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """[..., batch, n, ...], the batch in dimension `dim`, -> [..., 1, total, ...]."""
@@ -36,8 +37,8 @@ class Packing:
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, total, ...] -> [batch, n, ...]; padding holds some other token."""
-        place = self.place.to(packed.device)
-        return packed[0].index_select(0, place.flatten()).unflatten(0, place.shape)
+        rows = packed.index_select(1, self._places.to(packed.device))
+        return rows.view(*self.place.shape, *packed.shape[2:])
 
     def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, heads, total, head dim] -> [batch, heads, n, head dim]."""

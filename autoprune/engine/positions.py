@@ -13,10 +13,19 @@ def compacted_positions(tokens: Tokens) -> torch.Tensor:
 
 
 def take_columns(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entries of `values` [..., batch or 1, S, features] at `column` [batch, n], all of them columns."""
+    """Entries at `column` [batch, n], all of them columns.
+
+    Args:
+        values: [..., batch or 1, S], or with features behind it.
+        dim: where S is: -1, or -2 with features.
+    """
     column = column.to(values.device)
     if values.shape[dim - 1] == 1 and column.shape[0] == 1:
-        return values.index_select(values.ndim + dim, column[0])
+        # Much faster without the dimension of length 1.
+        return values.squeeze(dim - 1).index_select(dim, column[0]).unsqueeze(dim - 1)
+    shape = *values.shape[: dim - 1], *column.shape
+    index = (
+        column.expand(shape) if dim == -1 else column[..., None].expand(*shape, values.shape[-1])
+    )
     values = values.expand(*values.shape[: dim - 1], column.shape[0], *values.shape[dim:])
-    index = column[..., None].expand(*values.shape[:dim], column.shape[1], values.shape[-1])
     return values.gather(dim, index)

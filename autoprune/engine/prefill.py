@@ -194,6 +194,8 @@ class Prefill:
             source = self.tokens.spread(changed, source)
             rows.append(states.flatten(0, 1))
         self.packings.append(self._pack_if_worth_it())
+        if batch == 1 and len(rows) == 1:
+            return hidden.index_select(1, source[0].to(hidden.device))
         if self.packing is not None:
             source = self.packing.pack(source)
         pool = torch.cat([r.to(hidden) for r in rows]) if len(rows) > 1 else rows[0]

@@ -22,22 +22,24 @@ class Tokens:
 
     column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
     index: LongTensor [batch, V], 0..N-1 of an original visual token, MERGED, or -1 for padding.
-    order: LongTensor [n], 0, 1, ...
+    ascending: LongTensor [1, n or more], 0, 1, ...
     lengths, counts: real tokens and visual tokens of each prompt (host).
     heads: how many tokens of each prompt stand before its visual ones, if those are in one piece in all
         prompts (host). Where every token is follows from these numbers then, if padding is on the left.
     places: `text` and `slots` where it does not follow.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
+    arranged: what `Arrangement` says, on the device, if it is there already.
     """
 
     column: torch.Tensor
     index: torch.Tensor
-    order: torch.Tensor
+    ascending: torch.Tensor
     lengths: list[int]
     counts: list[int]
     heads: list[int] | None = None
     places: tuple[torch.Tensor, torch.Tensor] | None = None
     was_cut: bool = False
+    arranged: Arrangement | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
@@ -50,7 +52,7 @@ class Tokens:
         return cls(
             to_device(np.where(real, columns, -1), device),
             to_device(np.where(slots >= 0, np.arange(max(counts)), -1), device),
-            torch.arange(len(columns), device=device),
+            torch.arange(len(columns), device=device)[None],
             lengths=real.sum(axis=1).tolist(),
             counts=counts,
             heads=heads,
@@ -58,9 +60,7 @@ class Tokens:
         )
 
     def without_last(self, drafts: int) -> Tokens:
-        """Without the last columns, which are text."""
-        if not drafts:
-            return self
+        """Without the last columns, which are text, and without what was made on the way."""
         width, places = self.width - drafts, self.places
         if places is not None:
             text, slots = places
@@ -68,9 +68,9 @@ class Tokens:
         return replace(
             self,
             column=self.column[:, :width],
-            order=self.order[:width],
             lengths=[n - drafts for n in self.lengths],
             places=places,
+            arranged=None,
         )
 
     @property
@@ -119,8 +119,8 @@ class Tokens:
         if self.places is not None:
             return self.places[1]
         if self.block is not None:
-            return self.order[self.block].expand(len(self.column), -1)
-        return self._arrangement[0]
+            return self.ascending[:, self.block].expand(len(self.column), -1)
+        return self.arrangement.slots
 
     @property
     def geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,36 +133,17 @@ class Tokens:
         """bool [batch, V], False beyond a prompt's own count."""
         if not self.ragged:
             return torch.ones_like(self.index, dtype=torch.bool)
-        return self._arrangement[1]
+        return self.arrangement.slot_mask
 
     @property
-    def first_seen(self) -> torch.Tensor:
-        """LongTensor [batch, n], the first place that a token sees; padding, on the left, sees itself."""
-        return self._arrangement[2]
-
-    @property
-    def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All prompts' real tokens in one row: LongTensor [batch, n], the place of each token there (any for
-        padding), and LongTensor [total], the places of the row's tokens among the batch * n padded ones.
-        """
-        return self._arrangement[3], self._arrangement[4]
-
-    @cached_property
-    def _arrangement(self) -> list[torch.Tensor]:
-        """What follows from the numbers of tokens on the host, for prompts padded on the left."""
-        width, lengths = self.width, np.array(self.lengths)[:, None]
-        counts, rank = np.array(self.counts)[:, None], np.arange(max(self.counts))
-        place = np.arange(width)
-        real = place >= width - lengths
-        heads = 0 if self.heads is None else np.array(self.heads)[:, None]
-        arrays = [
-            np.clip(width - lengths + heads + rank, 0, max(width - 1, 0)),
-            rank < counts,
-            np.minimum(place, width - lengths),
-            np.maximum(real.cumsum().reshape(real.shape) - 1, 0),
-            np.flatnonzero(real),
-        ]
-        return all_to_device(arrays, self.column.device)
+    def arrangement(self) -> Arrangement:
+        """What follows from the numbers of tokens; for prompts padded on the left."""
+        if self.arranged is None:
+            heads = [0] * len(self.counts) if self.heads is None else self.heads
+            numbers = (np.array(n)[:, None] for n in (heads, self.lengths, self.counts))
+            arrays = Arrangement.on_host(self.width, *numbers)
+            self.arranged = Arrangement(*all_to_device(arrays, self.column.device))
+        return self.arranged
 
     @property
     def waste(self) -> float:
@@ -177,6 +158,39 @@ class Tokens:
             default = torch.nn.functional.pad(default, (0, 1))
             return default.scatter(1, spare, values)[:, : self.width]
         return default.scatter(1, self.slots, values)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the tokens of prompts are that are padded on the left to n, visual tokens in one piece.
+
+    slots: LongTensor [batch, V], places of the visual tokens; any beyond a prompt's own count.
+    slot_mask: bool [batch, V], False there.
+    first_seen: LongTensor [batch, n], the first place that a token sees; padding sees itself.
+    packed: LongTensor [batch, n], each token's place in a row of all prompts' real tokens; any for padding.
+    real: LongTensor [total], the places of that row's tokens among the batch * n padded ones.
+    """
+
+    slots: torch.Tensor
+    slot_mask: torch.Tensor
+    first_seen: torch.Tensor
+    packed: torch.Tensor
+    real: torch.Tensor
+
+    @staticmethod
+    def on_host(
+        width: int, heads: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+    ) -> list[np.ndarray]:
+        """The fields in their order, from n and the numbers of tokens, each [batch, 1]."""
+        place, rank, first = np.arange(width), np.arange(counts.max()), width - lengths
+        real = place >= first
+        return [
+            np.minimum(first + heads + rank, max(width - 1, 0)),
+            rank < counts,
+            np.minimum(place, first),
+            np.maximum(real.cumsum() - 1, 0).reshape(real.shape),
+            np.flatnonzero(real),
+        ]
 
 
 def _places(chosen: np.ndarray) -> np.ndarray:
