@@ -117,19 +117,21 @@ class LayerArguments:
         """`take_columns` of the tokens present, in the form of hidden states."""
         if self.packing is None:
             return take_columns(values, self.tokens.some_column, dim)
-        batch, length = values.shape[dim - 1 :][:2]
-        if batch > 1:
-            # The prompts' own values in one row.
+        own, length = values.shape[dim - 1 :][:2]
+        if own > 1:
+            # What the prompts do not share, in one row.
             values = values.flatten(dim - 1, dim).unsqueeze(dim - 1)
-        column = self._once(("column", batch > 1), None, lambda: self._packed_column(batch, length))
+        column = self._once(("column", own, length), None, lambda: self._packed_column(own, length))
         return take_columns(values, column, dim)
 
-    def _packed_column(self, batch: int, length: int) -> torch.Tensor:
-        """LongTensor [1, total], where the packed tokens come from, in [batch * length]."""
+    def _packed_column(self, own: int, length: int) -> torch.Tensor:
+        """LongTensor [1, total], where the packed tokens come from: columns if `own` is 1, and else places
+        in the columns of all prompts, joined.
+        """
         assert self.packing is not None
         column = self.tokens.column
-        if batch > 1:
-            first = torch.arange(0, batch * length, length, device=column.device)
+        if own > 1:
+            first = torch.arange(0, own * length, length, device=column.device)
             column = column + first[:, None]
         return self.packing.pack(column)
 

@@ -71,8 +71,8 @@ def _cut_block(
     assert tokens.block is not None
     start, stop = tokens.block.start, tokens.block.stop
     head, tail = tokens.ascending[:, :start], tokens.ascending[:, stop : tokens.width]
-    if len(kept) > 1:
-        head, tail = (part.expand(len(kept), -1) for part in (head, tail))
+    if (batch := len(tokens.column)) > 1:
+        head, tail = head.expand(batch, -1), tail.expand(batch, -1)
     source = torch.cat([head, kept + start, tail], dim=1)
     dropped = tokens.counts[0] - counts[0]
     new = Tokens(

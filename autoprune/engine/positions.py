@@ -13,7 +13,7 @@ def compacted_positions(tokens: Tokens) -> torch.Tensor:
 
 
 def take_columns(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entries at `column` [batch, n], all of them columns.
+    """Entries at `column` [batch, n], each of them one of the S.
 
     Args:
         values: [..., batch or 1, S], or with features behind it.
@@ -21,7 +21,7 @@ def take_columns(values: torch.Tensor, column: torch.Tensor, dim: int) -> torch.
     """
     column = column.to(values.device)
     if values.shape[dim - 1] == 1 and column.shape[0] == 1:
-        # Much faster without the dimension of length 1.
+        # A CPU is several times slower where a dimension of length 1 stands in the middle.
         return values.squeeze(dim - 1).index_select(dim, column[0]).unsqueeze(dim - 1)
     shape = *values.shape[: dim - 1], *column.shape
     index = (

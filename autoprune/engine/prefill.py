@@ -219,12 +219,12 @@ class Prefill:
                     f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
                     f"at cut {index}; a cut can only keep between 0 and all of them"
                 )
+        batch, most = len(selection.counts), max(selection.counts)
         for what, given in (("kept", selection.kept), ("states", selection.states)):
-            if given is not None and given.shape[1] < max(selection.counts):
+            if given is not None and (len(given) != batch or given.shape[1] < most):
                 raise ValueError(
                     f"{type(self.method).__name__} gives {what} of shape {list(given.shape)} at cut {index}, "
-                    f"but keeps up to {max(selection.counts)} tokens; expected [batch, that many or more], "
-                    "padding last"
+                    f"but keeps up to {most} tokens; expected [{batch}, that many or more], padding last"
                 )
 
     def finish(self, output: Any) -> Any:

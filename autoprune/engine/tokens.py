@@ -164,7 +164,8 @@ class Tokens:
 class Arrangement:
     """Where the tokens of prompts are that are padded on the left to n, visual tokens in one piece.
 
-    slots: LongTensor [batch, V], places of the visual tokens; any beyond a prompt's own count.
+    slots: LongTensor [batch, V], places of the visual tokens; any beyond a prompt's own count, and any at
+        all where they are not in one piece: `Tokens.slots` knows.
     slot_mask: bool [batch, V], False there.
     first_seen: LongTensor [batch, n], the first place that a token sees; padding sees itself.
     packed: LongTensor [batch, n], each token's place in a row of all prompts' real tokens; any for padding.

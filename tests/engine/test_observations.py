@@ -241,6 +241,25 @@ def test_padding_of_a_selection_may_be_wide_but_not_short(batch):
             model(**inputs)
 
 
+def test_a_selection_has_a_row_for_every_prompt():
+    class OneRow(Scattered):
+        def select(self, seen, state):
+            selection = super().select(seen, state)
+            return replace(selection, kept=selection.kept[:1])
+
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "single")
+    inputs = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+    with (
+        torch.no_grad(),
+        OneRow(({1: 0.5},))(model),
+        pytest.raises(
+            ValueError, match=r"kept of shape \[1, \d+\] at cut 1, .* expected \[2, that"
+        ),
+    ):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_float64_model_keeps_what_a_float32_one_does(attention):
     # The first prompt's question is longer than all of the other prompt: rows of padding see nothing.
