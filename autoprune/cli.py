@@ -175,14 +175,23 @@ def bench(
     method: Annotated[
         str | None, typer.Option(help="One or more, as for compare; default: autoprune,random.")
     ] = None,
-    budget: Annotated[str, typer.Option(help="One or more, by commas.")] = "192,128,64",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more, by commas; default: 192,128,64, of a checkpoint 1/3,2/9,1/9."
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
     text: Annotated[int, typer.Option(min=2, help="Other tokens of each prompt.")] = 64,
     images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     spread: Annotated[
-        float,
-        typer.Option(min=0, help="Bits over which the prompts of a batch differ; 0: as measured."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Bits over which the prompts of a batch differ; 0: as measured. Default: 1, of a "
+            "checkpoint 0.",
+        ),
+    ] = None,
     settings: Settings = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...; auto takes a GPU.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

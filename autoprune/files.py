@@ -44,8 +44,15 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
         )
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(
-            f"cannot write {str(path)!r}: the folder {str(path.parent)!r} is read-only"
-        )
+    check_folder(path.parent)
     return path
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise ValueError where nothing can be written into a folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write into {str(folder)!r} ({error.strerror}); choose another folder"
+        ) from error

@@ -190,13 +190,16 @@ def test_variants_take_turns(subject, monkeypatch):
     monkeypatch.setattr(session, "time_once", pretend)
     asked = plan(batches=(1,), repeats=3)
     done = list(measure(subject, asked, Clock(CPU)))[-1]
-    one_round = []
-    for own in done:
-        one_round.append(own.variant.method)
-        if own.variant.kind == "pruned":
-            one_round.append(LayersAlone.like(own.held.samples))
-    assert order == one_round * 3
-    assert order[0] is None and order[1:9:2] == [variant.method for variant in asked.pruned]
+    floors = [LayersAlone.like(own.held.samples) for own in done[1:5]]
+    assert order[:4] == floors
+    rounds = [order[4 + 13 * i : 17 + 13 * i] for i in range(3)]
+    assert len(order) == 4 + 3 * 13
+    for one in rounds:
+        assert one[0] is None
+        assert all(one.count(own.variant.method) == 1 for own in done)
+        for variant, floor in zip(asked.pruned, floors, strict=True):
+            assert one[one.index(variant.method) + 1] == floor
+    assert rounds[0] != rounds[1] != rounds[2]
     assert [len(own.floor) for own in done] == [0, 3, 3, 3, 3, 0, 0, 0, 0]
     assert [own.variant.label for own in done[5:]] == list(OVERHEADS)
 
@@ -204,7 +207,7 @@ def test_variants_take_turns(subject, monkeypatch):
 def test_every_run_is_announced_and_overheads_are_measured_once(subject):
     asked = plan(repeats=1)
     states = list(measure(subject, asked, Clock(CPU)))
-    assert len(states) == asked.runs == 2 * (5 + 5 + 4) + 2 * 4
+    assert len(states) == asked.runs == 2 * (5 + 5 + 4) + 2 * 4 * 2
     found = rows(states[-1])
     assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * len(OVERHEADS)
     assert [row["batch"] for row in found if row["kind"] == "plain"] == [1, 3]
@@ -219,7 +222,7 @@ def test_every_run_is_announced_and_overheads_are_measured_once(subject):
 
 def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(subject):
     plain = logits(subject)[0]
-    left = iter(range(40))
+    left = iter(range(60))
 
     def interrupt(*_):
         if next(left, None) is None:
@@ -238,7 +241,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(sub
 def sample(counts, text, flops=1.0):
     return SimpleNamespace(
         tokens_per_layer=counts, num_text=text, num_visual=counts[0], mean_tokens=np.mean(counts),
-        flops=flops, flops_full=4.0, kv_bytes=1, kv_bytes_held=1, peak_bytes=1,
+        flops=flops, flops_full=4.0, kv_bytes=1, kv_bytes_held=1, peak_bytes=1, mutual_information=None,
     )  # fmt: skip
 
 
@@ -260,6 +263,7 @@ def test_realised_share_compares_rounds_with_what_flops_promise():
     pruned.floor = [1.0]
     row = rows([plain, pruned])[1]
     assert row["floor_share"] == 1 and row["floor_seconds"]["median"] == 1
+    assert row["added_seconds"]["all"] == [1]
     assert row["ideal_speedup"] == 4
     assert row["speedup"]["prefill"]["all"] == [2, 2]
     assert row["realised_share"] == 0.5

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from autoprune.files import check_picture_path, write_whole
+from autoprune.files import check_folder, check_picture_path, write_whole
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path):
@@ -40,3 +40,10 @@ def test_a_picture_path_is_checked_before_it_is_needed(tmp_path):
     for name, message in (("a.jpg", "PNG"), ("no/a.png", "there is no folder")):
         with pytest.raises(ValueError, match=message):
             check_picture_path(tmp_path / name)
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"cannot write into .*; choose another folder"):
+        check_folder(tmp_path / "no")

@@ -57,7 +57,10 @@ def time_once(
 
 @torch.inference_mode()
 def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
-    """Memory of the decoder's prefill, from its entry to the first token's logits."""
+    """Memory of the decoder's prefill, from its entry to the first token's logits.
+
+    A step of decoding follows, so that the first one to be timed is not the first of all.
+    """
     with (
         PeakMemory(model.device) as memory,
         _pruned(model, method) as trace,
@@ -66,7 +69,10 @@ def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
         output = model(**prompts, use_cache=True, logits_to_keep=1)
         peak = memory.stop()
         samples = trace.samples if trace is not None else []
-        return Held(peak, cache_bytes(output.past_key_values), samples)
+        held = Held(peak, cache_bytes(output.past_key_values), samples)
+        token = output.logits[:, -1:].argmax(dim=-1)
+        model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return held
 
 
 def _pruned(model: Any, method: Method | LayersAlone | None) -> Any:

@@ -93,13 +93,21 @@ def _row(plain: Measured, own: Measured) -> Row:
     ideal = sum(s.flops_full for s in samples) / sum(s.flops for s in samples)
     if own.floor:
         floor = _ratios(plain.seconds["prefill"], own.floor)
-        row |= {"floor_seconds": _spread(own.floor), "floor_share": median(floor) / ideal}
+        added = [
+            taken - alone for taken, alone in zip(own.seconds["prefill"], own.floor, strict=False)
+        ]
+        row |= {
+            "floor_seconds": _spread(own.floor),
+            "floor_share": median(floor) / ideal,
+            "added_seconds": _spread(added),
+        }
     return row | {
         "budget": str(method.budget),
         "visual_tokens": float(np.mean([s.num_visual for s in samples])),
         "mean_tokens": float(np.mean([s.mean_tokens for s in samples])),
         "text_tokens": samples[0].num_text,
         "tokens_per_layer": [s.tokens_per_layer for s in samples],
+        "mutual_information": [s.mutual_information for s in samples],
         "flops": sum(s.flops for s in samples),
         "flops_full": sum(s.flops_full for s in samples),
         "ideal_speedup": ideal,

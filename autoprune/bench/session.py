@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ class Plan:
         """How many runs of the model `measure` makes."""
         floors = len(self.batches) * len(self.pruned)
         variants = len(self.batches) + floors + len(OVERHEADS)
-        return variants * (1 + self.repeats) + floors * self.repeats
+        return (variants + floors) * (1 + self.repeats)
 
 
 @dataclass
@@ -69,16 +70,27 @@ def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measure
             for variant in _overheads(plan, done[1:]):
                 done.append(_hold(subject, prompts, batch, variant))
                 yield done
-        for _ in range(plan.repeats):
-            for own in done[first:]:
+        plain, *others = done[first:]
+        floors = {
+            own.variant: LayersAlone.like(own.held.samples)
+            for own in others
+            if own.variant.kind == "pruned"
+        }
+        for alone in floors.values():
+            time_once(subject.model, prompts, alone, 0, clock)
+            yield done
+        for number in range(plan.repeats):
+            # Another order in each round, so that none always follows the same one.
+            random.Random(number).shuffle(others)
+            for own in (plain, *others):
                 model, method = subject.model, own.variant.method
                 times = time_once(model, prompts, method, plan.steps, clock)
                 for phase, seconds in times.items():
                     own.seconds[phase].append(seconds)
                 yield done
-                if own.variant.kind == "pruned":
-                    alone = LayersAlone.like(own.held.samples)
-                    own.floor.append(time_once(model, prompts, alone, 0, clock)["prefill"])
+                if own.variant in floors:
+                    floor = time_once(model, prompts, floors[own.variant], 0, clock)
+                    own.floor.append(floor["prefill"])
                     yield done
 
 

@@ -46,10 +46,14 @@ def build(name: str, text: int, images: int, device: torch.device, dtype: torch.
     Args:
         text: tokens of a prompt that are not visual; half of them stand before the pictures.
         images: pictures of a prompt.
+
+    Raises:
+        ValueError: such a prompt is longer than the model takes.
     """
     from transformers import AutoModelForImageTextToText
 
     row = CONFIGURATIONS[name]
+    _check_length(name, row.config(), text + images * row.visual_tokens)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model: Any = AutoModelForImageTextToText.from_config(row.config(), dtype=dtype)
@@ -70,14 +74,27 @@ def from_checkpoint(loaded: Loaded, text: int) -> Subject:
 
     from ..commands.models import prepare
 
+    _check_length(loaded.name, loaded.model.config, text)
+
     def prompts(batch: int) -> Tensors:
         generator = torch.Generator().manual_seed(0)
         single = prepare(loaded, Image.new("RGB", (336, 336)), "what " * text)
+        _check_length(loaded.name, loaded.model.config, single["input_ids"].shape[1])
         whole = {key: torch.cat([value] * batch) for key, value in single.items()}
         noise = torch.randn(whole["pixel_values"].shape, generator=generator)
         return whole | {"pixel_values": noise.to(whole["pixel_values"])}
 
     return Subject(loaded.name, loaded.model, prompts)
+
+
+def _check_length(name: str, config: Any, tokens: int) -> None:
+    """Raise ValueError where a prompt is longer than the model takes."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"a prompt of {tokens} tokens or more is longer than the {most} that {name} takes; "
+            "give a smaller --text or fewer --images"
+        )
 
 
 def random_prompts(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..budget import Budget
-from ..files import write_whole
+from ..files import check_folder, write_whole
 from ..methods import METHODS
 from .bench_table import show
 from .inputs import build_method, parse_budget, parse_methods
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 FULL, QUICK = ("autoprune,random", 10, 32), ("autoprune", 3, 4)
 """Methods, rounds, and greedy steps after each prefill."""
+BUDGETS, SHARES = "192,128,64", "1/3,2/9,1/9"
+"""Of 576 visual tokens, and of those that a checkpoint's prompts have."""
+SPREAD = 1.0
+"""Bits over which prompts of a batch differ, where the weights are random."""
 ALL_TOKENS = 10**6
 """A budget that pays for everything, in the unit that every method takes."""
 
@@ -39,11 +43,11 @@ class Request:
 
     model: str = "small"
     method: str | None = None
-    budget: str = "192,128,64"
+    budget: str | None = None
     batch: str = "1,8"
     text: int = 64
     images: int = 1
-    spread: float = 1.0
+    spread: float | None = None
     settings: Sequence[str] = ()
     device: str = "auto"
     dtype: str = "auto"
@@ -82,6 +86,7 @@ def bench(request: Request, console: Console) -> None:
         "repeats": plan.repeats,
         "interrupted": True,
         "new_tokens": plan.steps,
+        "spread": _spread(request),
         "policy_seconds": policy(),
         "rows": [],
     }
@@ -121,7 +126,8 @@ def _fill(
 
 
 def _write(record: dict[str, Any], output: Path | None) -> None:
-    if output is not None:
+    # An earlier file stays until there are figures to take its place.
+    if output is not None and record["rows"]:
         write_whole(output, json.dumps(record, indent=1))
 
 
@@ -142,7 +148,9 @@ def _plan(request: Request) -> Plan:
 
     usual, repeats, steps = QUICK if request.quick else FULL
     chosen = parse_methods("--method", usual if request.method is None else request.method)
-    budgets = [parse_budget(text) for text in _listed("--budget", request.budget)]
+    usual_budgets = BUDGETS if _is_built_in(request) else SHARES
+    listed = usual_budgets if request.budget is None else request.budget
+    budgets = [parse_budget(text) for text in _listed("--budget", listed)]
     _check_labels([label for label, _, _ in chosen])
     common = _settings_of(list(dict.fromkeys(name for _, name, _ in chosen)), request.settings)
     methods = [
@@ -151,17 +159,28 @@ def _plan(request: Request) -> Plan:
         for budget in budgets
     ]
     _, first, own = chosen[0]
-    if not (math.isfinite(request.spread) and request.spread >= 0):
-        raise ValueError(
-            f"--spread expects a finite number of bits, 0 or more, got {request.spread}"
-        )
+    spread = _spread(request)
+    if not (math.isfinite(spread) and spread >= 0):
+        raise ValueError(f"--spread expects a finite number of bits, 0 or more, got {spread}")
     return Plan(
         batches=[_positive("--batch", text) for text in _listed("--batch", request.batch)],
-        pruned=[Variant(label, spread_curves(method, request.spread)) for label, method in methods],
+        pruned=[Variant(label, spread_curves(method, spread)) for label, method in methods],
         keeps_all=build_method(first, Budget.tokens(ALL_TOKENS), {}, [*common[first], *own]),
         repeats=request.repeats or repeats,
         steps=request.new_tokens or steps,
     )
+
+
+def _is_built_in(request: Request) -> bool:
+    from ..bench.subjects import CONFIGURATIONS
+
+    return request.model in CONFIGURATIONS
+
+
+def _spread(request: Request) -> float:
+    if request.spread is None:
+        return SPREAD if _is_built_in(request) else 0.0
+    return request.spread
 
 
 def _check_labels(labels: Sequence[str]) -> None:
@@ -210,10 +229,12 @@ def _output(path: Path) -> Path:
             raise ValueError(
                 f"cannot write {str(path)!r}: give a file in a folder that exists, or a folder"
             )
+        check_folder(path.parent)
         return path
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file; give a folder, or a name ending in .json")
     path.mkdir(parents=True, exist_ok=True)
+    check_folder(path)
     return path / "bench.json"
 
 

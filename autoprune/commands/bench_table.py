@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 HEADINGS = (
-    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "at\nbest", "TTFT\nfaster",
-    "decode\nfaster", "peak\nMB", "KV\nMB", "pad-\nding",
+    "tokens", "prefill\nms", "\n± %", "prefill\nfaster", "by\nFLOPs", "real-\nised", "at\nbest", "added\nms",
+    "TTFT\nfaster", "decode\nfaster", "peak\nMB", "KV\nMB", "pad-\nding",
 )  # fmt: skip
 
 
@@ -25,6 +25,13 @@ def show(record: dict[str, Any], files: Sequence[Path], console: Console) -> Non
     console.print(f"medians of {rounds} rounds{stopped}, {machine['clock']}")
     console.print()
     console.print(_speeds([row for row in rows if row["kind"] != "overhead"]))
+    for line in dict.fromkeys(
+        f"{row['variant']} at {row['budget']}: nothing is pruned, prompts have "
+        f"{row['visual_tokens']:.4g} visual tokens"
+        for row in rows
+        if row["kind"] == "pruned" and row["mean_tokens"] == row["visual_tokens"]
+    ):
+        console.print(line)
     console.print()
     console.print(_overheads([row for row in rows if row["kind"] == "overhead"]))
     console.print()
@@ -58,8 +65,9 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> Table:
             *_milliseconds(row["seconds"]["prefill"]),
             speedup["prefill"],
             f"{row['ideal_speedup']:.2f}" if is_pruned else "",
-            f"{row['realised_share']:.3f}" if is_pruned else "",
-            f"{row['floor_share']:.3f}" if "floor_share" in row else "",
+            f"{row['realised_share']:.2f}" if is_pruned else "",
+            f"{row['floor_share']:.2f}" if "floor_share" in row else "",
+            f"{1e3 * row['added_seconds']['median']:.3g}" if "added_seconds" in row else "",
             speedup["ttft"],
             speedup["decode"],
             f"{row['peak_bytes'] / 1e6:.4g}",
