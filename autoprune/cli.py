@@ -184,6 +184,12 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
     text: Annotated[int, typer.Option(min=2, help="Other tokens of each prompt.")] = 64,
     images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture for a checkpoint; default: random pixels.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="A question for a checkpoint, in place of --text.")
+    ] = None,
     spread: Annotated[
         float | None,
         typer.Option(
@@ -221,6 +227,8 @@ def bench(
         batch=batch,
         text=text,
         images=images,
+        image=image,
+        question=question,
         spread=spread,
         settings=tuple(settings or ()),
         device=device,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..commands.models import Loaded
 
 Tensors = dict[str, torch.Tensor]
@@ -68,21 +70,35 @@ def build(name: str, text: int, images: int, device: torch.device, dtype: torch.
     return Subject(name, model.eval(), prompts)
 
 
-def from_checkpoint(loaded: Loaded, text: int) -> Subject:
-    """A checkpoint on random pictures and a question of about `text` tokens, by its processor."""
-    from PIL import Image
+def from_checkpoint(
+    loaded: Loaded, text: int, picture: Image | None = None, question: str | None = None
+) -> Subject:
+    """A checkpoint's prompts, by its processor; those of a batch ask the same question.
+
+    Args:
+        text: about how many tokens the question has, if none is given.
+        picture: of all prompts; None is 336 x 336 random pixels, others for each prompt.
+
+    Raises:
+        ValueError: such a question is longer than the model takes.
+    """
+    import PIL.Image
 
     from ..commands.models import prepare
 
-    _check_length(loaded.name, loaded.model.config, text)
+    if question is None:
+        _check_length(loaded.name, loaded.model.config, text)
 
     def prompts(batch: int) -> Tensors:
         generator = torch.Generator().manual_seed(0)
-        single = prepare(loaded, Image.new("RGB", (336, 336)), "what " * text)
+        shown = PIL.Image.new("RGB", (336, 336)) if picture is None else picture
+        single = prepare(loaded, shown, "what " * text if question is None else question)
         _check_length(loaded.name, loaded.model.config, single["input_ids"].shape[1])
         whole = {key: torch.cat([value] * batch) for key, value in single.items()}
-        noise = torch.randn(whole["pixel_values"].shape, generator=generator)
-        return whole | {"pixel_values": noise.to(whole["pixel_values"])}
+        if picture is None:
+            noise = torch.randn(whole["pixel_values"].shape, generator=generator)
+            whole["pixel_values"] = noise.to(whole["pixel_values"])
+        return whole
 
     return Subject(loaded.name, loaded.model, prompts)
 
@@ -93,7 +109,7 @@ def _check_length(name: str, config: Any, tokens: int) -> None:
     if most is not None and tokens > most:
         raise ValueError(
             f"a prompt of {tokens} tokens or more is longer than the {most} that {name} takes; "
-            "give a smaller --text or fewer --images"
+            "give a smaller --text, a shorter --question or fewer --images"
         )
 
 

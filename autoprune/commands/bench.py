@@ -15,6 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from ..budget import Budget
 from ..files import check_folder, write_whole
+from ..images import load_image
 from ..methods import METHODS
 from .bench_table import show
 from .inputs import build_method, parse_budget, parse_methods
@@ -47,6 +48,8 @@ class Request:
     batch: str = "1,8"
     text: int = 64
     images: int = 1
+    image: Path | None = None
+    question: str | None = None
     spread: float | None = None
     settings: Sequence[str] = ()
     device: str = "auto"
@@ -245,6 +248,12 @@ def _subject(request: Request) -> Subject:
 
     if request.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
+    own = request.image is not None or request.question is not None
+    if request.model in CONFIGURATIONS and own:
+        raise ValueError("--image and --question are for a checkpoint; give its folder as --model")
+    if request.question is not None and not request.question.strip():
+        raise ValueError("the question is empty")
+    picture = None if request.image is None else load_image(request.image)
     if request.model in CONFIGURATIONS:
         device = pick_device(request.device)
         usual = "bfloat16" if device.type == "cuda" else "float32"
@@ -259,7 +268,7 @@ def _subject(request: Request) -> Subject:
             loaded = load_model(request.model, request.device, request.dtype)
         except ValueError as error:
             raise ValueError(f"{error}; built in are {', '.join(CONFIGURATIONS)}") from error
-        subject = from_checkpoint(loaded, request.text)
+        subject = from_checkpoint(loaded, request.text, picture, request.question)
     subject.model.set_attn_implementation(request.attention)
     return subject
 

@@ -158,6 +158,9 @@ def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
         (("--device", "abacus"), "device 'abacus' is not available"),
         (("--attention", "magic"), "magic"),
         (("--images", 2), "a checkpoint sees one picture"),
+        (("--image", "no.png"), "there is no image file 'no.png'"),
+        (("--question", " "), "the question is empty"),
+        (("--model", "small", "--question", "what?"), "are for a checkpoint"),
         (("--model", "no/such/folder"), "there is no model folder"),
         (("--output", "no/bench.json"), "cannot write 'no/bench.json'"),
         (("--output", "/proc/bench.json"), "cannot write into '/proc'"),
@@ -201,6 +204,22 @@ def test_a_checkpoints_own_prompts_have_shares_and_their_own_information(measure
     assert record["spread"] == 2
     pruned = next(row for row in record["rows"] if row["kind"] == "pruned")
     assert pruned["tokens_per_layer"][1] == AutoPrune(40).plan(LAYERS, VISUAL, 2.0)
+
+
+def test_a_checkpoint_is_asked_ones_own_question_about_ones_own_picture(measure, tmp_path):
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (96, 48), "red").save(path)
+    words = ("--method", "autoprune", "--budget", 40, "--batch", 2, "--json")
+    usual = measure(*words).record
+    own = measure(*words, "--image", path, "--question", "how many crosses are there?").record
+    usual, row = (
+        next(r for r in record["rows"] if r["kind"] == "pruned") for record in (usual, own)
+    )
+    assert row["text_tokens"] != usual["text_tokens"]
+    first, second = row["mutual_information"]
+    assert first == pytest.approx(second) and first != usual["mutual_information"][0]
+    assert "--question 'how many crosses are there?'" in own["command"]
+    assert f"--image {path}" in own["command"]
 
 
 def test_it_is_said_where_nothing_is_pruned(measure):
