@@ -114,3 +114,43 @@ def test_hidden_states_and_logits_come_back_in_their_columns():
         )
     there = kept[-1] & real
     torch.testing.assert_close(out.logits[there], expected.logits[there], atol=2e-4, rtol=0)
+
+
+@contextmanager
+def positions_of_layers(model):
+    """The position ids that each decoder layer is given."""
+    given = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        for layer in model.get_decoder().layers
+    ]
+    yield given
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+def test_layers_are_given_the_positions_of_the_tokens_they_have(batch, shared):
+    model = model_of("llava")
+    inputs = zoo.inputs("llava", model, batch)
+    mask = inputs["attention_mask"].bool()
+    ids = torch.arange(mask.shape[1]).expand(mask.shape)
+    if not shared:
+        ids = inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad(), Scattered(DEEP)(model) as trace, positions_of_layers(model) as given:
+        model(**inputs)
+    kept = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    for seen, present in zip(given, kept, strict=True):
+        present, width = present & mask, seen.shape[-1]
+        if width == mask.shape[1]:
+            assert torch.equal(seen.expand_as(ids), ids)
+        elif len(seen) == 1:
+            # One prompt's after the other's.
+            assert torch.equal(seen[0], ids[present])
+        else:
+            left = width - present.sum(dim=1, keepdim=True)
+            assert torch.equal(seen[torch.arange(width) >= left], ids[present])
+    assert len({seen.shape for seen in given}) > 1
