@@ -248,13 +248,13 @@ def _subject(request: Request) -> Subject:
 
     if request.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
-    own = request.image is not None or request.question is not None
-    if request.model in CONFIGURATIONS and own:
+    built_in = _is_built_in(request)
+    if built_in and (request.image is not None or request.question is not None):
         raise ValueError("--image and --question are for a checkpoint; give its folder as --model")
     if request.question is not None and not request.question.strip():
         raise ValueError("the question is empty")
     picture = None if request.image is None else load_image(request.image)
-    if request.model in CONFIGURATIONS:
+    if built_in:
         device = pick_device(request.device)
         usual = "bfloat16" if device.type == "cuda" else "float32"
         dtype = getattr(torch, usual if request.dtype == "auto" else request.dtype)

@@ -124,9 +124,9 @@ class Tokens:
 
     @property
     def geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Heads, lengths and counts, each [batch, 1]."""
-        assert self.heads is not None
-        return tuple(np.array(n)[:, None] for n in (self.heads, self.lengths, self.counts))  # type: ignore
+        """Heads (0 where they are not known), lengths and counts, each [batch, 1]."""
+        heads = [0] * len(self.counts) if self.heads is None else self.heads
+        return tuple(np.array(n)[:, None] for n in (heads, self.lengths, self.counts))  # type: ignore
 
     @cached_property
     def slot_mask(self) -> torch.Tensor:
@@ -139,9 +139,7 @@ class Tokens:
     def arrangement(self) -> Arrangement:
         """What follows from the numbers of tokens; for prompts padded on the left."""
         if self.arranged is None:
-            heads = [0] * len(self.counts) if self.heads is None else self.heads
-            numbers = (np.array(n)[:, None] for n in (heads, self.lengths, self.counts))
-            arrays = Arrangement.on_host(self.width, *numbers)
+            arrays = Arrangement.on_host(self.width, *self.geometry)
             self.arranged = Arrangement(*all_to_device(arrays, self.column.device))
         return self.arranged
 
