@@ -18,7 +18,7 @@ from autoprune.bench.floor import LayersAlone
 from autoprune.bench.measure import PHASES, Held, time_once
 from autoprune.bench.plot import plot_speedups
 from autoprune.bench.policy import policy_seconds
-from autoprune.bench.results import padding_waste, rows
+from autoprune.bench.results import median_interval, padding_waste, rows
 from autoprune.bench.session import Measured, Plan, measure
 from autoprune.bench.subjects import Subject
 from autoprune.bench.variants import (
@@ -268,6 +268,24 @@ def test_realised_share_compares_rounds_with_what_flops_promise():
     assert row["speedup"]["prefill"]["all"] == [2, 2]
     assert row["realised_share"] == 0.5
     assert row["seconds"]["prefill"]["median"] == 3
+
+
+@pytest.mark.parametrize(("count", "rank"), [(6, 1), (8, 1), (9, 2), (12, 3), (25, 8), (100, 40)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count, rank):
+    # Ranks from the published tables of the sign test, 5 % on two sides.
+    values = np.random.default_rng(0).permutation(count) + 1.0
+    assert median_interval(values.tolist()) == (rank, count + 1 - rank)
+
+
+def test_a_few_rounds_have_no_interval():
+    assert median_interval([1.0] * 5) is None
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    found = [median_interval(rng.exponential(size=20).tolist()) for _ in range(2000)]
+    inside = np.mean([low < np.log(2) < high for low, high in found])
+    assert 0.94 < inside < 0.98
 
 
 def test_what_has_not_been_timed_yet_has_no_row():

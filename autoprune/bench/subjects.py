@@ -154,17 +154,18 @@ def llava(name: str, vision: dict[str, Any], vocabulary: int = 32064, **text: An
     )
 
 
-def _small() -> Any:
+def _small(heads: int, intermediate: int) -> Any:
+    """12 layers, with heads of 64."""
     return llava(
         "LlavaConfig",
         clip(64, 2, 2),
         # In proportion to the width, as in a 7B model, so that the logits do not dominate.
-        vocabulary=4096,
-        hidden_size=512,
-        intermediate_size=1376,
+        vocabulary=8 * 64 * heads,
+        hidden_size=64 * heads,
+        intermediate_size=intermediate,
         num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
     )
 
 
@@ -201,7 +202,9 @@ def _patches(generator: torch.Generator) -> Tensors:
 
 
 CONFIGURATIONS = {
-    "small": Configuration(_small, square, 24 * 24),
+    "small": Configuration(lambda: _small(8, 1376), square, 24 * 24),
+    # So narrow that a step of decoding is nearly all Python: what hooks cost by themselves.
+    "narrow": Configuration(lambda: _small(2, 64), square, 24 * 24),
     "llava-1.5-7b": Configuration(
         lambda: llava("LlavaConfig", clip(1024, 24, 16)), square, 24 * 24
     ),

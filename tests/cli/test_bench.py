@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from autoprune import AutoPrune, Budget
 from autoprune.bench import session
 from autoprune.bench.subjects import CONFIGURATIONS
+from autoprune.bench.variants import OVERHEADS
 from tests.cli.conftest import LAYERS, VISUAL
 
 
@@ -46,11 +48,13 @@ def test_json_holds_every_figure_and_what_it_was_measured_on(measure):
         assert row["floor_share"] > 0
 
 
-def test_the_table_fits_100_characters(measure):
-    out = measure("--budget", 40).out
-    assert all(word in out for word in ("plain", "autoprune", "hooks only", "cuts only", "policy"))
-    table = out[out.index("batch") : out.index("policy")]
-    assert max(map(len, table.splitlines())) <= 100
+def test_the_tables_fit_80_characters(measure):
+    out = measure("--budget", 40, "--repeats", 6).out
+    assert all(word in out for word in ("plain", "autoprune", "hooks only", "cuts only"))
+    tables = out[out.index("medians") : out.index("planning")]
+    # Intervals are there: at least as many as there are rows of what is not plain.
+    assert len(re.findall(r"\d\.\d+-\d+\.\d+", tables)) == 2 * 2 + 2 * len(OVERHEADS)
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_quick_means_less_unless_told(measure):
