@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,10 @@ class Prefilled:
     sharing: int = 1
 
 
+# Of all traces: a lock of its own would keep a trace from being pickled.
+_reading = threading.Lock()
+
+
 class Trace:
     """Samples in batch order, one batch after the other.
 
@@ -119,9 +124,10 @@ class Trace:
     @property
     def samples(self) -> list[Sample]:
         """One `Sample` per prompt."""
-        while self._batches:
-            self._samples.extend(_read(self._batches[0]))
-            self._batches.pop(0)
+        with _reading:
+            while self._batches:
+                self._samples.extend(_read(self._batches[0]))
+                self._batches.pop(0)
         return self._samples
 
     def __len__(self) -> int:

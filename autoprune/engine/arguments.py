@@ -85,8 +85,8 @@ class LayerArguments:
             return (tokens.column >= 0).to(torch.long) if tokens.padded else None
         if mask is None and not tokens.padded:
             return None
-        if mask is None or self.positions == "compacted":
-            return causal_mask(tokens, mask, keys)
+        if mask is None:
+            return causal_mask(tokens, keys)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             return gather_mask(mask, tokens, keys)
         if isinstance(mask, BlockMask):

@@ -15,13 +15,9 @@ from ..errors import UnsupportedError
 from ..trace import Trace
 from . import tap
 from .forwards import Forwards
+from .generation import unwatch_generate, watch_generate
 from .locate import locate, warn_if_untested
-from .refusals import (
-    refuse_mode,
-    refuse_positions,
-    unwatch_generate,
-    watch_generate,
-)
+from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache
 from .vision_merging import unwatch_encoding, watch_encoding
 
@@ -103,6 +99,7 @@ class Attachment:
             tagged |= dict.fromkeys(self.vision.tapped, self.vision.attend)
             names = {module.config._attn_implementation for module in self.vision.tapped}
             names.add(located.implementation)
+            self.forwards.implementation = located.implementation
             tap.tag(tagged, names)
             self._tagged, self._implementations = tagged, names
         except BaseException:

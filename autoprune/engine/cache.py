@@ -23,6 +23,7 @@ ATTRIBUTE = "_autoprune"
 VALID = "_autoprune_valid"
 PADDING = "_autoprune_padding"
 DROPPED = "_autoprune_dropped"
+DRAFTS = "_autoprune_drafts"
 HELD = "_autoprune_held"
 # New tokens that a mask has room for when it is made.
 ROOM = 128
@@ -35,20 +36,26 @@ class Stage:
     first_layer: int
     tokens: Tokens
 
+    def without_last(self, columns: int) -> Stage:
+        """Without the prompt's last columns, which are text in every prompt."""
+        return Stage(self.first_layer, self.tokens.without_last(columns))
+
 
 @dataclass
 class PrunedCache:
     """What was cut from a cache at prefill; it lives on the cache, so generations never share it.
 
     prompt_length: columns of the padded prompt; new tokens get the columns behind it.
+    tail: of these columns, how many of the last are text in every prompt.
     stage_of_layer: for each layer, the tokens of the prompt that its cache holds.
     compacted: whether new tokens continue each layer's own compacted positions.
     padded: whether a layer's cache holds padding.
-    has_gaps: whether a later turn brought padding of its own.
+    has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
     masks: of one new token, with room for those behind it, by stage and type.
     """
 
     prompt_length: int
+    tail: int
     stage_of_layer: list[Stage]
     compacted: bool
     padded: bool
@@ -59,14 +66,12 @@ class PrunedCache:
     def remember(cls, prefill: Prefill) -> None:
         cache, depth = prefill.cache, len(prefill.located.layers)
         drafts, length = prefill.layout.drafts, prefill.layout.length
-        kept = {
-            stage: Stage(stage.first_layer, stage.tokens.without_last(drafts))
-            for stage in prefill.stages
-        }
+        kept = {stage: stage.without_last(drafts) for stage in prefill.stages}
         stages = [kept[prefill.stage_of(layer)] for layer in range(depth)]
         compacted = prefill.method.positions == "compacted"
         padded = any(stage.tokens.padded for stage in stages)
-        setattr(cache, ATTRIBUTE, cls(length, stages, compacted, padded))
+        tail = prefill.layout.tail
+        setattr(cache, ATTRIBUTE, cls(length, tail, stages, compacted, padded))
         for layer, stage in zip(cache.layers, stages, strict=False):
             if is_static(layer):
                 _mark_valid(layer, stage.tokens, compacted)
@@ -77,11 +82,34 @@ class PrunedCache:
     def of(cls, cache: Any) -> PrunedCache | None:
         return getattr(cache, ATTRIBUTE, None)
 
+    def shorten(self, columns: int) -> None:
+        """Follow a cache that was cropped into its prompt, by so many of the last columns.
+
+        Raises:
+            UnsupportedError: not all of these are text in every prompt.
+        """
+        if columns > self.tail:
+            raise UnsupportedError(
+                f"the cache was cropped by {columns} columns of its pruned prompt, of which only the last "
+                f"{self.tail} are text in every prompt; crop less, or run the prompt anew"
+            )
+        shorter = {stage: stage.without_last(columns) for stage in self.stage_of_layer}
+        self.stage_of_layer = [shorter[stage] for stage in self.stage_of_layer]
+        self.prompt_length, self.tail = self.prompt_length - columns, self.tail - columns
+        self.masks.clear()
+
+    def hides(self, valid: torch.Tensor) -> bool:
+        """Whether the caller's mask of all columns so far, bool, hides any that the cache holds or is given."""
+        column = self.stage_of_layer[0].tokens.column
+        shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
+        return not bool(shown.all() & valid[:, self.prompt_length :].all())
+
     @staticmethod
     def forget(cache: Any) -> None:
         """Before a new prefill: a cache may be used again after a reset."""
         if cache is not None:
-            cache.__dict__.pop(ATTRIBUTE, None)
+            for name in (ATTRIBUTE, DRAFTS):
+                cache.__dict__.pop(name, None)
             for layer in getattr(cache, "layers", ()):
                 layer.__dict__.pop(VALID, None)
                 layer.__dict__.pop(PADDING, None)
@@ -101,6 +129,16 @@ def _mark_valid(layer: Any, tokens: Tokens, compacted: bool) -> None:
     if compacted:
         padding = [tokens.width - n for n in tokens.lengths]
         _put(layer, PADDING, to_device(padding, tokens.column.device))
+
+
+def _hide(layer: Any, tokens: Tokens, valid: torch.Tensor, first: int) -> None:
+    """Tell a static cache layer what the caller's mask hides, bool [batch, columns], of the prompt and
+    of the tokens from column `first` on.
+    """
+    seen = getattr(layer, VALID).clone()
+    seen[:, : tokens.width] = valid.gather(1, tokens.column.clamp(min=0)) & (tokens.column >= 0)
+    seen[:, tokens.width : tokens.width + valid.shape[1] - first] = valid[:, first:]
+    _put(layer, VALID, seen)
 
 
 def _put(layer: Any, name: str, value: torch.Tensor) -> None:
@@ -187,10 +225,15 @@ class Decode:
         self.queries = queries
         # A static cache counts on the device, and its layers need no count here.
         static = is_static(cache.layers[0])
+        if not static and (cropped := pruned.prompt_length - cache.get_seq_length()) > 0:
+            pruned.shorten(cropped)
         self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
         if queries > 1 and valid is not None:
-            pruned.has_gaps = pruned.has_gaps or not bool(valid[:, -queries:].all())
+            pruned.has_gaps = pruned.has_gaps or pruned.hides(valid.bool())
         self.valid = valid.bool() if valid is not None and pruned.has_gaps else None
+        if static and queries > 1 and self.valid is not None:
+            for layer, stage in zip(cache.layers, pruned.stage_of_layer, strict=False):
+                _hide(layer, stage.tokens, self.valid, pruned.prompt_length)
         # Whether a new token sees all that is there, so that it needs no mask.
         self.sees_all = queries == 1 and self.valid is None and not pruned.compacted
         self.sees_all = self.sees_all and not pruned.padded and not any(self.located.windows)

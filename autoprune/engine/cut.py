@@ -61,7 +61,9 @@ def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
     heads, places = tokens.heads, None
     if heads is None:
         places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
-    return Tokens(column, index, order[None], lengths, counts, heads, places, was_cut=True), source
+    has_merged = tokens.merged or merged is not None
+    new = Tokens(column, index, order[None], lengths, counts, heads, places, True, has_merged)
+    return new, source
 
 
 def _cut_block(
@@ -83,6 +85,7 @@ def _cut_block(
         counts=counts,
         heads=tokens.heads,
         was_cut=True,
+        merged=tokens.merged,
     )
     return new, source
 
@@ -120,6 +123,7 @@ def _cut_pieces(
         counts=counts,
         heads=tokens.heads,
         was_cut=True,
+        merged=tokens.merged,
         arranged=Arrangement(*arranged),
     )
     return new, source

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
 from .cache import Decode, PrunedCache, is_static, narrowed, static_step
+from .generation import takes_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
 from .prefill import Prefill
 from .refusals import (
+    refuse_backend,
     refuse_cache,
+    refuse_compiled_growth,
+    refuse_compiled_parts,
     refuse_compiled_prefill,
     refuse_mode,
     refuse_new_images,
@@ -58,6 +63,7 @@ class Forwards:
             cost=located.cost,
             has_vision_scores=self.vision.available or vision_scores is not None,
         )
+        self.implementation = located.implementation
         self._local = threading.local()
 
     def forget(self) -> None:
@@ -68,9 +74,8 @@ class Forwards:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         if torch.compiler.is_compiling():
             return
-        asked = kwargs.get("logits_to_keep")
-        with_cache = kwargs.get("past_key_values") is not None
-        self._local.drafts = asked - 1 if with_cache and isinstance(asked, int) and asked > 1 else 0
+        asked, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
+        self._local.drafts = asked - 1 if takes_drafts(cache) and isinstance(asked, int) else 0
 
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
@@ -80,19 +85,27 @@ class Forwards:
             if new.shape[1] > 1:
                 refuse_compiled_prefill()
             return
+        if has_pixels(kwargs):
+            # The tower runs in this forward; what is left of another one, which failed, is not for it.
+            self.vision.forget()
         self.vision.recall(kwargs.get("mm_encoder_outputs"))
-        mask = kwargs.get("attention_mask")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
+        new = ids if ids is not None else kwargs.get("inputs_embeds")
+        several = new is not None and new.shape[1] > 1
+        if several:
+            refuse_compiled_parts(self.located, self.vision.tapped)
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
-        later = PrunedCache.of(kwargs.get("past_key_values")) is not None
-        is_prompt = ids is not None and ids.shape[1] > 1 and not later
+        is_prompt = ids is not None and several and not self._holds_pruned(cache)
         host = on_host(ids, mask) if is_prompt else (ids, mask)
         self.vision.merging.forget()
         if is_prompt and has_pixels(kwargs):
-            self._expect(*host, getattr(self._local, "drafts", 0))
+            self._expect(*host, drafts)
         self._local.prompt = {
             "host": host,
             "attention_mask": mask,
             "has_images": has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs")),
+            "drafts": drafts,
         }
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
@@ -128,12 +141,9 @@ class Forwards:
         cache = kwargs.get("past_key_values")
         valid = prompt["attention_mask"]
         valid = valid if isinstance(valid, torch.Tensor) and valid.ndim == 2 else None
-        if (
-            cache is not None
-            and (pruned := PrunedCache.of(cache)) is not None
-            and self._length(cache)
-        ):
-            refuse_new_images(prompt)
+        if self._holds_pruned(cache):
+            self._refuse_new_images(prompt)
+            pruned = PrunedCache.of(cache)
             local.run = Decode(self.located, pruned, cache, embeds.shape[1], valid)
         elif cache is None or not self._length(cache):
             PrunedCache.forget(cache)
@@ -143,16 +153,23 @@ class Forwards:
                 # The model would add these at full length; the layers' hooks add what is left of them.
                 return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
         elif embeds.shape[1] > 1:
-            refuse_new_images(prompt)
+            self._refuse_new_images(prompt)
         return None
+
+    def _refuse_new_images(self, prompt: dict) -> None:
+        try:
+            refuse_new_images(prompt)
+        except UnsupportedError:
+            # The tower has seen them already; the next prompt is not to find them.
+            self.vision.forget()
+            raise
 
     def _prefill(
         self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
     ) -> Prefill | None:
-        drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         ids, mask = prompt["host"]
         layout = read_layout(
-            ids, mask, embeds.shape, self.located.visual_ids, self.visual_mask, drafts
+            ids, mask, embeds.shape, self.located.visual_ids, self.visual_mask, prompt["drafts"]
         )
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
@@ -163,6 +180,7 @@ class Forwards:
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
             self.trace.record(Prefilled(layout, state))
             return None
+        refuse_backend(self.located, self.implementation)
         refuse_cache(self.located, cache, embeds.shape[1])
         return Prefill(
             self.method, self.located, layout, state, embeds.device, cache, vision, deepstack
@@ -184,8 +202,11 @@ class Forwards:
 
     def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
-        layers = getattr(kwargs.get("past_key_values"), "layers", ())
+        cache = kwargs.get("past_key_values")
+        layers = getattr(cache, "layers", ())
         if index >= len(layers) or not is_static(layers[index]):
+            if PrunedCache.of(cache) is not None:
+                refuse_compiled_growth()
             return None
         return args, static_step(self.located, layers[index], args[0], kwargs)
 
@@ -220,6 +241,10 @@ class Forwards:
             )
         others = {} if collected is None else collected.values
         return VisionView({**others, "vision_scores": scores})
+
+    def _holds_pruned(self, cache: Any) -> bool:
+        """Whether a cache holds tokens of a prompt that was pruned; after a reset it does not."""
+        return PrunedCache.of(cache) is not None and self._length(cache)
 
     @staticmethod
     def _length(cache: Any) -> bool:

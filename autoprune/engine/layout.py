@@ -30,6 +30,12 @@ class Layout:
         return self.real.shape[1] - self.drafts
 
     @property
+    def tail(self) -> int:
+        """Of the prompt's last columns, how many hold text in every prompt."""
+        text = (self.real & ~self.visual)[:, : self.length].all(axis=0)
+        return int(text[::-1].argmin()) if not text.all() else self.length
+
+    @property
     def num_visual(self) -> list[int]:
         return self.visual.sum(axis=1).tolist()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
@@ -98,6 +99,14 @@ def locate(model: nn.Module) -> Located:
     )
 
 
+def refuse_compiled(part: str) -> None:
+    """Raise UnsupportedError: a part of the model cannot be seen, as torch.compile was applied to it."""
+    raise UnsupportedError(
+        f"a part of the model was compiled by itself ({part}), and pruning cannot look into it; leave "
+        "it uncompiled, and compile decoding as a whole (docs/api.md, handle.static_cache)"
+    )
+
+
 def warn_if_untested(located: Located) -> None:
     """Say so, to the caller of `Attachment.attach`'s caller, if no test covers the model's family."""
     model_type = located.base.config.model_type
@@ -146,6 +155,8 @@ def _windows(config: Any, depth: int) -> list[int | None]:
 
 
 def _check_arguments(layer: nn.Module) -> None:
+    if isinstance(layer, OptimizedModule):
+        refuse_compiled("decoder layers")
     parameters = inspect.signature(layer.forward).parameters.values()
     taken = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
     unknown, missing = sorted(taken - LAYER_ARGUMENTS), sorted(REQUIRED - taken)

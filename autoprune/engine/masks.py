@@ -23,8 +23,9 @@ def blocked_value(mask: torch.Tensor) -> bool | float:
 def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Tensor:
     """The model's own prefill mask, rows and columns of the remaining tokens only.
 
-    Keeps whatever pattern the model has (sliding windows, bidirectional prefixes). Padding rows see only
-    themselves, so that no row of the softmax is empty.
+    Keeps whatever pattern the model has (sliding windows, bidirectional prefixes). A merged token stands
+    behind the one whose column it has, and is not seen by it. Padding rows see only themselves, so that no
+    row of the softmax is empty.
 
     Args:
         mask: [batch or 1, 1 or heads, S, keys].
@@ -38,6 +39,9 @@ def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Te
     mask = mask.gather(2, rows)
     columns = column[:, None, None, :].expand(-1, mask.shape[1], width, -1)
     mask = mask.gather(3, columns)
+    if tokens.merged:
+        later = (column[:, None] == column[..., None]).triu(1)
+        mask = mask.masked_fill(later[:, None], blocked_value(mask))
     return _finish(mask, tokens, key_length)
 
 
@@ -50,13 +54,14 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
         inside = key < width
         key = key.clamp(max=width - 1)
         seen = old(b, h, column[b, query], column[b, key]) & real[b, key] & inside
+        seen = seen & ((key <= query) | (column[b, query] != column[b, key]))
         return seen | (~real[b, query] & (query == key))
 
     return create_block_mask(kept_only, batch, None, width, key_length, device=column.device)
 
 
-def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
-    """A causal mask over the tokens that a cut left, in their order, in the form of the mask `like`."""
+def causal_mask(tokens: Tokens, key_length: int) -> torch.Tensor:
+    """bool [batch, 1, n, keys]: each token sees those before it, of the tokens that a cut left."""
     order = tokens.ascending[:, : tokens.width]
     allowed = order <= order[..., None]
     if tokens.padded:
@@ -64,7 +69,7 @@ def causal_mask(tokens: Tokens, like: Any, key_length: int) -> Any:
     allowed = allowed[:, None].expand(len(tokens.column), -1, -1, -1)
     if key_length > tokens.width:
         allowed = pad(allowed, (0, key_length - tokens.width), value=False)
-    return as_mask(allowed, like)
+    return allowed
 
 
 def row_mask(

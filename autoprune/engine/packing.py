@@ -8,9 +8,11 @@ packing against padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .tokens import Tokens
@@ -43,6 +45,14 @@ class Packing:
     def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, heads, total, head dim] -> [batch, heads, n, head dim]."""
         return self.unpack(packed.transpose(1, 2)).transpose(1, 2)
+
+
+def watches_inputs(layers: Sequence[nn.Module]) -> bool:
+    """Whether a part of a layer has a hook that is given its input, and so may count on the batch in it,
+    as PEFT's do where the prompts of a batch have adapters of their own.
+    """
+    parts = (part for layer in layers for part in layer.modules() if part is not layer)
+    return any(part._forward_pre_hooks for part in parts)
 
 
 def can_pack(cache: Any, implementation: str, has_windows: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from .cache import PrunedCache, Stage
 from .cut import cut
 from .layout import Layout
 from .observer import Observer, SeenEnough
-from .packing import WORTH_PACKING, Packing, can_pack
+from .packing import WORTH_PACKING, Packing, can_pack, watches_inputs
 from .tap import no_plans
 from .tokens import MERGED, Tokens
 
@@ -69,11 +70,17 @@ class Prefill:
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
         self.deepstack = deepstack
-        # Without position ids the model numbers padding too; compacted positions never do, in any layer.
-        self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
+        # Without position ids a model numbers padding too, and some begin at 1; compacted positions never
+        # do, in any layer.
+        self.counts_positions = self.method.positions == "compacted"
         length = layout.real.shape[1]
         self.arguments = LayerArguments(self.located, self.method.positions, self.tokens, length)
         self.method.begin(state)
+
+    @cached_property
+    def is_watched(self) -> bool:
+        """Whether something hooked into the layers may count on the batch dimension."""
+        return watches_inputs(self.located.layers)
 
     @property
     def packing(self) -> Packing | None:
@@ -205,7 +212,7 @@ class Prefill:
         tokens, has_windows = self.tokens, any(self.located.windows)
         if tokens.waste < WORTH_PACKING:
             return None
-        if not can_pack(self.cache, self.implementation, has_windows):
+        if not can_pack(self.cache, self.implementation, has_windows) or self.is_watched:
             return None
         return Packing(tokens)
 
@@ -218,6 +225,13 @@ class Prefill:
                 raise ValueError(
                     f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
                     f"at cut {index}; a cut can only keep between 0 and all of them"
+                )
+        made = selection.merged.counts if selection.merged else [0] * len(selection.counts)
+        for prompt, length in enumerate(self.tokens.lengths):
+            if length - self.tokens.counts[prompt] + selection.counts[prompt] + made[prompt] <= 0:
+                raise ValueError(
+                    f"{type(self.method).__name__} drops every token of prompt {prompt} at cut {index}, as the "
+                    "prompt has no text; ask something about the picture, or use another method"
                 )
         batch, most = len(selection.counts), max(selection.counts)
         for what, given in (("kept", selection.kept), ("states", selection.states)):

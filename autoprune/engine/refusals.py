@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..errors import UnsupportedError
 from .cache import is_static
+from .locate import refuse_compiled
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
@@ -27,13 +31,16 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
 
 
 def refuse_positions(method: Method, located: Located) -> None:
-    """Compacted positions where rotary positions have more than one dimension."""
+    """Compacted positions where rotary positions have more than one dimension, or layers their own."""
     if method.positions == "original":
         return
     rope = getattr(located.text.config, "rope_parameters", None) or {}
-    if not hasattr(located.text, "rotary_emb") or "mrope_section" in rope:
+    rotary = getattr(located.text, "rotary_emb", None)
+    by_layer = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    if rotary is None or by_layer or "mrope_section" in rope:
         raise UnsupportedError(
-            f"{type(located.text).__name__} has no one-dimensional rotary positions to compact; "
+            f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all "
+            "layers, to compact; "
             "use positions='original'"
         )
 
@@ -73,7 +80,50 @@ def refuse_compiled_prefill() -> None:
 
     Kept out of the compiled region: raised inside, it would only make torch.compile step aside.
     """
-    raise UnsupportedError("a prefill inside torch.compile cannot be pruned; compile decoding only")
+    raise UnsupportedError(
+        "a prefill inside torch.compile cannot be pruned; compile decoding only, on a static cache "
+        "(docs/api.md, handle.static_cache)"
+    )
+
+
+@torch.compiler.disable
+def refuse_compiled_growth() -> None:
+    """Compiled decoding on a pruned cache that grows; see `refuse_compiled_prefill`."""
+    raise UnsupportedError(
+        "decoding with torch.compile needs a static cache once a prompt is pruned, as the masks of a growing "
+        "one are made outside of it; pass past_key_values=handle.static_cache(...) (docs/api.md)"
+    )
+
+
+def refuse_compiled_parts(located: Located, tower: Sequence[nn.Module]) -> None:
+    """A decoder, layers or a tower compiled by themselves, whose hooks and attention go unseen.
+
+    Args:
+        tower: the parts of the vision tower that a method must see.
+    """
+    parts = {
+        "decoder": [located.text],
+        "decoder layers": [*located.layers, *located.attentions],
+        "vision tower": [located.vision, *tower] if tower else [],
+    }
+    for name, modules in parts.items():
+        if any(map(_is_compiled, modules)):
+            refuse_compiled(name)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
+        return True
+    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+
+
+def refuse_backend(located: Located, attached: str) -> None:
+    """An attention backend that was changed while the model is pruned."""
+    if located.implementation != attached:
+        raise UnsupportedError(
+            f"the attention backend was changed from {attached!r} to {located.implementation!r} while the "
+            "model is pruned; leave the context (or detach), change it, and enter again"
+        )
 
 
 def refuse_length(cache: Any, prompt: int, total: int) -> None:
@@ -86,31 +136,3 @@ def refuse_length(cache: Any, prompt: int, total: int) -> None:
             f"this static cache was made for max_new_tokens={cache.max_new_tokens}, and {new} are "
             "to be generated; make one with more"
         )
-
-
-def watch_generate(model: nn.Module) -> None:
-    """Make `model.generate` refuse what its forwards do not show.
-
-    That is a prefill in chunks, whose first forward looks like any other, and more new tokens than a
-    static cache was made for.
-    """
-    prefill = getattr(model, "_prefill", None)
-    if prefill is None:
-        return
-
-    def watched(input_ids, generation_config, model_kwargs, *args, **kwargs):
-        if getattr(generation_config, "prefill_chunk_size", None) is not None:
-            raise UnsupportedError(
-                "a prefill in chunks cannot be pruned, since a chunk does not see the whole "
-                "question; leave prefill_chunk_size at None"
-            )
-        cache = model_kwargs.get("past_key_values")
-        refuse_length(cache, input_ids.shape[1], generation_config.max_length)
-        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-
-    model._prefill = watched
-
-
-def unwatch_generate(model: nn.Module) -> None:
-    """Undo `watch_generate`."""
-    model.__dict__.pop("_prefill", None)

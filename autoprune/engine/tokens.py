@@ -28,6 +28,7 @@ class Tokens:
         prompts (host). Where every token is follows from these numbers then, if padding is on the left.
     places: `text` and `slots` where it does not follow.
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
+    merged: whether a cut made new tokens; two may have one column then.
     arranged: what `Arrangement` says, on the device, if it is there already.
     """
 
@@ -39,6 +40,7 @@ class Tokens:
     heads: list[int] | None = None
     places: tuple[torch.Tensor, torch.Tensor] | None = None
     was_cut: bool = False
+    merged: bool = False
     arranged: Arrangement | None = None
 
     @classmethod

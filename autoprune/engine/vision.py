@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -158,12 +158,13 @@ class VisionTap:
                 continue
             taken = inspect.signature(features).parameters
             output = features(**{name: inputs[name] for name in taken if name in inputs})
-            kept = {name: value for name, value in output.items() if name not in INTERMEDIATE}
-            encoded[medium] = type(output)(**kept)
-            if (view := getattr(output, ATTRIBUTE, None)) is not None:
-                setattr(encoded[medium], ATTRIBUTE, view)
-        self._local.ready = {}
+            encoded[medium] = same_features(output, without=INTERMEDIATE)
+        self.forget()
         return encoded
+
+    def forget(self) -> None:
+        """Drop what waits for `take` in this thread."""
+        self._local.ready = {}
 
     def recall(self, encoded: Mapping[str, Any] | None) -> None:
         """Take what was collected when these features were computed, for features that are used again.
@@ -298,3 +299,17 @@ class VisionTap:
         # 29 / 45 * 45 is a hair more than 29.
         middle = math.ceil(round(self.wanted.middle * tower_depth(self.base.config), 6)) - 1
         return attentions[-1], attentions[min(max(middle, 0), len(attentions) - 1)]
+
+
+def same_features(output: Any, without: Collection[str] = ()) -> Any:
+    """A tower's output in a container of its own, with what was seen of the tower.
+
+    Args:
+        without: names of what is left out.
+    """
+    if not isinstance(output, ModelOutput):
+        return output
+    same = type(output)(**{name: value for name, value in output.items() if name not in without})
+    if (view := getattr(output, ATTRIBUTE, None)) is not None:
+        setattr(same, ATTRIBUTE, view)
+    return same

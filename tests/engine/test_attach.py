@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 
 import pytest
@@ -254,6 +255,25 @@ def test_two_models_can_be_pruned_at_once_and_left_in_any_order(inputs):
     assert torch.equal(logits_of(second, inputs), plain[1])
     assert dict(ALL_ATTENTION_FUNCTIONS) == functions
     assert [len(one.trace.samples), len(two.trace.samples)] == [1, 2]
+
+
+def test_a_trace_is_read_by_several_threads_at_once(model, inputs):
+    with METHOD(model) as trace, torch.no_grad():
+        for _ in range(30):
+            model(**inputs)
+    start, counts = threading.Barrier(6), []
+
+    def read():
+        start.wait()
+        counts.append(len(trace.samples))
+
+    readers = [threading.Thread(target=read) for _ in range(6)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert counts == [30 * len(inputs["input_ids"])] * 6
+    assert pickle.loads(pickle.dumps(trace)).summary() == trace.summary()
 
 
 def test_the_trace_can_be_written_and_read(model, inputs, tmp_path):

@@ -74,6 +74,18 @@ def test_features_of_one_question_serve_another():
 
 
 @needs_features
+def test_features_outlast_beams():
+    model = model_of("llava")
+    reused = encoded(model, METHODS[0], zoo.inputs("llava", model, "padded3_text"))
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with METHODS[0](model), torch.no_grad():
+        greedy = model.generate(**reused, **options)
+        beams = [model.generate(**reused, **options, num_beams=2) for _ in range(2)]
+        again = model.generate(**reused, **options)
+    assert torch.equal(*beams) and torch.equal(greedy, again)
+
+
+@needs_features
 def test_features_leave_out_what_only_the_tower_needed():
     model = model_of("llava")
     features = encoded(model, METHODS[0], zoo.inputs("llava", model))["mm_encoder_outputs"]

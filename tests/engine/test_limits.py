@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+import autoprune
+from autoprune import AutoPrune, Budget
 from autoprune.errors import UnsupportedError
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
@@ -96,3 +98,94 @@ def test_a_second_context_on_one_model(model, inputs):
     assert len(trace.samples) == 3
     assert (pruned[:, 0] - before[:, 0]).abs().max() > 1.0
     assert torch.equal(oracle.plain_logits(model, inputs), before)
+
+
+def compiled_by_itself(model, part):
+    """A part of the model compiled in one of the ways there are."""
+    text = model.get_decoder()
+    if part == "decoder":
+        text.compile(backend="eager")
+    elif part == "decoder's forward":
+        text.forward = torch.compile(text.forward, backend="eager")
+    elif part == "layers":
+        for layer in text.layers:
+            layer.compile(backend="eager")
+    elif part == "a layer in its place":
+        text.layers[2] = torch.compile(text.layers[2], backend="eager")
+    elif part == "attention":
+        attention = text.layers[1].self_attn
+        attention.forward = torch.compile(attention.forward, backend="eager")
+    else:
+        tower = model.get_encoder(modality="image")
+        tower.forward = torch.compile(tower.forward, backend="eager")
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    "part",
+    ["decoder", "decoder's forward", "layers", "a layer in its place", "attention", "tower"],
+)
+def test_parts_of_the_model_that_are_compiled_by_themselves(part, batch):
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, batch)
+    compiled_by_itself(model, part)
+    with (
+        pytest.raises(UnsupportedError, match=r"compiled by itself .*static_cache"),
+        AutoPrune(Budget.ratio(0.5))(model),
+        torch.no_grad(),
+    ):
+        model(**inputs)
+
+
+def test_a_compiled_tower_is_none_of_a_methods_business_that_does_not_look_at_it():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model)
+    compiled_by_itself(model, "tower")
+    with autoprune.create("random", budget=8)(model) as trace, torch.no_grad():
+        model(**inputs)
+    assert trace.samples[0].tokens_per_layer == [8] * zoo.LAYERS
+
+
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_compiled_decoding_on_a_cache_that_grows(positions):
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    step = torch.compile(model.forward, backend="eager", dynamic=True)
+    with Scattered(DEEP, positions=positions)(model), torch.no_grad():
+        cache = oracle.Conversation(model, inputs).cache
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+        with pytest.raises(UnsupportedError, match="needs a static cache"):
+            step(input_ids=mask[:, -1:] + 20, attention_mask=mask, past_key_values=cache)
+
+
+def test_compacted_positions_of_layers_with_rotations_of_their_own():
+    model = model_of("gemma3", "sdpa")
+    with pytest.raises(UnsupportedError, match="positions='original'"):
+        Scattered(DEEP, positions="compacted")(model)
+
+
+def test_another_attention_backend_inside_the_context():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    handle = METHOD.attach(model)
+    try:
+        model.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedError, match="changed from 'sdpa' to 'eager'"):
+            model(**inputs)
+    finally:
+        handle.detach()
+    with METHOD(model) as trace, torch.no_grad():
+        model(**inputs)
+    assert len(trace.samples) == 3
+
+
+def test_a_picture_without_a_word_is_not_dropped_whole():
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model)
+    visual = zoo.visual_mask(model, inputs["input_ids"])
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = inputs[name][visual][None]
+    method = autoprune.create("no_image", budget=1)
+    message = "prompt 0 at cut 0, as the prompt has no text"
+    with pytest.raises(ValueError, match=message), method(model), torch.no_grad():
+        model(**inputs)

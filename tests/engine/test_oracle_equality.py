@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -45,8 +46,17 @@ def test_pruning_equals_the_oracle(name, attention, media, batch, method):
 
 @pytest.mark.parametrize("schedules", [DEEP, PRE_LLM], ids=["deep", "pre_llm"])
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llava", "internvl", "llava_onevision", "idefics3", "mistral3"])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        *itertools.product(
+            ["llava", "internvl", "llava_onevision", "idefics3", "mistral3"], ["sdpa", "eager"]
+        ),
+        # With sliding windows, a prefix that sees all of itself, and both.
+        *itertools.product(["llava_sliding", "aya_vision", "paligemma"], ["sdpa", "eager"]),
+        ("paligemma2", "eager"),
+    ],
+)
 def test_compacted_positions_equal_the_oracle(name, attention, batch, schedules):
     model = model_of(name, attention)
     arguments = zoo.inputs(name, model, batch)

@@ -23,7 +23,7 @@ def shapes_of_layers(model):
     """Shapes of the hidden states that each decoder layer's MLP computes on."""
     shapes = []
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+        layer.mlp.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape[:2])))
         for layer in model.get_decoder().layers
     ]
     yield shapes
@@ -154,3 +154,17 @@ def test_layers_are_given_the_positions_of_the_tokens_they_have(batch, shared):
             left = width - present.sum(dim=1, keepdim=True)
             assert torch.equal(seen[torch.arange(width) >= left], ids[present])
     assert len({seen.shape for seen in given}) > 1
+
+
+def test_who_hooks_into_a_layer_finds_the_batch():
+    """As PEFT does where the prompts of a batch have adapters of their own."""
+    model, batches = zoo.build("llava"), []
+    inputs, expected, *_ = ragged_forward(model)
+    projection = model.get_decoder().layers[-1].self_attn.q_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    with Scattered(DEEP)(model), torch.no_grad():
+        out = model(**inputs)
+    hook.remove()
+    assert batches == [3]
+    torch.testing.assert_close(out.logits, expected.logits, atol=1e-4, rtol=0)
+    assert ragged_forward(model)[2][-1][0] == 1

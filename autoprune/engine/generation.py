@@ -1,0 +1,81 @@
+"""What `model.generate` does that its forwards do not show: watched on the instance while pruning is on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError
+from .cache import DRAFTS
+from .refusals import refuse_length
+from .vision import same_features
+
+
+def takes_drafts(cache: Any) -> bool:
+    """Whether assisted decoding is about to send drafts along with the prompt that this cache is for."""
+    return getattr(cache, DRAFTS, False)
+
+
+def watch_generate(model: nn.Module) -> None:
+    """Come between `model.generate` and its parts; those that a release does not have are passed over."""
+    for name, around in WATCHED.items():
+        if (original := getattr(model, name, None)) is not None:
+            setattr(model, name, around(original))
+
+
+def unwatch_generate(model: nn.Module) -> None:
+    """Undo `watch_generate`."""
+    for name in WATCHED:
+        model.__dict__.pop(name, None)
+
+
+def _prefilling(prefill: Callable) -> Callable:
+    """Refuse a prefill in chunks, whose first forward looks like any other, and more new tokens than a
+    static cache was made for.
+    """
+
+    @wraps(prefill)
+    def watched(input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+            raise UnsupportedError(
+                "a prefill in chunks cannot be pruned, since a chunk does not see the whole "
+                "question; leave prefill_chunk_size at None"
+            )
+        cache = model_kwargs.get("past_key_values")
+        refuse_length(cache, input_ids.shape[1], generation_config.max_length)
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    return watched
+
+
+def _drafting(get_generator: Callable) -> Callable:
+    """Note on the cache that drafts will come."""
+
+    @wraps(get_generator)
+    def watched(*args, model_kwargs, **kwargs):
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            setattr(cache, DRAFTS, True)
+        return get_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    return watched
+
+
+def _repeating(expand: Callable) -> Callable:
+    """Let features that are given to `generate` stay what they are: they are repeated in place there."""
+
+    @wraps(expand)
+    def watched(input_ids, mm_encoder_output: Mapping[str, Any], *args, **kwargs):
+        own = {medium: same_features(output) for medium, output in mm_encoder_output.items()}
+        return expand(input_ids, own, *args, **kwargs)
+
+    return watched
+
+
+WATCHED = {
+    "_prefill": _prefilling,
+    "_get_candidate_generator": _drafting,
+    "_expand_multimodal_outputs": _repeating,
+}
