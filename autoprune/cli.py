@@ -1,7 +1,6 @@
 """The command line: `autoprune demo`, `run`, `plan`, `compare`, `bench`, `methods`, `families`.
 
-What is imported here is cheap; each command imports the library when it runs, so that `--help` is
-instant.
+What is imported here is cheap; each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -42,9 +41,21 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"autoprune {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Options of every command; `--debug` is acted on in `main`, wherever it stands."""
 
@@ -322,11 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    from .commands.report import as_options
     from .errors import UnsupportedError
 
     message = " ".join(str(error).split())
     if isinstance(error, (ValueError, ImportError, OSError, UnsupportedError)) and message:
-        return message
+        return as_options(message)
     return f"unexpected {type(error).__name__}: {message} (add --debug to see where it arose)"
 
 

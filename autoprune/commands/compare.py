@@ -19,13 +19,16 @@ from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
 from .inputs import build_method, parse_budget, parse_methods
 from .models import load_embedded, load_model
-from .report import print_json
+from .report import as_options, print_json
 
 QUESTIONS = 200
 BUDGETS = "1/2,1/3,1/4,1/6,1/9"
 QUICK_QUESTIONS = 30
 QUICK_BUDGETS = "1/4,1/9"
 _MAX_WORKERS = 4
+_WIDE = 100
+_NARROW = ("method", "tokens", "FLOPs", "accuracy", "difference")
+"""What a terminal shows that is too narrow for all columns; the report has them."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def parse_budgets(text: str) -> list[str]:
 
 
 def _settings(request: CompareRequest) -> Iterator[Setting]:
-    budgets = parse_budgets(request.budgets or (QUICK_BUDGETS if request.quick else BUDGETS))
+    usual = QUICK_BUDGETS if request.quick else BUDGETS
+    budgets = parse_budgets(usual if request.budgets is None else request.budgets)
     for label, name, options in parse_methods("--methods", request.methods):
         # Without its budget a method only fails on what is wrong with it.
         build_method(name, parse_budget("64"), {}, options)
@@ -148,18 +152,23 @@ def _workers(device: torch.device) -> int:
 
 
 def _show(rows: Sequence[Row], output: Path, console: Console) -> None:
+    shown = HEADINGS if console.width >= _WIDE else _NARROW
     table = Table(show_edge=False, pad_edge=False)
-    for heading in ("budget", *HEADINGS):
+    for heading in ("budget", *shown):
         text = heading in ("budget", "method")
         table.add_column(
-            heading, justify="left" if text else "right", overflow="fold", no_wrap=not text
+            heading,
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=heading != "method",
         )
     for budget, group in [("1", rows[:1]), *by_budget(rows)]:
         for index, row in enumerate(group):
-            table.add_row("" if index else budget, *cells(row, brief=True))
+            named = dict(zip(HEADINGS, cells(row, brief=True), strict=True))
+            table.add_row("" if index else budget, *(named[heading] for heading in shown))
         table.add_section()
     console.print(table)
     console.print("*: the difference to the baseline is larger than chance explains (95 %)")
     for line in infeasible(rows):
-        console.print(f"infeasible: {line}")
+        console.print(f"infeasible: {as_options(line, budget='', setting='the method :')}")
     console.print(f"Report, predictions and plot: {output}", soft_wrap=True)

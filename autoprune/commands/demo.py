@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -126,9 +127,9 @@ def _show(
     loaded: Loaded, method: Method, results: Sequence[Result], picture: Path, console: Console
 ) -> None:
     total = results[0].sample.num_visual
-    table = Table(show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("question", overflow="fold", min_width=18)
-    table.add_column(f"all {total} tokens", overflow="fold")
+    table.add_column(f"all {total}\ntokens", overflow="fold")
     table.add_column("pruned", overflow="fold")
     table.add_column("MI", justify="right", no_wrap=True)
     table.add_column("tokens per layer", no_wrap=True)

@@ -8,6 +8,10 @@ from rich.table import Table
 from .. import families as source
 from .report import print_json
 
+_WIDE = 100
+_NARROW = ("family", "model type", "prompts", "vision scores")
+"""What a terminal shows that is too narrow for all columns; README and --json have them."""
+
 
 def families(console: Console, as_json: bool, as_markdown: bool) -> None:
     """Print one row per family, then what was checked.
@@ -27,11 +31,12 @@ def families(console: Console, as_json: bool, as_markdown: bool) -> None:
 
 def _print_table(console: Console) -> None:
     heading, *body = source.rows()
-    table = Table()
-    for title in heading:
-        table.add_column(title, overflow="fold", no_wrap=title in ("family", "model type"))
+    shown = [n for n, title in enumerate(heading) if console.width >= _WIDE or title in _NARROW]
+    table = Table(show_edge=False, pad_edge=False)
+    for title in (heading[n] for n in shown):
+        table.add_column(title, no_wrap=title in ("family", "model type"))
     for row in body:
-        table.add_row(*row)
+        table.add_row(*(row[n] for n in shown))
     console.print(table)
     console.print("What is checked, on tiny random models:")
     for line in source.checks():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
-from ..methods import METHODS
+from ..methods import METHODS, check_name
 from .report import print_json
+
+_SECTIONS = ("Args:", "Raises:")
 
 
 def options(name: str) -> dict[str, Any]:
@@ -50,15 +54,35 @@ def explain(name: str, console: Console, as_json: bool) -> None:
     Raises:
         ValueError: there is no such method.
     """
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    check_name(name)
     if as_json:
         print_json(console, describe(name))
         return
-    console.print(_documentation(name))
+    for indent, paragraph in _paragraphs(_documentation(name)):
+        console.print(Padding(paragraph, (0, 0, 0, indent)))
+    console.print(f"Paper: {METHODS[name].paper}")
     console.print()
     for option, default in options(name).items():
         console.print(f"--set {option}={default}")
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """What a docstring says, line breaks within a paragraph or an argument undone, with its indentation."""
+    lines: list[str] = []
+    for line in [*text.split("\n"), ""]:
+        indent = len(line) - len(line.lstrip())
+        starts = not line.strip() or (lines and indent <= _indent(lines[0]) and indent > 0)
+        if lines and (starts or line.rstrip() in _SECTIONS or lines[0] in _SECTIONS):
+            yield _indent(lines[0]), " ".join(map(str.strip, lines)).replace("`", "")
+            lines = []
+        if line.strip():
+            lines.append(line)
+        else:
+            yield 0, ""
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _documentation(name: str) -> str:

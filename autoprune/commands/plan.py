@@ -14,6 +14,9 @@ from ..files import check_picture_path, write_whole
 from ..methods.autoprune import AutoPrune
 from .report import bar, can_draw, print_json
 
+_BARS = 4
+"""Characters below which bars tell nothing."""
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -105,18 +108,19 @@ def _print_json(request: PlanRequest, schedules: list[list[int]], console: Conso
 
 
 def _print_table(request: PlanRequest, schedules: list[list[int]], console: Console) -> None:
-    unicode = can_draw(console)
-    width = 40 if len(schedules) == 1 else max(8, 48 // len(schedules))
+    unicode, digits = can_draw(console), len(str(request.visual))
+    # What is left of a line beside borders, the layer and each schedule's number.
+    room = (console.width - len("│ layer │")) // len(schedules) - digits - 4
+    width = min(room, 40 if len(schedules) == 1 else max(8, 48 // len(schedules)))
     table = Table()
     table.add_column("layer", justify="right")
     for value in request.information:
-        table.add_column(f"{value:g} bits", no_wrap=True)
-    digits = len(str(request.visual))
+        table.add_column(f"{value:g}{' ' if width >= _BARS else chr(10)}bits", no_wrap=True)
     for layer in range(request.layers):
-        cells = (
-            f"{s[layer]:>{digits}} {bar(s[layer], request.visual, width, unicode)}"
-            for s in schedules
-        )
+        cells = [f"{s[layer]:>{digits}}" for s in schedules]
+        if width >= _BARS:
+            bars = (bar(s[layer], request.visual, width, unicode) for s in schedules)
+            cells = [" ".join(pair) for pair in zip(cells, bars, strict=True)]
         table.add_row(str(layer), *cells)
     table.add_section()
     table.add_row("mean", *(f"{sum(s) / request.layers:.6g}" for s in schedules))

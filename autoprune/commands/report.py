@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -61,3 +63,19 @@ def sample_record(sample: Sample) -> dict[str, Any]:
 def print_json(console: Console, record: Any) -> None:
     """One line of JSON, neither wrapped nor coloured."""
     console.out(json.dumps(record, allow_nan=False, default=str), highlight=False)
+
+
+def as_options(message: str, budget: str = "--budget ", setting: str = "--set ") -> str:
+    """An error's advice in the words of the command line instead of those of Python.
+
+    Args:
+        budget, setting: what stands before a budget, and before an option as "name=value".
+    """
+    tokens = r'Budget\.tokens\(([\d.]+)(?:, counted="leaving")?\)'
+    message = re.sub(tokens, rf"{budget}\1", message)
+    message = re.sub(
+        r"Budget\.ratio\(([\d.]+)\)",
+        lambda found: f"{budget}{(100 * Decimal(found[1])).normalize():f}%",
+        message,
+    )
+    return re.sub(r'\bset (\w+)="(\w+)"', rf"give {setting}\1=\2", message)

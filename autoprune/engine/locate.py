@@ -81,8 +81,8 @@ def locate(model: nn.Module) -> Located:
     vision = model.get_encoder(modality="image") if visual_ids else None
     if vision is None or vision is model or vision is base:
         raise UnsupportedError(
-            f"{type(model).__name__} is not a vision-language model (no image token and vision tower "
-            "found); load it with AutoModelForImageTextToText"
+            f"{type(model).__name__} has no image token id (config.image_token_id) or no vision tower that is "
+            "found; if AutoModelForImageTextToText loaded it, its family is not supported (docs/families.md)"
         )
     text = model.get_decoder()
     layers = _layers(text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -198,12 +200,26 @@ def _compared(
             "digest": _digest(asked),
         },
         "setting": {f"{s.label} at {s.budget}": repr(s.method) for s in settings},
+        "code of": {s.label: _code(type(s.method)) for s in settings if s.method is not None},
         "version": {
             "autoprune": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
+
+
+def _code(method: type) -> str:
+    """A digest of the files that a method is written in, its base classes' included."""
+    files = dict.fromkeys(cls.__module__ for cls in method.__mro__ if cls is not object)
+    return _digest([_source(name) for name in files])
+
+
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError, KeyError):
+        return module  # typed in by hand
 
 
 def _digest(content: Any) -> str:

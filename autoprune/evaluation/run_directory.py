@@ -135,16 +135,21 @@ def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
     names = dict.fromkeys((*before, *after))
     differing = [name for name in names if before.get(name) != after.get(name)]
     if differing:
-        listed = [
-            f"{name} was {before.get(name, 'absent')!s} and is {after.get(name, 'absent')!s}"
-            for name in differing[:_SHOWN]
-        ]
+        listed = [_difference(name, before, after) for name in differing[:_SHOWN]]
         more = len(differing) - _SHOWN
         raise ValueError(
             f"{str(path)!r} holds another comparison: {'; '.join(listed)}"
             + (f"; and {more} more" if more > 0 else "")
             + "; give another folder, or the settings it was made with"
         )
+
+
+def _difference(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    if name not in before:
+        return f"{name} is new"
+    if name not in after:
+        return f"{name} is left out"
+    return f"{name} was {before[name]} and is {after[name]}"
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def read_tasks(
         raise ValueError(f"there is no task file {str(path)!r}")
     try:
         # Other line ends may stand inside the JSON.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no text in UTF-8: {error}") from error
     tasks = [_task(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -73,13 +73,18 @@ def create(name: str, budget: Budget | float, **options: Any) -> Method:
     Raises:
         ValueError: there is no such method, or it has no such option.
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"there is no method {name!r}; {hint}choose one of {', '.join(METHODS)}")
+    check_name(name)
     cls = METHODS[name]
     known = [field.name for field in dataclasses.fields(cls) if field.name != "budget"]
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")
     return cls(budget=budget, **options)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError if there is no such method, with one that is spelt alike."""
+    if name not in METHODS:
+        close = difflib.get_close_matches(name.lower(), METHODS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"there is no method {name!r}; {hint}choose one of {', '.join(METHODS)}")

@@ -62,7 +62,7 @@ class AutoPruneReference(Method):
         if budget.kind != "tokens" or budget.counted != "leaving":
             raise ValueError(
                 f"the released code knows only a mean of tokens leaving a layer, got a budget of {budget}; "
-                "pass a number or Budget.tokens(..., counted='leaving'), or use AutoPrune"
+                "give it a number of tokens, or use autoprune"
             )
         object.__setattr__(self, "budget", budget)
         for name in ("x0", "k0", "gamma"):

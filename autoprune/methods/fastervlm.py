@@ -27,7 +27,7 @@ class FasterVLM(PreDecoder):
     name: ClassVar[str] = "fastervlm"
     paper: ClassVar[str] = (
         "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, 2024, "
-        "arxiv.org/abs/2412.01818"
+        "arxiv.org/abs/2412.01818v1 (its later version is VisPruner)"
     )
     looks: ClassVar[Needs] = Needs(vision=True)
     sees: ClassVar[Tower] = Tower(attention=True)

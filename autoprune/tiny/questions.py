@@ -99,7 +99,8 @@ def _normalised(text: str) -> str:
 def _checked(kinds: Sequence[str]) -> tuple[str, ...]:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ValueError(f"kinds must be some of {KINDS}, got {list(kinds)}")
+        given = ", ".join(map(repr, kinds)) or "none"
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {given}")
     return tuple(kinds)
 
 

@@ -195,7 +195,7 @@ def digit_samples() -> tuple[drawing.Pixels, np.ndarray]:
     except ImportError as error:
         raise ImportError(
             "scenes hold handwritten digits from scikit-learn, which is not installed: "
-            "pip install autoprune[demo]"
+            "pip install 'autoprune[demo]'"
         ) from error
     digits = load_digits()
     return digits.images.astype(np.float32), digits.target

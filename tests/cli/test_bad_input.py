@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from PIL import Image
 from transformers import GPT2Config
@@ -63,7 +65,19 @@ def test_a_budget_that_is_none(ask, budget):
 
 
 def test_a_budget_that_cannot_pay_for_layer_0_names_the_way_out(ask):
-    assert_one_line(ask("--budget", 8), "smallest feasible budget", 'first_cut="pre_llm"')
+    refused = ask("--budget", 8)
+    assert_one_line(refused, "smallest feasible budget", "give --set first_cut=pre_llm")
+    # In words that the command line takes.
+    assert "Budget." not in refused.err
+    smallest = re.search(r"budget here is --budget ([\d.]+);", refused.err)[1]
+    assert ask("--budget", smallest).code == 0
+    assert ask("--budget", 8, "--set", "first_cut=pre_llm").code == 0
+
+
+def test_a_share_that_is_too_small_names_one_that_is_not(ask):
+    refused = ask("--budget", "1/144")
+    smallest = re.search(r"budget here is --budget ([\d.]+%);", refused.err)[1]
+    assert ask("--budget", smallest).code == 0
 
 
 @pytest.mark.parametrize(

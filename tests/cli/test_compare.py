@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -86,7 +87,9 @@ def test_an_infeasible_setting_is_a_line_and_the_rest_goes_on(compare):
     words = ("--methods", "autoprune,autoprune_reference,random", "--no-timing")
     out = " ".join(compare(*words, "--budgets", "1/48").out.split())
     assert "infeasible: autoprune at 1/48: a budget of 2.08333 %" in out
-    assert "smallest feasible budget here is Budget.ratio(" in out
+    smallest = re.search(r"smallest feasible budget here is ([\d.]+%);", out)[1]
+    assert parse_budgets(smallest) == [smallest]
+    assert "or give the method :first_cut=pre_llm" in out
     assert "infeasible: autoprune_reference at 1/48: the released code knows only" in out
     assert "│ random" in out
 
@@ -151,4 +154,5 @@ def test_another_comparison_in_the_folder_is_refused(compare):
     assert compare(*words, "1/4").code == 0
     outcome = compare(*words, "1/3")
     assert outcome.code == 2
-    assert "holds another comparison: setting random at 1/4 was" in outcome.err
+    changes = "setting random at 1/4 is left out; setting random at 1/3 is new"
+    assert f"holds another comparison: {changes}" in outcome.err

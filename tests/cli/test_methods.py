@@ -50,3 +50,12 @@ def test_an_option_of_several_numbers_is_one_word():
     assert build_method("pdrop", budget, {}, ["layers=none"]).layers is None
     with pytest.raises(ValueError, match="expects numbers such as"):
         build_method("pdrop", budget, {}, ["layers=early"])
+
+
+def test_a_name_that_is_spelt_alike_is_offered(call):
+    assert "did you mean 'autoprune'?" in call("methods", "AutoPrun").err
+
+
+def test_the_version_is_shown(call):
+    outcome = call("--version")
+    assert outcome.code == 0 and outcome.out.strip() == f"autoprune {autoprune.__version__}"

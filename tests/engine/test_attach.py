@@ -132,7 +132,7 @@ def test_what_is_no_vision_language_model_is_refused():
         num_hidden_layers=2,
         num_attention_heads=2,
     )
-    with pytest.raises(UnsupportedError, match="not a vision-language model"):
+    with pytest.raises(UnsupportedError, match="has no image token id"):
         METHOD(LlamaForCausalLM(config))
     with pytest.raises(UnsupportedError, match="not a transformers model"):
         METHOD(torch.nn.Linear(2, 2))

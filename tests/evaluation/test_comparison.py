@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import inspect
 import json
+import linecache
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -296,12 +299,45 @@ def test_an_interrupted_run_keeps_what_it_has(loaded, tasks, tmp_path, monkeypat
     assert all(row["questions"] == QUESTIONS for row in rows)
 
 
+OWN_METHOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+from autoprune.planned import PreDecoder
+
+@dataclass(frozen=True)
+class Own(PreDecoder):
+    name: ClassVar[str] = "own"
+    paper: ClassVar[str] = "none"
+
+    def score(self, seen, state):
+        return SIGN * seen.index.float()
+"""
+
+
+def test_a_folder_knows_the_code_of_a_method(loaded, tasks, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(sign):
+        path = tmp_path / "own_method.py"
+        path.write_text(OWN_METHOD.replace("SIGN", sign))
+        sys.modules.pop("own_method", None)
+        importlib.invalidate_caches()
+        linecache.checkcache(str(path))
+        method = importlib.import_module("own_method").Own(Budget.tokens(4))
+        return compare(*loaded, [Setting("own", "4", method)], tasks[:2], tmp_path / "run", BRISK)
+
+    first = run("(-1)")
+    assert run("(-1)") == first
+    with pytest.raises(ValueError, match=r"another comparison: code of own was \w+ and is \w+;"):
+        run("(1.0)")
+
+
 def test_another_comparison_in_the_same_folder_is_refused(finished, loaded, tasks):
     _, folder = finished
     before = predictions(folder)
     for settings, chosen, options, message in (
         (SETTINGS, tasks[:-1], BRISK, "tasks count was 4 and is 3"),
-        (SETTINGS[:-1], tasks, BRISK, "setting random at 8 was Random.* and is absent"),
+        (SETTINGS[:-1], tasks, BRISK, "setting random at 8 is left out"),
         (SETTINGS, tasks, Options(batch_size=2), "batch_size was 3 and is 2"),
     ):
         with pytest.raises(ValueError, match=message):
