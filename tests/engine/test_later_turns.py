@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import autoprune
 from autoprune import AutoPrune, Budget
@@ -49,6 +50,10 @@ def growing(model, room):
 
 def static(model, room):
     return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+
+
+# Older releases of transformers only zero a dynamic cache, which then keeps its length.
+RESETTABLE = [static] + [growing] * ("reset" in vars(DynamicLayer))
 
 
 def columns_of(trace, inputs):
@@ -142,7 +147,7 @@ def test_a_cache_that_is_cropped_into_the_picture_is_refused(model, method):
 
 
 @pytest.mark.parametrize("name", ["autoprune", "tome", "turbo", "divprune"])
-@pytest.mark.parametrize("make", [growing, static])
+@pytest.mark.parametrize("make", RESETTABLE)
 def test_a_cache_that_is_reset_takes_the_next_prompt_as_the_first(model, name, make):
     first, second = (zoo.inputs("llava", model, seed=seed) for seed in (0, 1))
     cache, other = (make(model, first["input_ids"].shape[1] + 4) for _ in range(2))
@@ -170,6 +175,7 @@ def test_logits_of_several_tokens_are_no_drafts(model):
     assert len({(s.num_text, s.mutual_information) for s in trace.samples}) == 1
 
 
+@pytest.mark.skipif(growing not in RESETTABLE, reason="this release cannot empty a cache")
 def test_drafts_are_expected_of_the_prompt_alone(model):
     inputs, cache = zoo.inputs("llava", model), DynamicCache()
     with METHODS["autoprune"](model) as trace:
