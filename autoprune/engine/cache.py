@@ -72,6 +72,9 @@ class PrunedCache:
         padded = any(stage.tokens.padded for stage in stages)
         tail = prefill.layout.tail
         setattr(cache, ATTRIBUTE, cls(length, tail, stages, compacted, padded))
+        if is_static(cache.layers[0]):
+            # Whether it holds anything is on the device, where nobody should have to ask.
+            cache.reset = types.MethodType(_reset_cache, cache)
         for layer, stage in zip(cache.layers, stages, strict=False):
             if is_static(layer):
                 _mark_valid(layer, stage.tokens, compacted)
@@ -108,11 +111,16 @@ class PrunedCache:
     def forget(cache: Any) -> None:
         """Before a new prefill: a cache may be used again after a reset."""
         if cache is not None:
-            for name in (ATTRIBUTE, DRAFTS):
+            for name in (ATTRIBUTE, DRAFTS, "reset"):
                 cache.__dict__.pop(name, None)
             for layer in getattr(cache, "layers", ()):
                 layer.__dict__.pop(VALID, None)
                 layer.__dict__.pop(PADDING, None)
+
+
+def _reset_cache(cache: Any) -> None:
+    PrunedCache.forget(cache)
+    cache.reset()
 
 
 def is_static(layer: Any) -> bool:

@@ -96,7 +96,8 @@ class Forwards:
         if several:
             refuse_compiled_parts(self.located, self.vision.tapped)
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
-        is_prompt = ids is not None and several and not self._holds_pruned(cache)
+        filled = several and self._is_filled(cache)
+        is_prompt = ids is not None and several and not (filled and PrunedCache.of(cache))
         host = on_host(ids, mask) if is_prompt else (ids, mask)
         self.vision.merging.forget()
         if is_prompt and has_pixels(kwargs):
@@ -106,6 +107,7 @@ class Forwards:
             "attention_mask": mask,
             "has_images": has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs")),
             "drafts": drafts,
+            "filled": filled if several else None,
         }
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
@@ -141,11 +143,14 @@ class Forwards:
         cache = kwargs.get("past_key_values")
         valid = prompt["attention_mask"]
         valid = valid if isinstance(valid, torch.Tensor) and valid.ndim == 2 else None
-        if self._holds_pruned(cache):
+        pruned, filled = PrunedCache.of(cache), prompt["filled"]
+        if filled is None:
+            # One new token: a static cache that still knows of its prompt has not been reset since.
+            filled = (pruned is not None and is_static(cache.layers[0])) or self._is_filled(cache)
+        if pruned is not None and filled:
             self._refuse_new_images(prompt)
-            pruned = PrunedCache.of(cache)
             local.run = Decode(self.located, pruned, cache, embeds.shape[1], valid)
-        elif cache is None or not self._length(cache):
+        elif not filled:
             PrunedCache.forget(cache)
             deepstack = kwargs.get("deepstack_visual_embeds") or ()
             local.run = self._prefill(prompt, embeds, cache, deepstack)
@@ -242,11 +247,10 @@ class Forwards:
         others = {} if collected is None else collected.values
         return VisionView({**others, "vision_scores": scores})
 
-    def _holds_pruned(self, cache: Any) -> bool:
-        """Whether a cache holds tokens of a prompt that was pruned; after a reset it does not."""
-        return PrunedCache.of(cache) is not None and self._length(cache)
-
     @staticmethod
-    def _length(cache: Any) -> bool:
+    def _is_filled(cache: Any) -> bool:
+        """Whether a cache holds anything; of a static one this is read from the device."""
+        if cache is None:
+            return False
         length = cache.get_seq_length()
         return bool(length > 0) if isinstance(length, torch.Tensor) else length > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import StaticCache
 
 import autoprune
 from autoprune import Budget
@@ -72,6 +73,29 @@ def test_a_prefill_reads_the_prompt_and_the_information_and_nothing_else(name, e
     prompt = {"layout.py:on_host": 1}
     assert before_tower == [prompt]
     assert dict(reads.places) == prompt | expected
+
+
+def test_a_static_cache_is_read_before_the_tower_as_well():
+    """Whether it is empty, once it has been used."""
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=48)
+    with torch.no_grad(), autoprune.create("autoprune", Budget.ratio(0.5))(model):
+        for length in ({}, {"forwards.py:_is_filled": 1}):
+            with Reads() as reads:
+                before_tower = []
+                hook = model.model.vision_tower.register_forward_pre_hook(
+                    lambda *_, now=before_tower, r=reads: now.append(dict(r.places))
+                )
+                model(**inputs, past_key_values=cache)
+                hook.remove()
+            (early,) = before_tower
+            assert early == {"layout.py:on_host": 1} | length
+            assert dict(reads.places) == early | {"autoprune.py:_measure": 1}
+            with Reads() as reads:
+                model(input_ids=torch.full((3, 1), 7), past_key_values=cache)
+            assert not reads.places
+            cache.reset()
 
 
 def test_decoding_reads_nothing():
