@@ -79,7 +79,7 @@ def test_a_static_cache_is_read_before_the_tower_as_well():
     """Whether it is empty, once it has been used."""
     model = zoo.build("llava", "sdpa")
     inputs = zoo.inputs("llava", model, "padded3")
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=48)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     with torch.no_grad(), autoprune.create("autoprune", Budget.ratio(0.5))(model):
         for length in ({}, {"forwards.py:_is_filled": 1}):
             with Reads() as reads:
