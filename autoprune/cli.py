@@ -184,12 +184,17 @@ def bench(
         str, typer.Option(help="A built-in configuration, or the folder of a checkpoint.")
     ] = "small",
     method: Annotated[
-        str | None, typer.Option(help="One or more, as for compare; default: autoprune,random.")
+        str | None,
+        typer.Option(
+            "--method", "--methods", help="One or more, as for compare; default: autoprune,random."
+        ),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="One or more, by commas; default: 192,128,64, of a checkpoint 1/3,2/9,1/9."
+            "--budget",
+            "--budgets",
+            help="One or more, by commas; default: 192,128,64, of a checkpoint 1/3,2/9,1/9.",
         ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
@@ -258,10 +263,16 @@ def bench(
 @app.command()
 def compare(
     methods: Annotated[
-        str, typer.Option(help="By commas, options after a colon: autoprune:k0=0.2,random.")
+        str,
+        typer.Option(
+            "--methods",
+            "--method",
+            help="By commas, options after a colon: autoprune:k0=0.2,random.",
+        ),
     ] = "all",
     budgets: Annotated[
-        str | None, typer.Option(help="By commas; default: 1/2,1/3,1/4,1/6,1/9.")
+        str | None,
+        typer.Option("--budgets", "--budget", help="By commas; default: 1/2,1/3,1/4,1/6,1/9."),
     ] = None,
     questions: Annotated[
         int | None,

@@ -156,3 +156,8 @@ def test_another_comparison_in_the_folder_is_refused(compare):
     assert outcome.code == 2
     changes = "setting random at 1/4 is left out; setting random at 1/3 is new"
     assert f"holds another comparison: {changes}" in outcome.err
+
+
+def test_an_empty_list_of_budgets_is_none_and_the_singular_will_do(compare):
+    outcome = compare("--method", "random", "--budget", "")
+    assert outcome.code == 2 and "--budgets is empty" in outcome.err
