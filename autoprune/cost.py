@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 PLAIN_MLP_MODEL_TYPES = frozenset(
     {
-        "bloom", "codegen", "falcon", "fuyu", "git", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
-        "gptj", "mpt", "nemotron", "opt", "persimmon", "phi", "starcoder2",
+        "apertus", "arcee", "bloom", "codegen", "falcon", "fuyu", "git", "gpt2", "gpt_bigcode",
+        "gpt_neo", "gpt_neox", "gptj", "jais2", "mpt", "nanochat", "nemotron", "opt", "persimmon",
+        "phi", "starcoder2",
     }
 )  # fmt: skip
 """Text model types with a two-matrix MLP; every other type is taken as gated (gate, up and down
@@ -125,6 +126,12 @@ class DecoderCost:
         integers.
         """
         n = np.asarray(tokens, dtype=np.int64)
+        longest = int(n.max(initial=0))
+        if self.layers * longest * (self.linear_flops + self.attention_flops * longest) >= 2**62:
+            raise ValueError(
+                f"the FLOPs of a prompt of {longest} tokens are beyond what is counted exactly; give a smaller "
+                "prompt, or a budget of tokens or a ratio"
+            )
         flops = self.linear_flops * n + self.attention_flops * n * n
         return int(flops) if flops.ndim == 0 else flops
 
@@ -279,14 +286,16 @@ def _read(config: Any, *names: str, default: int | None = None) -> int:
 
 
 def _active_intermediate(config: Any, hidden: int) -> int:
-    """MLP width one token passes through: of all its active experts in a mixture of experts (router
-    not counted).
+    """MLP width one token passes through: of all its active experts in a mixture of experts. The router is
+    not counted, and layers that have no experts count as the others.
     """
     dense = _read(
         config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden
     )
-    experts = _read(config, "num_experts_per_tok", default=0)
+    experts = _read(config, "num_experts_per_tok", "moe_k", default=0)
     if not experts:
         return dense
-    shared = _read(config, "shared_expert_intermediate_size", default=0)
-    return experts * _read(config, "moe_intermediate_size", default=dense) + shared
+    width = _read(config, "moe_intermediate_size", default=dense)
+    shared = _read(config, "n_shared_experts", "moe_num_shared_experts", default=0) * width
+    names = ("shared_expert_intermediate_size", "shared_intermediate_size")
+    return experts * width + _read(config, *names, default=shared)

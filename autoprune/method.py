@@ -8,8 +8,11 @@ cache: the engine does the locating, tapping, gathering, batching and recording 
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -288,3 +291,20 @@ class Method(abc.ABC):
     def attach(self, model: torch.nn.Module, **options: Any) -> Attachment:
         """Switch pruning on until `detach()` is called on the returned handle."""
         return self(model, **options).attach()
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a finite number"),
+    "bool": (bool, "True or False"),
+}
+
+
+def check_settings(method: Method) -> None:
+    """Raise ValueError for a setting that is not of the kind that its field is declared with."""
+    for setting in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, setting.name)
+        kind, expected = _KINDS.get(str(setting.type), (object, ""))
+        fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+        if not fits or (kind is Real and not math.isfinite(value)):
+            raise ValueError(f"{method.name}: {setting.name} must be {expected}, got {value!r}")

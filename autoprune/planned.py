@@ -16,7 +16,15 @@ import torch
 
 from .budget import Budget
 from .cost import DecoderCost
-from .method import Method, Needs, Observation, PromptState, Selection, Tower
+from .method import (
+    Method,
+    Needs,
+    Observation,
+    PromptState,
+    Selection,
+    Tower,
+    check_settings,
+)
 from .schedules import at_depth, fit_schedule, staircase
 from .selectors import top_k
 
@@ -32,6 +40,7 @@ class Planned(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.of(self.budget))
+        check_settings(self)
 
     @abc.abstractmethod
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:

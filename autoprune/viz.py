@@ -202,7 +202,8 @@ def _row(panels: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
     top = GAP + (28 if title else 0)
     total = GAP + len(panels) * (width + GAP)
     while title and heading.getlength(title) > total - 2 * GAP:
-        title = title.rstrip(".")[:-1].rstrip() + "..."
+        shorter = title.removesuffix("...")[:-1].rstrip()
+        title = shorter + "..." if shorter else ""
     sheet = Image.new("RGB", (total, top + height + 24 + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, fill=INK, font=heading)

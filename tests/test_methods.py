@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -189,3 +191,38 @@ def test_the_page_of_methods_is_written_from_the_code():
     page = runpy.run_path(str(root / "tools" / "readme.py"))["methods_page"]()
     assert (root / "docs" / "methods.md").read_text(encoding="utf-8") == page, "run `make readme`"
     assert all(f"\n## {name}\n" in page for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "expected"),
+    [
+        ("dart", {"visual_pivots": 1.5}, "a whole number"),
+        ("prumerge", {"neighbours": 2.5}, "a whole number"),
+        ("random", {"seed": 1.5}, "a whole number"),
+        ("folder", {"rounds": float("inf")}, "a whole number"),
+        ("tome", {"rounds": float("nan")}, "a whole number"),
+        ("autoprune", {"mi_layer": True}, "a whole number"),
+        ("autoprune", {"k0": "0.4"}, "a finite number"),
+        ("autoprune_reference", {"x0": float("nan")}, "a finite number"),
+        ("fastv", {"layer": "2"}, "a finite number"),
+        ("hiprune", {"alpha": "1"}, "a finite number"),
+        ("sparsevlm", {"recycle": "no"}, "True or False"),
+        ("cdpruner", {"negative": "no"}, "True or False"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_when_the_method_is_made(name, setting, expected):
+    (option,) = setting
+    with pytest.raises(ValueError, match=f"{name}: {option} must be {expected}, got"):
+        autoprune.create(name, 64, **setting)
+
+
+@pytest.mark.parametrize("name", autoprune.list_methods())
+def test_numbers_of_numpy_will_do(name):
+    method = autoprune.create(name, 64)
+    kinds = {int: np.int64, float: np.float32}
+    given = {
+        option.name: kinds[type(value)](value)
+        for option in dataclasses.fields(method)
+        if type(value := getattr(method, option.name)) in kinds
+    }
+    dataclasses.replace(method, **given)

@@ -104,3 +104,8 @@ def test_a_plot_needs_one_label_per_schedule():
 def test_both_kinds_of_pictures_become_png():
     for picture in (Image.new("RGB", (3, 3)), viz.plot_schedule([[4, 2]], ["x"])):
         assert viz.to_png(picture).startswith(b"\x89PNG")
+
+
+def test_a_title_that_does_not_fit_is_left_out():
+    narrow, kept = Image.new("RGB", (50, 1000)), sample([range(16)])
+    assert viz.kept_patches(narrow, kept, layers=[], title="hello").width < 50

@@ -19,14 +19,13 @@ from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
 from .inputs import build_method, parse_budget, parse_methods
 from .models import load_embedded, load_model
-from .report import as_options, print_json
+from .report import WIDE, as_options, print_json
 
 QUESTIONS = 200
 BUDGETS = "1/2,1/3,1/4,1/6,1/9"
 QUICK_QUESTIONS = 30
 QUICK_BUDGETS = "1/4,1/9"
 _MAX_WORKERS = 4
-_WIDE = 100
 _NARROW = ("method", "tokens", "FLOPs", "accuracy", "difference")
 """What a terminal shows that is too narrow for all columns; the report has them."""
 
@@ -152,7 +151,7 @@ def _workers(device: torch.device) -> int:
 
 
 def _show(rows: Sequence[Row], output: Path, console: Console) -> None:
-    shown = HEADINGS if console.width >= _WIDE else _NARROW
+    shown = HEADINGS if console.width >= WIDE else _NARROW
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("budget", *shown):
         text = heading in ("budget", "method")

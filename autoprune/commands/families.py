@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import families as source
-from .report import print_json
+from .report import WIDE, print_json
 
-_WIDE = 100
 _NARROW = ("family", "model type", "prompts", "vision scores")
 """What a terminal shows that is too narrow for all columns; README and --json have them."""
 
@@ -31,7 +30,7 @@ def families(console: Console, as_json: bool, as_markdown: bool) -> None:
 
 def _print_table(console: Console) -> None:
     heading, *body = source.rows()
-    shown = [n for n, title in enumerate(heading) if console.width >= _WIDE or title in _NARROW]
+    shown = [n for n, title in enumerate(heading) if console.width >= WIDE or title in _NARROW]
     table = Table(show_edge=False, pad_edge=False)
     for title in (heading[n] for n in shown):
         table.add_column(title, no_wrap=title in ("family", "model type"))

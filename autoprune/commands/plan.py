@@ -115,7 +115,8 @@ def _print_table(request: PlanRequest, schedules: list[list[int]], console: Cons
     table = Table()
     table.add_column("layer", justify="right")
     for value in request.information:
-        table.add_column(f"{value:g}{' ' if width >= _BARS else chr(10)}bits", no_wrap=True)
+        between = " " if width >= _BARS else "\n"
+        table.add_column(f"{value:g}{between}bits", no_wrap=True)
     for layer in range(request.layers):
         cells = [f"{s[layer]:>{digits}}" for s in schedules]
         if width >= _BARS:

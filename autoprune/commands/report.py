@@ -16,6 +16,9 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 _ASCII_LEVELS = " .:-=+*#@"
 
+WIDE = 100
+"""Characters of a terminal from which on tables show all of their columns."""
+
 
 def sparkline(counts: Sequence[int], top: int, unicode: bool = True) -> str:
     """One character per layer, its height the square root of the share of `top` tokens.
@@ -71,10 +74,10 @@ def as_options(message: str, budget: str = "--budget ", setting: str = "--set ")
     Args:
         budget, setting: what stands before a budget, and before an option as "name=value".
     """
-    tokens = r'Budget\.tokens\(([\d.]+)(?:, counted="leaving")?\)'
+    tokens = r'Budget\.tokens\(([\d.e+-]+)(?:, counted="leaving")?\)'
     message = re.sub(tokens, rf"{budget}\1", message)
     message = re.sub(
-        r"Budget\.ratio\(([\d.]+)\)",
+        r"Budget\.ratio\(([\d.e+-]+)\)",
         lambda found: f"{budget}{(100 * Decimal(found[1])).normalize():f}%",
         message,
     )

@@ -42,6 +42,7 @@ class Attachment:
         visual_mask: torch.Tensor | None = None,
         vision_scores: torch.Tensor | None = None,
     ):
+        _check_scores(vision_scores)
         self.method, self.model, self.located = method, model, locate(model)
         self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores)
         self.vision, self.trace = self.forwards.vision, self.forwards.trace
@@ -49,6 +50,7 @@ class Attachment:
         refuse_positions(method, self.located)
         method.check(self.shape)
         self._handles: list[Any] = []
+        self._covered: dict[str, Any] = {}
 
     def __enter__(self) -> Trace:
         self.attach()
@@ -90,7 +92,7 @@ class Attachment:
                     layer.register_forward_pre_hook(self.forwards.layer_hook(index), **hook)
                 )
             self.vision.install()
-            watch_generate(self.located.outer)
+            self._covered = watch_generate(self.located.outer)
             if self.vision.merging.blocks:
                 watch_encoding(
                     located.outer, self.forwards.read_and_expect, self.vision.merging.forget
@@ -116,7 +118,8 @@ class Attachment:
             handle.remove()
         self._handles = []
         self.vision.remove()
-        unwatch_generate(self.located.outer)
+        unwatch_generate(self.located.outer, self._covered)
+        self._covered = {}
         unwatch_encoding(self.located.outer)
         if hasattr(self, "_tagged"):
             tap.untag(self._tagged, self._implementations)
@@ -169,4 +172,16 @@ class Attachment:
         """
         return PrunedStaticCache(
             self.located, self.method, self.shape, num_visual, num_text, max_new_tokens
+        )
+
+
+def _check_scores(scores: Any) -> None:
+    """Raise ValueError for scores that are no shares of anything; NaN is a token without one."""
+    if scores is None:
+        return
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    if bool((scores < 0).any() | scores.isinf().any() | scores.isnan().all()):
+        raise ValueError(
+            "vision_scores must be finite and 0 or more, as attention is (NaN for a token without a score); "
+            "turn logits into shares first, as with softmax"
         )

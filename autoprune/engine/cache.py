@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,18 @@ class PrunedCache:
             cache.reset = types.MethodType(_reset_cache, cache)
         for layer, stage in zip(cache.layers, stages, strict=False):
             if is_static(layer):
-                _mark_valid(layer, stage.tokens, compacted)
+                _mark_valid(layer, stage.tokens, compacted and stage.tokens.renumbered)
         if stages[0].tokens.width < length:
             _report_length(cache.layers[0], length - stages[0].tokens.width)
 
     @classmethod
     def of(cls, cache: Any) -> PrunedCache | None:
         return getattr(cache, ATTRIBUTE, None)
+
+    def sees_all(self, windows: Sequence[int | None]) -> bool:
+        """Whether a new token sees all that is there at the model's own positions, and needs no mask."""
+        special = self.padded or self.has_gaps or self.compacted or any(windows)
+        return not special
 
     def shorten(self, columns: int) -> None:
         """Follow a cache that was cropped into its prompt, by so many of the last columns.
@@ -102,7 +108,7 @@ class PrunedCache:
         self.masks.clear()
 
     def hides(self, valid: torch.Tensor) -> bool:
-        """Whether the caller's mask of all columns so far, bool, hides any that the cache holds or is given."""
+        """Whether the caller's mask, bool [batch, columns so far], hides any that is held or given."""
         column = self.stage_of_layer[0].tokens.column
         shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
         return not bool(shown.all() & valid[:, self.prompt_length :].all())
@@ -217,6 +223,16 @@ def _reset(layer: Any) -> None:
     layer.reset()
 
 
+def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
+    """The caller's mask of so many columns, as bool: one for a static cache may go on to its end."""
+    if valid.shape[1] < columns:
+        raise ValueError(
+            f"attention_mask has {valid.shape[1]} columns, but the cache and the new tokens have {columns}; "
+            "pass one for the whole conversation"
+        )
+    return valid[:, :columns].bool()
+
+
 class Decode:
     """One forward of new tokens on a pruned cache."""
 
@@ -237,14 +253,14 @@ class Decode:
             pruned.shorten(cropped)
         self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
         if queries > 1 and valid is not None:
-            pruned.has_gaps = pruned.has_gaps or pruned.hides(valid.bool())
+            valid = _so_far(valid, int(cache.get_seq_length()) + queries)
+            pruned.has_gaps = pruned.has_gaps or pruned.hides(valid)
+            if static and pruned.has_gaps:
+                for layer, stage in zip(cache.layers, pruned.stage_of_layer, strict=False):
+                    _hide(layer, stage.tokens, valid, pruned.prompt_length)
         self.valid = valid.bool() if valid is not None and pruned.has_gaps else None
-        if static and queries > 1 and self.valid is not None:
-            for layer, stage in zip(cache.layers, pruned.stage_of_layer, strict=False):
-                _hide(layer, stage.tokens, self.valid, pruned.prompt_length)
         # Whether a new token sees all that is there, so that it needs no mask.
-        self.sees_all = queries == 1 and self.valid is None and not pruned.compacted
-        self.sees_all = self.sees_all and not pruned.padded and not any(self.located.windows)
+        self.sees_all = queries == 1 and pruned.sees_all(located.windows)
         self._made: dict[Any, Any] = {}
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -261,7 +277,7 @@ class Decode:
         if key not in self._made:
             self._made[key] = self._mask(mask, stage, layer, window)
         kwargs["attention_mask"] = self._made[key]
-        if self.pruned.compacted:
+        if self.pruned.compacted and stage.tokens.renumbered:
             key = ("rotary", stage.first_layer)
             if key not in self._made:
                 self._made[key] = self.located.text.rotary_emb(args[0], self._positions(stage))

@@ -14,9 +14,10 @@ from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
 from .cache import Decode, PrunedCache, is_static, narrowed, static_step
-from .generation import takes_drafts
+from .generation import take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
+from .masks import shown_columns
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
@@ -75,7 +76,7 @@ class Forwards:
         if torch.compiler.is_compiling():
             return
         asked, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
-        self._local.drafts = asked - 1 if takes_drafts(cache) and isinstance(asked, int) else 0
+        self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
 
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
@@ -93,7 +94,8 @@ class Forwards:
         drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         new = ids if ids is not None else kwargs.get("inputs_embeds")
         several = new is not None and new.shape[1] > 1
-        if several:
+        has_images = has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs"))
+        if several and (has_images or self.visual_mask is not None):
             refuse_compiled_parts(self.located, self.vision.tapped)
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
         filled = several and self._is_filled(cache)
@@ -105,7 +107,7 @@ class Forwards:
         self._local.prompt = {
             "host": host,
             "attention_mask": mask,
-            "has_images": has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs")),
+            "has_images": has_images,
             "drafts": drafts,
             "filled": filled if several else None,
         }
@@ -141,14 +143,12 @@ class Forwards:
         if prompt is None or embeds is None:
             return None
         cache = kwargs.get("past_key_values")
-        valid = prompt["attention_mask"]
-        valid = valid if isinstance(valid, torch.Tensor) and valid.ndim == 2 else None
         pruned, filled = PrunedCache.of(cache), prompt["filled"]
         if filled is None:
-            # One new token: a static cache that still knows of its prompt has not been reset since.
-            filled = (pruned is not None and is_static(cache.layers[0])) or self._is_filled(cache)
+            filled = self._goes_on(cache)
         if pruned is not None and filled:
             self._refuse_new_images(prompt)
+            valid = shown_columns(prompt["attention_mask"])
             local.run = Decode(self.located, pruned, cache, embeds.shape[1], valid)
         elif not filled:
             PrunedCache.forget(cache)
@@ -210,7 +210,9 @@ class Forwards:
         cache = kwargs.get("past_key_values")
         layers = getattr(cache, "layers", ())
         if index >= len(layers) or not is_static(layers[index]):
-            if PrunedCache.of(cache) is not None:
+            pruned = PrunedCache.of(cache)
+            has_mask = kwargs.get("attention_mask") is not None
+            if pruned is not None and (has_mask or not pruned.sees_all(self.located.windows)):
                 refuse_compiled_growth()
             return None
         return args, static_step(self.located, layers[index], args[0], kwargs)
@@ -238,14 +240,23 @@ class Forwards:
         if self.vision_scores is None:
             return collected
         scores = torch.as_tensor(self.vision_scores, dtype=torch.float32).flatten()
-        total = sum(layout.num_visual)
-        if not scores.numel() or total % scores.numel():
+        total, prompts = sum(layout.num_visual), len(layout.num_visual)
+        # Generation may have repeated the prompts.
+        copies, rest = divmod(total, max(scores.numel(), 1))
+        if not scores.numel() or rest or prompts % max(copies, 1):
             raise ValueError(
                 f"vision_scores has {scores.numel()} entries but the prompts hold {total} visual tokens; "
                 "pass one score per visual token, prompt by prompt"
             )
         others = {} if collected is None else collected.values
         return VisionView({**others, "vision_scores": scores})
+
+    def _goes_on(self, cache: Any) -> bool:
+        """Whether one new token goes on with a cache. That is not asked of a static one, which would have
+        to be read from the device at every step.
+        """
+        layers = getattr(cache, "layers", ())
+        return (bool(layers) and is_static(layers[0])) or self._is_filled(cache)
 
     @staticmethod
     def _is_filled(cache: Any) -> bool:

@@ -14,22 +14,30 @@ from .refusals import refuse_length
 from .vision import same_features
 
 
-def takes_drafts(cache: Any) -> bool:
-    """Whether assisted decoding is about to send drafts along with the prompt that this cache is for."""
-    return getattr(cache, DRAFTS, False)
+def take_drafts(cache: Any) -> bool:
+    """Whether this forward is the first of assisted decoding, which sends drafts along; asked once."""
+    return cache is not None and cache.__dict__.pop(DRAFTS, False)
 
 
-def watch_generate(model: nn.Module) -> None:
-    """Come between `model.generate` and its parts; those that a release does not have are passed over."""
-    for name, around in WATCHED.items():
-        if (original := getattr(model, name, None)) is not None:
-            setattr(model, name, around(original))
+def watch_generate(model: nn.Module) -> dict[str, Any]:
+    """Come between `model.generate` and its parts; those that a release does not have are passed over.
+
+    Returns:
+        What `unwatch_generate` puts back.
+    """
+    covered = {name: model.__dict__.get(name) for name in WATCHED if hasattr(model, name)}
+    for name in covered:
+        setattr(model, name, WATCHED[name](getattr(model, name)))
+    return covered
 
 
-def unwatch_generate(model: nn.Module) -> None:
+def unwatch_generate(model: nn.Module, covered: Mapping[str, Any]) -> None:
     """Undo `watch_generate`."""
-    for name in WATCHED:
-        model.__dict__.pop(name, None)
+    for name, own in covered.items():
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)
 
 
 def _prefilling(prefill: Callable) -> Callable:

@@ -15,6 +15,7 @@ from torch._dynamo import OptimizedModule
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
+from .refusals import refuse_compiled
 
 # What decoder layers may take: an argument that is not here may follow the sequence and miss a cut.
 LAYER_ARGUMENTS = {
@@ -96,14 +97,6 @@ def locate(model: nn.Module) -> Located:
         visual_ids=tuple(dict.fromkeys(visual_ids)),
         windows=_windows(text.config, len(layers)),
         cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
-    )
-
-
-def refuse_compiled(part: str) -> None:
-    """Raise UnsupportedError: a part of the model cannot be seen, as torch.compile was applied to it."""
-    raise UnsupportedError(
-        f"a part of the model was compiled by itself ({part}), and pruning cannot look into it; leave "
-        "it uncompiled, and compile decoding as a whole (docs/api.md, handle.static_cache)"
     )
 
 

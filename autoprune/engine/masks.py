@@ -54,7 +54,8 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
         inside = key < width
         key = key.clamp(max=width - 1)
         seen = old(b, h, column[b, query], column[b, key]) & real[b, key] & inside
-        seen = seen & ((key <= query) | (column[b, query] != column[b, key]))
+        if tokens.merged:
+            seen = seen & ((key <= query) | (column[b, query] != column[b, key]))
         return seen | (~real[b, query] & (query == key))
 
     return create_block_mask(kept_only, batch, None, width, key_length, device=column.device)
@@ -169,3 +170,18 @@ def decode_mask(
     if valid is not None:
         allowed = allowed & valid.gather(1, column.clamp(min=0))[:, None, :]
     return allowed[:, None]
+
+
+def shown_columns(mask: Any) -> torch.Tensor | None:
+    """What a caller's mask lets the last new token see, bool [batch, columns]; None if there is none.
+
+    `generate` makes a 4-D mask for static caches, and some families one for each type of layer.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.ndim == 4:
+        mask = mask[:, 0, -1]
+        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask.bool()

@@ -48,8 +48,8 @@ class Packing:
 
 
 def watches_inputs(layers: Sequence[nn.Module]) -> bool:
-    """Whether a part of a layer has a hook that is given its input, and so may count on the batch in it,
-    as PEFT's do where the prompts of a batch have adapters of their own.
+    """Whether a part of a layer has a forward pre-hook, which may count on the batch in the input, as PEFT's
+    do where the prompts of a batch have adapters of their own.
     """
     parts = (part for layer in layers for part in layer.modules() if part is not layer)
     return any(part._forward_pre_hooks for part in parts)

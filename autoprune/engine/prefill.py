@@ -70,9 +70,8 @@ class Prefill:
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
         self.deepstack = deepstack
-        # Without position ids a model numbers padding too, and some begin at 1; compacted positions never
-        # do, in any layer.
-        self.counts_positions = self.method.positions == "compacted"
+        # Without position ids the model numbers padding too; compacted positions never do, in any layer.
+        self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
         length = layout.real.shape[1]
         self.arguments = LayerArguments(self.located, self.method.positions, self.tokens, length)
         self.method.begin(state)
@@ -228,7 +227,8 @@ class Prefill:
                 )
         made = selection.merged.counts if selection.merged else [0] * len(selection.counts)
         for prompt, length in enumerate(self.tokens.lengths):
-            if length - self.tokens.counts[prompt] + selection.counts[prompt] + made[prompt] <= 0:
+            left = length - self.tokens.counts[prompt] + selection.counts[prompt] + made[prompt]
+            if length and not left:
                 raise ValueError(
                     f"{type(self.method).__name__} drops every token of prompt {prompt} at cut {index}, as the "
                     "prompt has no text; ask something about the picture, or use another method"

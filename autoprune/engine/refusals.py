@@ -12,7 +12,6 @@ from torch._dynamo import OptimizedModule
 
 from ..errors import UnsupportedError
 from .cache import is_static
-from .locate import refuse_compiled
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def refuse_positions(method: Method, located: Located) -> None:
     by_layer = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
     if rotary is None or by_layer or "mrope_section" in rope:
         raise UnsupportedError(
-            f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all "
-            "layers, to compact; "
+            f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all layers, "
+            "to compact; "
             "use positions='original'"
         )
 
@@ -95,6 +94,14 @@ def refuse_compiled_growth() -> None:
     )
 
 
+def refuse_compiled(part: str) -> None:
+    """Raise UnsupportedError: a part of the model cannot be seen, as torch.compile was applied to it."""
+    raise UnsupportedError(
+        f"a part of the model was compiled by itself ({part}), and pruning cannot look into it; leave "
+        "it uncompiled, and compile decoding as a whole (docs/api.md, handle.static_cache)"
+    )
+
+
 def refuse_compiled_parts(located: Located, tower: Sequence[nn.Module]) -> None:
     """A decoder, layers or a tower compiled by themselves, whose hooks and attention go unseen.
 
@@ -114,7 +121,10 @@ def refuse_compiled_parts(located: Located, tower: Sequence[nn.Module]) -> None:
 def _is_compiled(module: nn.Module) -> bool:
     if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
         return True
-    return hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    forward = module.__dict__.get("forward")
+    # torch.compiler.disable wraps a function in the same way.
+    disabled = getattr(forward, "_torchdynamo_disable", False)
+    return hasattr(forward, "_torchdynamo_orig_callable") and not disabled
 
 
 def refuse_backend(located: Located, attached: str) -> None:

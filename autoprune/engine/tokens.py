@@ -61,16 +61,16 @@ class Tokens:
             places=places,
         )
 
-    def without_last(self, drafts: int) -> Tokens:
+    def without_last(self, columns: int) -> Tokens:
         """Without the last columns, which are text, and without what was made on the way."""
-        width, places = self.width - drafts, self.places
+        width, places = self.width - columns, self.places
         if places is not None:
             text, slots = places
-            places = text[:, : text.shape[1] - drafts], slots
+            places = text[:, : text.shape[1] - columns], slots
         return replace(
             self,
             column=self.column[:, :width],
-            lengths=[n - drafts for n in self.lengths],
+            lengths=[n - columns for n in self.lengths],
             places=places,
             arranged=None,
         )
@@ -83,6 +83,11 @@ class Tokens:
     def padded(self) -> bool:
         """Whether any prompt is shorter than n."""
         return min(self.lengths) < self.width
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether compacted positions are others than the model's own."""
+        return self.was_cut or self.padded
 
     @property
     def ragged(self) -> bool:
@@ -168,7 +173,8 @@ class Arrangement:
         all where they are not in one piece: `Tokens.slots` knows.
     slot_mask: bool [batch, V], False there.
     first_seen: LongTensor [batch, n], the first place that a token sees; padding sees itself.
-    packed: LongTensor [batch, n], each token's place in a row of all prompts' real tokens; any for padding.
+    packed: LongTensor [batch, n], each token's place in a row of all prompts' real tokens; for padding that
+        of its prompt's first one, so that what is not finite in one prompt reaches no other.
     real: LongTensor [total], the places of that row's tokens among the batch * n padded ones.
     """
 
@@ -189,9 +195,17 @@ class Arrangement:
             np.minimum(first + heads + rank, max(width - 1, 0)),
             rank < counts,
             np.minimum(place, first),
-            np.maximum(real.cumsum() - 1, 0).reshape(real.shape),
+            _packed(real),
             np.flatnonzero(real),
         ]
+
+
+def _packed(real: np.ndarray) -> np.ndarray:
+    """`Arrangement.packed` of bool [batch, n]."""
+    number = real.sum(axis=1, keepdims=True)
+    first = number.cumsum(axis=0) - number
+    place = np.where(real, first + real.cumsum(axis=1) - 1, first)
+    return np.minimum(place, max(int(number.sum()) - 1, 0))
 
 
 def _places(chosen: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from ..method import (
     Prompts,
     PromptState,
     Selection,
+    check_settings,
 )
 from ..schedules import REFERENCE_DEPTH
 from ..scorers import as_shares, text_attention, vision_attention
@@ -102,21 +102,19 @@ class AutoPrune(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.of(self.budget))
+        check_settings(self)
         get_curve(self.curve)
         get_merger(self.merger)
-        for name in ("k0", "gamma", "x0", "beta", "text_weight"):
-            value = getattr(self, name)
-            if not np.isfinite(value) or (name in ("k0", "text_weight") and value < 0):
-                raise ValueError(
-                    f"{name} must be a finite number (k0, text_weight >= 0), got {value!r}"
-                )
+        for name in ("k0", "text_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be a share in [0, 1], got {self.noise!r}")
-        if not isinstance(self.mi_layer, Integral) or self.mi_layer < 0:
+        if self.mi_layer < 0:
             raise ValueError(
                 f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer!r}"
             )
-        if not isinstance(self.cut_every, Integral) or self.cut_every < 1:
+        if self.cut_every < 1:
             raise ValueError(
                 f"cut_every must be a number of layers, 1 or more, got {self.cut_every!r}"
             )
@@ -295,7 +293,9 @@ class AutoPrune(Method):
             None if seen.no_padding else seen.text_mask,
             seen.mask if seen.ragged else None,
         )
-        bits = [self._disturbed(value) for value in per_head.mean(dim=1).tolist()]
+        # Attention that overflowed tells nothing; the other prompts of the batch go on.
+        measured = [x if np.isfinite(x) else 0.0 for x in per_head.mean(dim=1).tolist()]
+        bits = [self._disturbed(value) for value in measured]
         shape, prior = state.shape, state.notes["plan"]
         plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)
         state.mutual_information = bits

@@ -12,7 +12,16 @@ import torch
 from ..budget import Budget
 from ..information import released_mutual_information
 from ..mergers import recycle
-from ..method import Method, ModelShape, Needs, Observation, Positions, PromptState, Selection
+from ..method import (
+    Method,
+    ModelShape,
+    Needs,
+    Observation,
+    Positions,
+    PromptState,
+    Selection,
+    check_settings,
+)
 from ..reference_math import (
     cluster_count,
     dynamic_slope,
@@ -62,12 +71,10 @@ class AutoPruneReference(Method):
         if budget.kind != "tokens" or budget.counted != "leaving":
             raise ValueError(
                 f"the released code knows only a mean of tokens leaving a layer, got a budget of {budget}; "
-                "give it a number of tokens, or use autoprune"
+                "give it a number of tokens, or use AutoPrune"
             )
         object.__setattr__(self, "budget", budget)
-        for name in ("x0", "k0", "gamma"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        check_settings(self)
 
     def check(self, shape: ModelShape) -> None:
         if shape.num_layers < 3:

@@ -131,7 +131,7 @@ def test_ctrl_c_says_how_to_go_on(compare, tmp_path, monkeypatch):
     [
         (("--methods", "magic"), "there is no method 'magic'"),
         (("--methods", "autoprune:depth=3"), "has no option 'depth'"),
-        (("--methods", "autoprune:k0=-1"), "k0 must be a finite number"),
+        (("--methods", "autoprune:k0=-1"), "k0 must be 0 or more"),
         (("--methods", "k0=0.3,random"), "option 'k0=0.3' follows no method"),
         (("--methods", "random,seed=3"), "write method:seed=3"),
         (("--methods", "random", "--budgets", "0"), "budget '0'"),

@@ -315,3 +315,11 @@ def test_a_cache_can_be_used_again_after_a_reset(model, inputs, kind, first_cut)
         torch.testing.assert_close(converse(cache), expected, atol=1e-5, rtol=0)
     cache.reset()
     torch.testing.assert_close(converse(cache), expected, atol=1e-5, rtol=0)
+
+
+def test_what_the_user_put_on_the_model_is_there_again_afterwards(model):
+    own = {name: getattr(model, name) for name in ("_prefill", "_get_candidate_generator")}
+    for name, method in own.items():
+        setattr(model, name, method)
+    METHOD.attach(model).detach()
+    assert {name: model.__dict__[name] for name in own} == own

@@ -203,3 +203,97 @@ def test_a_picture_that_was_refused_is_not_scored_for_the_next_prompt(model):
         close(model(inputs_embeds=states).logits, expected)
     first, *_, last = trace.samples
     assert all(torch.equal(*pair) for pair in zip(first.kept, last.kept, strict=True))
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_a_mask_for_a_whole_static_cache_hides_nothing_that_is_still_to_come(model, method, make):
+    inputs = zoo.inputs("llava", model, "padded3")
+    length = inputs["attention_mask"].shape[1]
+    turns = [words(3, 3), words(3, 1, seed=1), words(3, 1, seed=2)]
+    cache, end, given = make(model, length + 10), length, []
+    with method(model) as trace:
+        model(**inputs, past_key_values=cache)
+        for said in turns:
+            end += said.shape[1]
+            mask = torch.zeros(3, length + 10 if make is static else end, dtype=torch.long)
+            mask[:, :end] = 1
+            mask[:, :length] = inputs["attention_mask"]
+            position = torch.arange(end - said.shape[1], end)[None]
+            given += [
+                model(
+                    input_ids=said,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    position_ids=position,
+                ).logits
+            ]
+    whole = oracle.append(model, inputs, torch.cat(turns, dim=1))
+    whole["position_ids"] = torch.arange(end)[None]
+    expected = oracle.oracle_forward(model, whole, columns_of(trace, inputs), method.positions)
+    close(torch.cat(given, dim=1), expected[:, length:])
+
+
+def test_a_mask_of_the_new_tokens_alone_is_refused(model, method):
+    inputs, cache = zoo.inputs("llava", model), DynamicCache()
+    with method(model):
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask has 3 columns, but the cache and the"):
+            model(
+                input_ids=words(1, 3),
+                attention_mask=torch.ones(1, 3, dtype=torch.long),
+                past_key_values=cache,
+            )
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_generate_hides_what_a_later_turn_hides(model, method, make):
+    """It makes the masks of static caches itself, in four dimensions."""
+    inputs = zoo.inputs("llava", model, "padded3")
+    length = inputs["attention_mask"].shape[1]
+    options = {"do_sample": False, "disable_compile": True}
+    logits = {"output_logits": True, "return_dict_in_generate": True}
+    with method(model) as trace:
+        cache = make(model, length + 20)
+        first = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, **options)
+        more = torch.cat([first, words(3, 5)], dim=1)
+        new = torch.ones(3, more.shape[1] - length, dtype=torch.long)
+        new[0, 1:3] = 0
+        mask = torch.cat([inputs["attention_mask"], new], dim=1)
+        second = model.generate(
+            input_ids=more, attention_mask=mask, past_key_values=cache, max_new_tokens=3,
+            **options, **logits,
+        )  # fmt: skip
+    whole = oracle.append(model, inputs, more[:, length:])
+    whole["attention_mask"] = mask
+    # The prompt was numbered without padding, what follows goes on from there.
+    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    expected = oracle.oracle_forward(
+        model, whole | {"position_ids": position}, columns_of(trace, inputs), method.positions
+    )
+    close(second.logits[0][1:], expected[1:, -1])
+    if method.positions == "original":
+        close(second.logits[0], expected[:, -1])
+
+
+@pytest.mark.skipif(growing not in RESETTABLE, reason="this release cannot empty a cache")
+def test_drafts_of_a_later_turn_are_none_of_the_next_prompt(model):
+    inputs, cache = zoo.inputs("llava", model), DynamicCache()
+    with METHODS["autoprune"](model) as trace:
+        ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        more = torch.cat([ids, words(1, 4)], dim=1)
+        options = {"max_new_tokens": 3, "prompt_lookup_num_tokens": 2, "do_sample": False}
+        model.generate(input_ids=more, past_key_values=cache, **options)
+        cache.reset()
+        model(**inputs, past_key_values=cache, logits_to_keep=4)
+    assert len({(s.num_text, s.mutual_information) for s in trace.samples}) == 1
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_compacted_positions_leave_a_prompt_alone_of_which_nothing_is_pruned(name):
+    model = zoo.build(name)
+    inputs = zoo.inputs(name, model)
+    own = {"position_ids": 2 * torch.arange(inputs["input_ids"].shape[1])[None]}
+    for options in ({}, own if name == "llava" else {}):
+        expected = model(**inputs, **options).logits
+        with AutoPrune(Budget.ratio(1.0), positions="compacted")(model):
+            assert torch.equal(model(**inputs, **options).logits, expected)

@@ -189,3 +189,39 @@ def test_a_picture_without_a_word_is_not_dropped_whole():
     message = "prompt 0 at cut 0, as the prompt has no text"
     with pytest.raises(ValueError, match=message), method(model), torch.no_grad():
         model(**inputs)
+
+
+def test_a_compiled_decoder_may_read_text():
+    model = zoo.build("llava", "sdpa")
+    compiled_by_itself(model, "layers")
+    ids = torch.arange(20, 28)[None]
+    expected = oracle.plain_logits(
+        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    with METHOD(model), torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits[:, -1:], expected[:, -1:])
+
+
+def test_what_is_kept_from_the_compiler_is_not_compiled():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model)
+    for part in (model.get_decoder(), model.get_encoder(modality="image")):
+        part.forward = torch.compiler.disable(part.forward)
+    with AutoPrune(Budget.ratio(0.5))(model) as trace, torch.no_grad():
+        model(**inputs)
+    assert trace.samples[0].tokens_per_layer[-1] < 16
+
+
+@pytest.mark.parametrize("scores", [[-1.0] * 16, [float("inf")] * 16, [float("nan")] * 16])
+def test_vision_scores_that_are_no_shares(scores):
+    with pytest.raises(ValueError, match="finite and 0 or more"):
+        AutoPrune(Budget.ratio(0.5))(model_of("llava", "sdpa"), vision_scores=scores)
+
+
+def test_vision_scores_of_another_number_of_tokens():
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3", only=2)
+    method = AutoPrune(Budget.ratio(0.5))
+    wrong = pytest.raises(ValueError, match="16 entries but the prompts hold 32")
+    with wrong, method(model, vision_scores=torch.ones(16)), torch.no_grad():
+        model(**inputs)

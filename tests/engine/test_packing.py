@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from autoprune import AutoPrune, Budget
 from autoprune.engine.layout import Layout
 from autoprune.engine.packing import WORTH_PACKING, Packing
 from autoprune.engine.tokens import Tokens
@@ -168,3 +169,41 @@ def test_who_hooks_into_a_layer_finds_the_batch():
     assert batches == [3]
     torch.testing.assert_close(out.logits, expected.logits, atol=1e-4, rtol=0)
     assert ragged_forward(model)[2][-1][0] == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_not_finite_stays_within_its_prompt(attention):
+    model = zoo.build("llava", attention)
+    inputs = zoo.inputs("llava", model, "padded3_text")
+    method = Scattered(DEEP)
+    with method(model), torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+        inputs["pixel_values"][0] = float("nan")
+        out = model(**inputs)
+    assert out.logits[0, -1].isnan().all()
+    torch.testing.assert_close(out.logits[1:, -1], expected[1:], atol=1e-4, rtol=0)
+    for layer in out.past_key_values.layers:
+        assert layer.keys[1:].isfinite().all() and layer.values[1:].isfinite().all()
+
+
+def test_autoprune_goes_on_with_the_other_prompts():
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", model, "padded3")
+    method = AutoPrune(Budget.ratio(0.5))
+    with method(model) as trace, torch.no_grad():
+        expected = model(**inputs).logits[1:, -1]
+        inputs["pixel_values"][0] = float("nan")
+        actual = model(**inputs).logits[1:, -1]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    assert trace.samples[3].mutual_information == 0
+    assert sum(trace.samples[3].tokens_per_layer) == sum(trace.samples[0].tokens_per_layer)
+
+
+def test_a_row_of_padding_alone_runs_along():
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", model, "padded3_text")
+    alone = zoo.inputs("llava", model, "padded3_text")
+    inputs["attention_mask"][1] = 0
+    with AutoPrune(Budget.ratio(0.5))(model), torch.no_grad():
+        expected, actual = (model(**given).logits[[0, 2], -1] for given in (alone, inputs))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)

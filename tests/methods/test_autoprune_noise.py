@@ -63,5 +63,5 @@ def test_without_gamma_and_beta_every_prompt_gets_the_same_curve(model):
 
 @pytest.mark.parametrize("noise", [-0.1, 1.5, float("nan")])
 def test_noise_out_of_range_is_refused(noise):
-    with pytest.raises(ValueError, match="noise must be a share"):
+    with pytest.raises(ValueError, match=r"noise must be (a share|a finite number)"):
         AutoPrune(8, noise=noise)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoprune import AutoPrune, Budget
 from autoprune.cost import DecoderCost, released_prefill_macs
 from autoprune.reference_math import (
     first_cut_count,
@@ -195,3 +196,11 @@ def test_peak_bytes_of_the_fullest_layer():
         layers=3, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=20, gated_mlp=False
     )
     assert cost.peak_bytes([6] * 3, 4) - plain.peak_bytes([6] * 3, 4) == 10 * 20 * 2
+
+
+def test_prompts_that_are_too_long_to_be_counted_are_refused():
+    cost = DecoderCost(32, 4096, 32, 32, 128, 11008)
+    with pytest.raises(ValueError, match="beyond what is counted exactly"):
+        cost.prefill_flops([5_000_000] * 32)
+    with pytest.raises(ValueError, match="beyond what is counted exactly"):
+        AutoPrune(Budget.flops(0.5)).plan(32, 5_000_000, 1.0, 0, cost)
