@@ -148,8 +148,9 @@ class Forwards:
             filled = self._goes_on(cache)
         if pruned is not None and filled:
             self._refuse_new_images(prompt)
-            valid = shown_columns(prompt["attention_mask"])
-            local.run = Decode(self.located, pruned, cache, embeds.shape[1], valid)
+            batch, queries = embeds.shape[:2]
+            valid = shown_columns(prompt["attention_mask"], batch)
+            local.run = Decode(self.located, pruned, cache, queries, valid)
         elif not filled:
             PrunedCache.forget(cache)
             deepstack = kwargs.get("deepstack_visual_embeds") or ()

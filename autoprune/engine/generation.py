@@ -16,7 +16,7 @@ from .vision import same_features
 
 def take_drafts(cache: Any) -> bool:
     """Whether this forward is the first of assisted decoding, which sends drafts along; asked once."""
-    return cache is not None and cache.__dict__.pop(DRAFTS, False)
+    return getattr(cache, "__dict__", {}).pop(DRAFTS, False)
 
 
 def watch_generate(model: nn.Module) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def decode_mask(
     return allowed[:, None]
 
 
-def shown_columns(mask: Any) -> torch.Tensor | None:
+def shown_columns(mask: Any, batch: int) -> torch.Tensor | None:
     """What a caller's mask lets the last new token see, bool [batch, columns]; None if there is none.
 
     `generate` makes a 4-D mask for static caches, and some families one for each type of layer.
@@ -183,5 +183,5 @@ def shown_columns(mask: Any) -> torch.Tensor | None:
         return None
     if mask.ndim == 4:
         mask = mask[:, 0, -1]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return mask.bool()
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask.bool().expand(batch, -1)

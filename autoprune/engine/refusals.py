@@ -39,8 +39,7 @@ def refuse_positions(method: Method, located: Located) -> None:
     if rotary is None or by_layer or "mrope_section" in rope:
         raise UnsupportedError(
             f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all layers, "
-            "to compact; "
-            "use positions='original'"
+            "to compact; use positions='original'"
         )
 
 
