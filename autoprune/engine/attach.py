@@ -14,12 +14,13 @@ from transformers.cache_utils import StaticCache
 from ..errors import UnsupportedError
 from ..trace import Trace
 from . import tap
+from .cover import Cover
 from .forwards import Forwards
-from .generation import unwatch_generate, watch_generate
+from .generation import WATCHED
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache
-from .vision_merging import unwatch_encoding, watch_encoding
+from .vision_merging import watch_encoding
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -50,7 +51,6 @@ class Attachment:
         refuse_positions(method, self.located)
         method.check(self.shape)
         self._handles: list[Any] = []
-        self._covered: dict[str, Any] = {}
 
     def __enter__(self) -> Trace:
         self.attach()
@@ -92,11 +92,10 @@ class Attachment:
                     layer.register_forward_pre_hook(self.forwards.layer_hook(index), **hook)
                 )
             self.vision.install()
-            self._covered = watch_generate(self.located.outer)
-            if self.vision.merging.blocks:
-                watch_encoding(
-                    located.outer, self.forwards.read_and_expect, self.vision.merging.forget
-                )
+            watched = WATCHED
+            if (merging := self.vision.merging).blocks:
+                watched = watched | watch_encoding(self.forwards.read_and_expect, merging.forget)
+            self._handles.append(Cover(located.outer, watched))
             tagged = dict.fromkeys(located.attentions, self.forwards.attend)
             tagged |= dict.fromkeys(self.vision.tapped, self.vision.attend)
             names = {module.config._attn_implementation for module in self.vision.tapped}
@@ -118,9 +117,6 @@ class Attachment:
             handle.remove()
         self._handles = []
         self.vision.remove()
-        unwatch_generate(self.located.outer, self._covered)
-        self._covered = {}
-        unwatch_encoding(self.located.outer)
         if hasattr(self, "_tagged"):
             tap.untag(self._tagged, self._implementations)
             del self._tagged

@@ -1,4 +1,4 @@
-"""Decoding on a shrunken cache: what each layer still holds, and the masks that follow from it."""
+"""What a shrunken cache remembers of its prompt, and what a static one is told of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import UnsupportedError
 from ..transfer import to_device
-from .masks import as_mask, decode_mask
-from .tap import no_plans
+from .masks import as_mask
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -26,8 +24,6 @@ PADDING = "_autoprune_padding"
 DROPPED = "_autoprune_dropped"
 DRAFTS = "_autoprune_drafts"
 HELD = "_autoprune_held"
-# New tokens that a mask has room for when it is made.
-ROOM = 128
 
 
 @dataclass(eq=False)
@@ -113,6 +109,16 @@ class PrunedCache:
         shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
         return not bool(shown.all() & valid[:, self.prompt_length :].all())
 
+    def hide(self, cache: Any, valid: torch.Tensor) -> None:
+        """Tell the layers of a static cache what the caller's mask, as for `hides`, hides."""
+        first = self.prompt_length
+        for layer, stage in zip(cache.layers, self.stage_of_layer, strict=False):
+            column, width = stage.tokens.column, stage.tokens.width
+            seen = getattr(layer, VALID).clone()
+            seen[:, :width] = valid.gather(1, column.clamp(min=0)) & (column >= 0)
+            seen[:, width : width + valid.shape[1] - first] = valid[:, first:]
+            _put(layer, VALID, seen)
+
     @staticmethod
     def forget(cache: Any) -> None:
         """Before a new prefill: a cache may be used again after a reset."""
@@ -143,16 +149,6 @@ def _mark_valid(layer: Any, tokens: Tokens, compacted: bool) -> None:
     if compacted:
         padding = [tokens.width - n for n in tokens.lengths]
         _put(layer, PADDING, to_device(padding, tokens.column.device))
-
-
-def _hide(layer: Any, tokens: Tokens, valid: torch.Tensor, first: int) -> None:
-    """Tell a static cache layer what the caller's mask hides, bool [batch, columns], of the prompt and
-    of the tokens from column `first` on.
-    """
-    seen = getattr(layer, VALID).clone()
-    seen[:, : tokens.width] = valid.gather(1, tokens.column.clamp(min=0)) & (tokens.column >= 0)
-    seen[:, tokens.width : tokens.width + valid.shape[1] - first] = valid[:, first:]
-    _put(layer, VALID, seen)
 
 
 def _put(layer: Any, name: str, value: torch.Tensor) -> None:
@@ -221,138 +217,3 @@ def _reset(layer: Any) -> None:
     for name in (DROPPED, "get_seq_length", "reset"):
         layer.__dict__.pop(name, None)
     layer.reset()
-
-
-def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
-    """The caller's mask of so many columns, as bool: one for a static cache may go on to its end."""
-    if valid.shape[1] < columns:
-        raise ValueError(
-            f"attention_mask has {valid.shape[1]} columns, but the cache and the new tokens have {columns}; "
-            "pass one for the whole conversation"
-        )
-    return valid[:, :columns].bool()
-
-
-class Decode:
-    """One forward of new tokens on a pruned cache."""
-
-    def __init__(
-        self,
-        located: Located,
-        pruned: PrunedCache,
-        cache: Any,
-        queries: int,
-        valid: torch.Tensor | None,
-    ):
-        self.located, self.pruned, self.cache = located, pruned, cache
-        self.implementation = located.implementation
-        self.queries = queries
-        # A static cache counts on the device, and its layers need no count here.
-        static = is_static(cache.layers[0])
-        if not static and (cropped := pruned.prompt_length - cache.get_seq_length()) > 0:
-            pruned.shorten(cropped)
-        self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
-        if queries > 1 and valid is not None:
-            valid = _so_far(valid, int(cache.get_seq_length()) + queries)
-            pruned.has_gaps = pruned.has_gaps or pruned.hides(valid)
-            if static and pruned.has_gaps:
-                for layer, stage in zip(cache.layers, pruned.stage_of_layer, strict=False):
-                    _hide(layer, stage.tokens, valid, pruned.prompt_length)
-        self.valid = valid.bool() if valid is not None and pruned.has_gaps else None
-        # Whether a new token sees all that is there, so that it needs no mask.
-        self.sees_all = queries == 1 and pruned.sees_all(located.windows)
-        self._made: dict[Any, Any] = {}
-
-    def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        stage = self.pruned.stage_of_layer[index]
-        layer = self.cache.layers[index]
-        if is_static(layer):
-            return args, static_step(self.located, layer, args[0], kwargs)
-        self._crop(layer, stage)
-        if self.sees_all and kwargs.get("attention_mask") is None:
-            return args, kwargs
-        kwargs, window = dict(kwargs), self.located.windows[index]
-        mask = kwargs.get("attention_mask")
-        key = "mask", stage.first_layer, id(mask), window, self._key_length(layer, stage)
-        if key not in self._made:
-            self._made[key] = self._mask(mask, stage, layer, window)
-        kwargs["attention_mask"] = self._made[key]
-        if self.pruned.compacted and stage.tokens.renumbered:
-            key = ("rotary", stage.first_layer)
-            if key not in self._made:
-                self._made[key] = self.located.text.rotary_emb(args[0], self._positions(stage))
-            kwargs["position_embeddings"] = self._made[key]
-        return args, kwargs
-
-    def attend(self, attend, *args, **kwargs):
-        """The attention of one decoder layer."""
-        with no_plans:
-            return attend(*args, **kwargs)
-
-    def _crop(self, layer: Any, stage: Stage) -> None:
-        """Drop rejected draft tokens that a cropped cache left behind in the shorter layers."""
-        keys = getattr(layer, "keys", None)
-        # A layer of a quantised cache keeps a flat, empty tensor in the place of its keys.
-        if getattr(layer, "is_sliding", False) or keys is None or keys.ndim != 4:
-            return
-        length = stage.tokens.width + self.past
-        if keys.shape[-2] > length:
-            layer.keys, layer.values = keys[..., :length, :], layer.values[..., :length, :]
-
-    def _key_length(self, layer: Any, stage: Stage) -> int:
-        if getattr(layer, "is_sliding", False):
-            return layer.keys.shape[-2] + self.queries
-        return stage.tokens.width + self.past + self.queries
-
-    def _mask(self, mask: Any, stage: Stage, layer: Any, window: int | None) -> Any:
-        tokens = stage.tokens
-        if not (tokens.padded or self.queries > 1 or window is not None or self.valid is not None):
-            return None
-        if mask is None and self.implementation == "eager":
-            mask = layer.keys
-        plain = "flash" not in self.implementation and not isinstance(mask, BlockMask)
-        if plain and self.queries == 1 and window is None and self.valid is None:
-            return self._row(mask, stage)
-        first, device = self.pruned.prompt_length, tokens.column.device
-        new = torch.arange(first, first + self.past + self.queries, device=device)
-        column = torch.cat([tokens.column, new.expand(tokens.column.shape[0], -1)], dim=1)
-        # A sliding layer has let its oldest tokens go.
-        length = self._key_length(layer, stage)
-        column = column[:, column.shape[1] - length :]
-        if "flash" in self.implementation:
-            return self._flash_mask(column, new[self.past :], window)
-        return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
-
-    def _row(self, like: torch.Tensor | None, stage: Stage) -> torch.Tensor:
-        """The mask of one new token, which sees all but padding: a view of one made for many steps."""
-        key = stage.first_layer, torch.bool if like is None else like.dtype
-        length, made = stage.tokens.width + self.past + 1, self.pruned.masks.get(key)
-        if made is None or made.shape[-1] < length:
-            real = stage.tokens.column >= 0
-            new = real.new_ones(len(real), max(self.past, ROOM) + 1 + self.past)
-            made = as_mask(torch.cat([real, new], dim=1)[:, None, None], like)
-            self.pruned.masks[key] = made
-        return made[..., :length]
-
-    def _flash_mask(
-        self, column: torch.Tensor, new: torch.Tensor, window: int | None
-    ) -> torch.Tensor:
-        """The 2-D mask of keys; one new token's sliding window is said by it, in positions."""
-        real = column >= 0
-        if self.valid is not None:
-            real = real & self.valid.gather(1, column.clamp(min=0))
-        if window is not None:
-            if self.queries > 1 and self.pruned.prompt_length + self.past + self.queries > window:
-                raise UnsupportedError(
-                    f"flash attention would count its sliding window of {window} in kept tokens, "
-                    "not in positions, for several new tokens at once; "
-                    "use attn_implementation='sdpa'"
-                )
-            real = real & (column > new[-1] - window)
-        return real.long()
-
-    def _positions(self, stage: Stage) -> torch.Tensor:
-        tokens = stage.tokens
-        device = tokens.column.device
-        start = to_device(tokens.lengths, device) + self.past
-        return start[:, None] + torch.arange(self.queries, device=device)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
-from .cache import Decode, PrunedCache, is_static, narrowed, static_step
+from .cache import PrunedCache, is_static, narrowed, static_step
+from .decode import Decode
 from .generation import take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
-from .masks import shown_columns
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
@@ -98,7 +97,7 @@ class Forwards:
         if several and (has_images or self.visual_mask is not None):
             refuse_compiled_parts(self.located, self.vision.tapped)
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
-        filled = several and self._is_filled(cache)
+        filled = _is_filled(cache, several)
         is_prompt = ids is not None and several and not (filled and PrunedCache.of(cache))
         host = on_host(ids, mask) if is_prompt else (ids, mask)
         self.vision.merging.forget()
@@ -109,7 +108,7 @@ class Forwards:
             "attention_mask": mask,
             "has_images": has_images,
             "drafts": drafts,
-            "filled": filled if several else None,
+            "filled": filled,
         }
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
@@ -143,32 +142,26 @@ class Forwards:
         if prompt is None or embeds is None:
             return None
         cache = kwargs.get("past_key_values")
-        pruned, filled = PrunedCache.of(cache), prompt["filled"]
-        if filled is None:
-            filled = self._goes_on(cache)
-        if pruned is not None and filled:
-            self._refuse_new_images(prompt)
-            batch, queries = embeds.shape[:2]
-            valid = shown_columns(prompt["attention_mask"], batch)
-            local.run = Decode(self.located, pruned, cache, queries, valid)
-        elif not filled:
+        pruned = PrunedCache.of(cache)
+        if (
+            prompt["filled"]
+            and prompt["has_images"]
+            and (pruned is not None or embeds.shape[1] > 1)
+        ):
+            # The tower has seen them already; the next prompt is not to find them.
+            self.vision.forget()
+            refuse_new_images()
+        if prompt["filled"] and pruned is not None:
+            mask = prompt["attention_mask"]
+            local.run = Decode(self.located, pruned, cache, embeds.shape[:2], mask)
+        elif not prompt["filled"]:
             PrunedCache.forget(cache)
             deepstack = kwargs.get("deepstack_visual_embeds") or ()
             local.run = self._prefill(prompt, embeds, cache, deepstack)
             if local.run is not None and deepstack:
                 # The model would add these at full length; the layers' hooks add what is left of them.
                 return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
-        elif embeds.shape[1] > 1:
-            self._refuse_new_images(prompt)
         return None
-
-    def _refuse_new_images(self, prompt: dict) -> None:
-        try:
-            refuse_new_images(prompt)
-        except UnsupportedError:
-            # The tower has seen them already; the next prompt is not to find them.
-            self.vision.forget()
-            raise
 
     def _prefill(
         self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
@@ -252,17 +245,15 @@ class Forwards:
         others = {} if collected is None else collected.values
         return VisionView({**others, "vision_scores": scores})
 
-    def _goes_on(self, cache: Any) -> bool:
-        """Whether one new token goes on with a cache. That is not asked of a static one, which would have
-        to be read from the device at every step.
-        """
-        layers = getattr(cache, "layers", ())
-        return (bool(layers) and is_static(layers[0])) or self._is_filled(cache)
 
-    @staticmethod
-    def _is_filled(cache: Any) -> bool:
-        """Whether a cache holds anything; of a static one this is read from the device."""
-        if cache is None:
-            return False
-        length = cache.get_seq_length()
-        return bool(length > 0) if isinstance(length, torch.Tensor) else length > 0
+def _is_filled(cache: Any, several: bool) -> bool:
+    """Whether new tokens, one or several, find anything in a cache.
+
+    Of a static one this is read from the device. One new token takes it for filled: reading that at every
+    step would be dear, and a prompt of one token has nothing to be pruned.
+    """
+    layers = getattr(cache, "layers", ())
+    if cache is None or (not several and layers and is_static(layers[0])):
+        return cache is not None
+    length = cache.get_seq_length()
+    return bool(length > 0) if isinstance(length, torch.Tensor) else length > 0

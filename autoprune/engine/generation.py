@@ -1,12 +1,10 @@
-"""What `model.generate` does that its forwards do not show: watched on the instance while pruning is on."""
+"""What `model.generate` does that its forwards do not show: its parts, watched while pruning is on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
-
-from torch import nn
 
 from ..errors import UnsupportedError
 from .cache import DRAFTS
@@ -17,27 +15,6 @@ from .vision import same_features
 def take_drafts(cache: Any) -> bool:
     """Whether this forward is the first of assisted decoding, which sends drafts along; asked once."""
     return getattr(cache, "__dict__", {}).pop(DRAFTS, False)
-
-
-def watch_generate(model: nn.Module) -> dict[str, Any]:
-    """Come between `model.generate` and its parts; those that a release does not have are passed over.
-
-    Returns:
-        What `unwatch_generate` puts back.
-    """
-    covered = {name: model.__dict__.get(name) for name in WATCHED if hasattr(model, name)}
-    for name in covered:
-        setattr(model, name, WATCHED[name](getattr(model, name)))
-    return covered
-
-
-def unwatch_generate(model: nn.Module, covered: Mapping[str, Any]) -> None:
-    """Undo `watch_generate`."""
-    for name, own in covered.items():
-        if own is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, own)
 
 
 def _prefilling(prefill: Callable) -> Callable:

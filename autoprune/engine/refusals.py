@@ -63,13 +63,12 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
         )
 
 
-def refuse_new_images(prompt: dict[str, Any]) -> None:
+def refuse_new_images() -> None:
     """Pictures that arrive when the cache already holds tokens."""
-    if prompt["has_images"]:
-        raise UnsupportedError(
-            "new images on top of a filled cache cannot be pruned (neither a later turn nor a "
-            "chunked prefill); run the whole conversation as one prompt"
-        )
+    raise UnsupportedError(
+        "new images on top of a filled cache cannot be pruned (neither a later turn nor a "
+        "chunked prefill); run the whole conversation as one prompt"
+    )
 
 
 @torch.compiler.disable

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from .cover import Cover
 from .locate import tower_attentions, tower_blocks
 from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
 from .vision_merging import Rule, TowerMerging
@@ -91,7 +92,7 @@ class VisionTap:
         layer = getattr(base.config, "vision_feature_layer", -1)
         merges = wanted.merge and self.family and self.family.merges and isinstance(layer, int)
         self.merging = TowerMerging(rule, blocks if merges else [], self.has_cls)
-        self._covered: dict[str, Any] = {}
+        self._cover: Cover | None = None
         self._local = threading.local()
 
     @property
@@ -112,17 +113,14 @@ class VisionTap:
     def install(self) -> None:
         self.merging.install()
         if self.tapped:
-            for medium in MEDIA:
-                if getattr(self.family, medium) is not None:
-                    self._wrap(medium)
+            media = [medium for medium in MEDIA if getattr(self.family, medium) is not None]
+            around = {f"get_{medium}_features": partial(self._around, medium) for medium in media}
+            self._cover = Cover(self.base, around)
 
     def remove(self) -> None:
-        for name, covered in self._covered.items():
-            if covered is None:
-                delattr(self.base, name)
-            else:
-                setattr(self.base, name, covered)
-        self._covered = {}
+        if self._cover is not None:
+            self._cover.remove()
+            self._cover = None
         self.merging.remove()
         self._local = threading.local()
 
@@ -225,9 +223,8 @@ class VisionTap:
                     received = received_attention(queries, keys, scaling, attention_mask)
                     call.add("vision_scores", received[:, first:, None])
 
-    def _wrap(self, medium: str) -> None:
-        name = f"get_{medium}_features"
-        original = getattr(self.base, name)
+    def _around(self, medium: str, original: Callable) -> Callable:
+        """`get_image_features` or `get_video_features`, with what is seen meanwhile."""
         signature = inspect.signature(original)
 
         @wraps(original)
@@ -251,8 +248,7 @@ class VisionTap:
                     setattr(features, ATTRIBUTE, view)
             return features
 
-        self._covered[name] = self.base.__dict__.get(name)
-        setattr(self.base, name, get_features)
+        return get_features
 
     @torch.no_grad()
     def _map(self, medium: str, call: _Call) -> VisionView:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..mergers import leaving_in_round
 from ..method import Patches
+from .cover import Around
 from .locate import tower_attentions
 from .vision_patches import cls_attention, received_attention
 
@@ -209,32 +210,27 @@ def has_pixels(arguments: Mapping[str, Any]) -> bool:
 
 
 def watch_encoding(
-    model: nn.Module, tell: Callable[[torch.Tensor, Any], None], forget: Callable[[], None]
-) -> None:
-    """Have `model.generate` tell its prompt, ids and mask, before it computes picture features.
+    tell: Callable[[torch.Tensor, Any], None], forget: Callable[[], None]
+) -> dict[str, Around]:
+    """Have `model.generate` tell its prompt, ids and mask, before it computes picture features (`Cover`).
 
     The prompt is read from the device once more then, which only methods that merge in the tower ask for.
+    Releases before 5.19 compute the features in the forward.
     """
-    encode = getattr(model, ENCODES, None)
-    if encode is None:
-        # Releases before 5.19 compute them in the forward.
-        return
 
-    @wraps(encode)
-    def watched(inputs, model_kwargs, model_input_name, *args, **kwargs):
-        if model_input_name == "input_ids" and has_pixels(model_kwargs):
-            tell(inputs, model_kwargs.get("attention_mask"))
-        try:
-            return encode(inputs, model_kwargs, model_input_name, *args, **kwargs)
-        finally:
-            forget()
+    def around(encode: Callable) -> Callable:
+        @wraps(encode)
+        def watched(inputs, model_kwargs, model_input_name, *args, **kwargs):
+            if model_input_name == "input_ids" and has_pixels(model_kwargs):
+                tell(inputs, model_kwargs.get("attention_mask"))
+            try:
+                return encode(inputs, model_kwargs, model_input_name, *args, **kwargs)
+            finally:
+                forget()
 
-    setattr(model, ENCODES, watched)
+        return watched
 
-
-def unwatch_encoding(model: nn.Module) -> None:
-    """Undo `watch_encoding`."""
-    model.__dict__.pop(ENCODES, None)
+    return {ENCODES: around}
 
 
 def _evenly(patches: int, keep: int, rounds: int) -> list[int]:

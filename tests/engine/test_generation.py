@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine import cache as cache_of_engine
+from autoprune.engine import decode
+from autoprune.engine.cache import PrunedCache
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
@@ -327,7 +328,7 @@ def assistant():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch):
-    monkeypatch.setattr(cache_of_engine, "ROOM", 2)
+    monkeypatch.setattr(decode, "ROOM", 2)
     model = model_of("llava", attention)
     inputs = zoo.inputs("llava", model, "padded3")
     tokens = torch.randint(10, 100, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -336,7 +337,7 @@ def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch)
         rows, made = [conversation.logits[:, -1:]], []
         for step in range(tokens.shape[1]):
             rows.append(conversation.feed(tokens[:, step : step + 1]))
-            pruned = cache_of_engine.PrunedCache.of(conversation.cache)
+            pruned = PrunedCache.of(conversation.cache)
             made.append({key: id(mask) for key, mask in pruned.masks.items()})
     columns = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
     close(torch.cat(rows, dim=1), oracle.oracle_logits(model, inputs, columns, tokens))
