@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from autoprune.engine.cache_argument import without_cache
 from tests import oracle, zoo
 
 CASES = [(name, media) for name, family in zoo.FAMILIES.items() for media in family.media]
@@ -51,7 +52,7 @@ def sliced(kwargs, keep):
     positions = kwargs["position_ids"]
     positions = None if positions is None else positions[..., keep]
     changed = {"attention_mask": mask, "position_embeddings": cos_sin, "position_ids": positions}
-    return {**kwargs, **changed, "past_key_values": None}
+    return {**without_cache(kwargs), **changed}
 
 
 @pytest.mark.parametrize("batch", ["single", "padded3", "padded3_text"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..engine.cache_argument import as_argument, cache_of
 from ..method import Method
 from ..trace import Sample
 from .clock import Clock
@@ -48,7 +49,8 @@ def time_once(
         decoded = [clock.mark()]
         for _ in range(steps):
             token = output.logits[:, -1:].argmax(dim=-1)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            cache = as_argument(model, cache_of(output))
+            output = model(input_ids=token, use_cache=True, **cache)
             decoded.append(clock.mark())
         vision, prefill = clock.seconds([start, entered[0], decoded[0]])
         times = {"vision": vision, "prefill": prefill, "ttft": vision + prefill}
@@ -69,9 +71,10 @@ def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
         output = model(**prompts, use_cache=True, logits_to_keep=1)
         peak = memory.stop()
         samples = trace.samples if trace is not None else []
-        held = Held(peak, cache_bytes(output.past_key_values), samples)
+        cache = cache_of(output)
+        held = Held(peak, cache_bytes(cache), samples)
         token = output.logits[:, -1:].argmax(dim=-1)
-        model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        model(input_ids=token, use_cache=True, **as_argument(model, cache))
         return held
 
 

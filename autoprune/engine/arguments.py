@@ -9,6 +9,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..method import Positions
+from . import cache_argument
 from .cache import is_static
 from .locate import Located
 from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
@@ -17,7 +18,7 @@ from .positions import compacted_positions, take_columns
 from .tokens import Tokens
 
 # Arguments that follow the sequence but are sliced here, or are known not to matter.
-HANDLED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
 
 
 class LayerArguments:

@@ -13,6 +13,7 @@ from torch import nn
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
 from .cache import PrunedCache, is_static, narrowed, static_step
+from .cache_argument import cache_of
 from .decode import Decode
 from .generation import take_drafts
 from .layout import Layout, on_host, read_layout
@@ -74,7 +75,7 @@ class Forwards:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         if torch.compiler.is_compiling():
             return
-        asked, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
+        asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
         self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
 
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -89,7 +90,7 @@ class Forwards:
             # The tower runs in this forward; what is left of another one, which failed, is not for it.
             self.vision.forget()
         self.vision.recall(kwargs.get("mm_encoder_outputs"))
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
         drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
         new = ids if ids is not None else kwargs.get("inputs_embeds")
         several = new is not None and new.shape[1] > 1
@@ -141,7 +142,7 @@ class Forwards:
         embeds = kwargs.get("inputs_embeds")
         if prompt is None or embeds is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         pruned = PrunedCache.of(cache)
         if (
             prompt["filled"]
@@ -194,14 +195,14 @@ class Forwards:
             run = getattr(self._local, "run", None)
             if run is not None:
                 args, kwargs = run.before_layer(index, args, kwargs)
-            layers = getattr(kwargs.get("past_key_values"), "layers", ())
+            layers = getattr(cache_of(kwargs), "layers", ())
             return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
 
         return before_layer
 
     def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         layers = getattr(cache, "layers", ())
         if index >= len(layers) or not is_static(layers[index]):
             pruned = PrunedCache.of(cache)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from .cache import DRAFTS
+from .cache_argument import cache_of
 from .refusals import refuse_length
 from .vision import same_features
 
@@ -29,7 +30,7 @@ def _prefilling(prefill: Callable) -> Callable:
                 "a prefill in chunks cannot be pruned, since a chunk does not see the whole "
                 "question; leave prefill_chunk_size at None"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         refuse_length(cache, input_ids.shape[1], generation_config.max_length)
         return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
@@ -41,7 +42,7 @@ def _drafting(get_generator: Callable) -> Callable:
 
     @wraps(get_generator)
     def watched(*args, model_kwargs, **kwargs):
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        if (cache := cache_of(model_kwargs)) is not None:
             setattr(cache, DRAFTS, True)
         return get_generator(*args, model_kwargs=model_kwargs, **kwargs)
 

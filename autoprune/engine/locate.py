@@ -15,6 +15,7 @@ from torch._dynamo import OptimizedModule
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
+from . import cache_argument
 from .refusals import refuse_compiled
 
 # What decoder layers may take: an argument that is not here may follow the sequence and miss a cut.
@@ -23,11 +24,10 @@ LAYER_ARGUMENTS = {
     "attention_mask",
     "position_embeddings",
     "position_ids",
-    "past_key_values",
+    *cache_argument.NAMES,
     "use_cache",
     "output_attentions",
 }
-REQUIRED = {"attention_mask", "past_key_values"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ def _check_arguments(layer: nn.Module) -> None:
         refuse_compiled("decoder layers")
     parameters = inspect.signature(layer.forward).parameters.values()
     taken = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
-    unknown, missing = sorted(taken - LAYER_ARGUMENTS), sorted(REQUIRED - taken)
+    unknown = sorted(taken - LAYER_ARGUMENTS)
+    missing = [] if "attention_mask" in taken else ["attention_mask"]
+    if taken.isdisjoint(cache_argument.NAMES):
+        missing.append("a cache")
     if unknown or missing:
         differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         raise UnsupportedError(

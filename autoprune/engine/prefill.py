@@ -16,6 +16,7 @@ from ..trace import Prefilled
 from ..transfer import to_device
 from .arguments import LayerArguments
 from .cache import PrunedCache, Stage
+from .cache_argument import cache_of, without_cache
 from .cut import cut
 from .layout import Layout
 from .observer import Observer, SeenEnough
@@ -90,7 +91,7 @@ class Prefill:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
         if self.cache is None:
             # A plain forward makes its cache inside the decoder.
-            self.cache = kwargs.get("past_key_values")
+            self.cache = cache_of(kwargs)
         if index == 0 and (embeddings := kwargs.get("position_embeddings")) is not None:
             self.sharing = len(self.layout.real) // embeddings[0].shape[-3]
         if 0 < index <= len(self.deepstack):
@@ -124,7 +125,7 @@ class Prefill:
 
     def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
-        kwargs = {**self._fit(index, args[0], kwargs), "past_key_values": None}
+        kwargs = without_cache(self._fit(index, args[0], kwargs))
         self.observer.expect(needs)
         self.observer.peeking = True
         try:

@@ -12,6 +12,7 @@ from torch._dynamo import OptimizedModule
 
 from ..errors import UnsupportedError
 from .cache import is_static
+from .cache_argument import cache_of, is_paged
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> None:
-    """Training mode, and continuous batching (its attention arguments hold a paged `cache`)."""
+    """Training mode, and continuous batching."""
     if model.training:
         raise UnsupportedError("the model is in training mode; call model.eval() to prune it")
-    if arguments is not None and "cache" in arguments:
+    if arguments is not None and is_paged(cache_of(arguments)):
         raise UnsupportedError(
             "continuous batching cannot be combined with pruning; use model.generate"
         )
@@ -88,7 +89,7 @@ def refuse_compiled_growth() -> None:
     """Compiled decoding on a pruned cache that grows; see `refuse_compiled_prefill`."""
     raise UnsupportedError(
         "decoding with torch.compile needs a static cache once a prompt is pruned, as the masks of a growing "
-        "one are made outside of it; pass past_key_values=handle.static_cache(...) (docs/api.md)"
+        "one are made outside of it; pass handle.static_cache(...) as its cache (docs/api.md)"
     )
 
 
