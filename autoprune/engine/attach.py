@@ -153,7 +153,8 @@ class Attachment:
         """A static cache with only as much room in every layer as a pruned prompt can need there.
 
         Pass it as the cache (`past_key_values`, or `cache` from transformers 5.24 on) to `model.generate` or
-        to the model, to decode with torch.compile. After `cache.reset()` it takes the next prompt, and the same compiled graph serves all of them.
+        to the model, to decode with torch.compile. After `cache.reset()` it takes the next prompt, and the
+        same compiled graph serves all of them.
 
         Args:
             num_visual: visual tokens of a prompt; several numbers if prompts differ, in a batch or from

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from autoprune import AutoPrune, AutoPruneReference, Budget
 from autoprune.engine import tap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 
@@ -11,9 +12,10 @@ from transformers import DynamicCache
 
 from autoprune.engine import cache_argument
 from tests import oracle, zoo
-from tests.scattered import METHODS
+from tests.scattered import DEEP, Scattered
 
 STEPS = 2
+close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)
 
 
 def names_taken(model):
@@ -28,8 +30,8 @@ def test_a_cache_is_found_by_any_of_its_names(family, name):
     model = zoo.build(family)
     if name not in names_taken(model):
         pytest.skip("this release has no such argument")
-    inputs = zoo.inputs(family, model, batch=3)
-    with METHODS["ragged"](model), torch.no_grad(), warnings.catch_warnings():
+    inputs = zoo.inputs(family, model, "padded3")
+    with Scattered(DEEP)(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the older name
         expected, tokens = oracle.generate_logits(model, inputs, STEPS)
         actual, same = oracle.generate_logits(model, inputs, STEPS, **{name: DynamicCache()})
@@ -39,9 +41,9 @@ def test_a_cache_is_found_by_any_of_its_names(family, name):
         step = model(input_ids=tokens[:, :1], attention_mask=mask, **{name: cache}).logits[:, -1]
     assert torch.equal(same, tokens)
     assert torch.equal(actual, expected)
-    torch.testing.assert_close(logits, expected[:, 0])
-    if family == "llava":  # the other derives positions from more than a mask
-        torch.testing.assert_close(step, expected[:, 1], atol=2e-5, rtol=0)
+    if family == "llava":  # the other derives the positions of padded prompts from more than a mask
+        close(logits, expected[:, 0])
+        close(step, expected[:, 1])
 
 
 def test_a_cache_is_passed_by_the_name_that_the_model_takes():
