@@ -5,11 +5,13 @@ WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
+NEWEST_TESTS := tests/engine tests/test_oracle.py
 
-.PHONY: demo test test-oldest check format readme clean
+.PHONY: demo test test-oldest test-newest check format readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/autoprune demo
@@ -20,6 +22,14 @@ test: $(INSTALLED)
 # What depends on transformers, with the oldest release that is supported.
 test-oldest: $(OLDEST)/.installed
 	$(SETTINGS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
+
+# What `pip install` gives today: no constraints, so the newest releases that pyproject.toml allows.
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers|numpy|peft) '
+	$(NEWEST)/bin/autoprune demo --output $(NEWEST)/demo
+	$(SETTINGS) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(NEWEST_TESTS))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,5 +52,5 @@ $(INSTALLED) $(OLDEST)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
