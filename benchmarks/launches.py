@@ -1,0 +1,210 @@
+"""How many kernels a prefill launches, pruned over plain: what a GPU's launch time is made of.
+
+A single prompt on a GPU is bound by launches. They can be counted anywhere: this counts the ATen
+operations that launch a kernel, on narrow 32-layer decoders on a CPU. Views and empty tensors launch
+nothing. A sort counts as 4, as that many kernels do it on CUDA.
+
+    python benchmarks/launches.py --output benchmarks/results/launches.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from autoprune import AutoPrune
+from autoprune.engine.cache_argument import as_argument, cache_of
+from autoprune.method import Method
+
+LAYERS, TEXT, PATCHES = 32, 64, 576
+BITS = 0.9  # of a single prompt; those of a batch are spread from 0.1 to 1.7 around it
+IMAGE = 9
+SORTS = {"sort", "topk", "argsort"}
+SORT_LAUNCHES = 4
+# Neither computes anything: `_unsafe_view` is a view, and the others only reserve memory.
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "_unsafe_view",
+    "lift_fresh",
+    "resize_",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name not in FREE:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        """Kernels on a GPU."""
+        return sum(n * (SORT_LAUNCHES if name in SORTS else 1) for name, n in self.seen.items())
+
+
+@dataclass(frozen=True)
+class GivenInformation(AutoPrune):
+    """AutoPrune with a mutual information that does not depend on random weights."""
+
+    def _posterior(self, num_layers, prompts, cost, prior, information):
+        count = len(prompts)
+        spread = [BITS + 0.8 * (2 * i / max(count - 1, 1) - 1) for i in range(count)]
+        bits = [BITS] if count == 1 else spread
+        return super()._posterior(num_layers, prompts, cost, prior, bits)
+
+
+def build() -> LlavaForConditionalGeneration:
+    """A narrow LLaVA with 32 decoder layers in bfloat16."""
+    text = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+        projection_dim=64,
+    )
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).bfloat16().eval()
+
+
+def prompts(batch: int, images: int) -> dict[str, torch.Tensor]:
+    """Random pictures and words, half of the words before the pictures."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(10, 100, (batch, TEXT), generator=generator)
+    pictures = torch.full((batch, images * PATCHES), IMAGE)
+    ids = torch.cat([words[:, : TEXT // 2], pictures, words[:, TEXT // 2 :]], dim=1)
+    pixels = torch.randn(batch * images, 3, 336, 336, generator=generator).bfloat16()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+    }
+
+
+@contextmanager
+def decoder_only(model: Any, launches: Launches) -> Iterator[Counter[str]]:
+    """What the decoder itself launches while this lasts, hooks on it included."""
+    before: list[Counter[str]] = []
+    own: Counter[str] = Counter()
+    text = model.get_decoder()
+
+    def leave(*_: Any) -> None:
+        own.update(launches.seen - before.pop())
+
+    handles = [
+        text.register_forward_pre_hook(lambda *_: before.append(launches.seen.copy())),
+        text.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield own
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def count(model: Any, inputs: dict[str, torch.Tensor], method: Method | None) -> dict[str, Any]:
+    """Launches of a prefill, and of the second step of decoding behind it."""
+    with nullcontext() if method is None else method(model) as trace:
+        model(**inputs, logits_to_keep=1)  # what is made once per model
+        with Launches() as launches, decoder_only(model, launches) as decoder:
+            out = model(**inputs, use_cache=True, logits_to_keep=1)
+        token, mask = out.logits[:, -1:].argmax(-1), inputs["attention_mask"]
+        for _ in range(2):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            given = as_argument(model, cache_of(out))
+            with Launches() as step:
+                out = model(input_ids=token, attention_mask=mask, use_cache=True, **given)
+    schedules = [] if trace is None else [s.tokens_per_layer for s in trace.samples[-len(mask) :]]
+    return {
+        "prefill": launches.total,
+        "decoder": sum(n * (SORT_LAUNCHES if k in SORTS else 1) for k, n in decoder.items()),
+        "operations": sum(launches.seen.values()),
+        "sorts": sum(launches.seen[name] for name in SORTS),
+        "step": step.total,
+        "cuts": sum(any(s[i] < s[i - 1] for s in schedules) for i in range(1, LAYERS) if schedules),
+        "seen": dict(launches.seen.most_common()),
+    }
+
+
+CASES = {
+    "batch 1, 64 of 576": (1, 1, 64),
+    "batch 1, 320 of 2880": (1, 5, 320),
+    "ragged batch of 8, 64 of 576": (8, 1, 64),
+}
+
+
+def compare(model: Any, batch: int, images: int, budget: int) -> dict[str, Any]:
+    """Pruned beside plain: the ratio of launches, and what a cut and a step of decoding add.
+
+    The ratio is of the decoder's prefill; what pruning adds around it counts as the decoder's.
+    """
+    inputs = prompts(batch, images)
+    plain = count(model, inputs, None)
+    pruned = count(model, inputs, GivenInformation(budget))
+    added = pruned["prefill"] - plain["prefill"]
+    return {
+        "plain": plain["decoder"],
+        "pruned": plain["decoder"] + added,
+        "ratio": round(1 + added / plain["decoder"], 3),
+        "operations per cut": round(
+            (pruned["operations"] - plain["operations"]) / max(pruned["cuts"], 1), 1
+        ),
+        "step added": pruned["step"] - plain["step"],
+    }
+
+
+def measure() -> dict[str, dict[str, Any]]:
+    """All cases."""
+    model = build()
+    return {name: compare(model, *case) for name, case in CASES.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", help="write the counts as JSON to this file, too")
+    output = parser.parse_args().output
+    counts = measure()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(f"{LAYERS} layers, bfloat16, {platform.machine()} CPU, {versions}")
+    for name, row in counts.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    if output:
+        with open(output, "w") as file:
+            json.dump({"versions": versions, "launches": counts}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
