@@ -115,9 +115,12 @@ def test_no_method_of_fixed_shape_exceeds_its_budget_and_no_costlier_setting_fit
     budget = method.budget
     try:
         plan = method.plan(layers, visual, text, cost)
-    except InfeasibleBudget as refused:
-        assert refused.smallest is not None
-        cheapest = method.__class__(refused.smallest).plan(layers, visual, text, cost)
+    except InfeasibleBudget as refusal:
+        smallest = refusal.smallest
+    else:
+        smallest = None
+    if smallest is not None:
+        cheapest = create(method.name, smallest).plan(layers, visual, text, cost)
         spent, allowed = spent_and_allowed(cheapest, budget, visual, text, cost)
         assert spent > allowed
         return
