@@ -82,6 +82,15 @@ def constant(layers: ArrayLike, slope: ArrayLike, midpoint: ArrayLike) -> NDArra
     return np.full_like(offset, 0.5)
 
 
+def straight(num_layers: int) -> NDArray[np.float64]:
+    """The straight line `1 - l / L` over all layers, `[L]`: it would reach 0 behind the last one.
+
+    It has no parameters. It is not `linear`, which is clipped and so level in the early layers where
+    its slope is that of AutoPrune.
+    """
+    return 1.0 - np.arange(num_layers) / num_layers
+
+
 CURVES: dict[str, Curve] = {
     "logistic": logistic,
     "linear": linear,

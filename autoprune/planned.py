@@ -25,7 +25,7 @@ from .method import (
     Tower,
     check_settings,
 )
-from .schedules import at_depth, fit_schedule, staircase
+from .schedules import at_depth, check_size, fit_schedule, staircase
 from .selectors import top_k
 
 
@@ -66,7 +66,9 @@ class Planned(Method):
 
         Raises:
             InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
+            ValueError: a size that is no whole number or too small.
         """
+        check_size(num_layers, num_visual, num_text)
         if not num_visual:
             return [0] * num_layers
         assert isinstance(self.budget, Budget)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 from .budget import Budget, InfeasibleBudget
 from .cost import DecoderCost
@@ -37,6 +39,36 @@ def staircase(
         level = min(level, steps.get(layer, level))
         schedule.append(level)
     return schedule
+
+
+def check_size(num_layers: Any, num_visual: Any, num_text: Any = 0) -> None:
+    """Raise ValueError unless a prompt of this size can be planned.
+
+    Args:
+        num_layers: L, a whole number, at least 1.
+        num_visual, num_text: tokens of the prompt, whole numbers, at least 0.
+    """
+    for name, value, least in (
+        ("num_layers", num_layers, 1),
+        ("num_visual", num_visual, 0),
+        ("num_text", num_text, 0),
+    ):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or value < least:
+            raise ValueError(
+                f"{name} must be a whole number, {least} or more, got {value!r}; "
+                "plan(num_layers=32, num_visual=576) plans LLaVA-1.5-7B"
+            )
+
+
+def check_information(bits: Any) -> None:
+    """Raise ValueError unless `bits` can be a mutual information: finite and at least 0."""
+    number = isinstance(bits, Real) and not isinstance(bits, bool)
+    if not number or not 0 <= bits < math.inf:
+        raise ValueError(
+            f"mutual_information must be a number of bits, finite and 0 or more, got {bits!r}; "
+            "what a prompt has is in trace.samples[0].mutual_information"
+        )
 
 
 def fit_schedule(

@@ -24,6 +24,7 @@ EXACT = [
     AutoPrune(Budget.ratio(0.4), mi_layer=0),
     AutoPrune(Budget.ratio(0.4), mi_layer=3, curve="linear"),
     AutoPrune(Budget.ratio(0.4), cut_every=2),
+    AutoPrune(Budget.ratio(0.4), mi_layer=2, prior="linear"),
 ]
 
 
@@ -68,6 +69,8 @@ def test_unknown_names_and_options_are_errors_that_help():
         {"cut_every": 0},
         {"cut_every": 2.5},
         {"first_cut": "before"},
+        {"prior": "straight"},
+        {"prior": None},
         {"positions": "new"},
         {"budget": 0},
         {"budget": True},
@@ -134,12 +137,26 @@ def test_the_plan_without_a_model_is_the_one_that_is_followed(model, method):
             assert plan == sample.tokens_per_layer
 
 
-def test_more_information_keeps_tokens_longer():
-    method = AutoPrune(64)
-    easy, hard = (method.plan(32, 576, bits) for bits in (0.1, 1.0))
+@pytest.mark.parametrize("prior", ["curve", "linear"])
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+def test_easy_is_much_information_and_pruned_early_hard_is_little_and_pruned_late(first_cut, prior):
+    """In the words of docs/method.md: easy = large I, a flat curve; hard = small I, a steep one."""
+    method = AutoPrune(64, first_cut=first_cut, prior=prior)
+    easy, hard = (method.plan(32, 576, bits) for bits in (1.0, 0.1))
     assert sum(easy) == sum(hard) == 64 * 32
-    assert easy[5] > hard[5]
-    assert easy[28] < hard[28]
+    behind = method.mi_layer + 1
+    assert easy[:behind] == hard[:behind]  # before anything is measured all prompts are alike
+    turn = next(layer for layer in range(behind, 32) if easy[layer] >= hard[layer])
+    # Hard: nearly everything is kept early, and narrowed late.
+    assert hard[behind + 4] > 0.95 * hard[behind - 1]
+    assert hard[-1] < 0.02 * hard[behind - 1]
+    # Easy: pruned hard from the first layers on, then held.
+    assert easy[behind] < 0.85 * easy[behind - 1]
+    assert easy[-1] > 0.15 * easy[behind - 1]
+    assert all(h > e for h, e in zip(hard[behind:turn], easy[behind:turn], strict=True))
+    assert all(h <= e for h, e in zip(hard[turn:], easy[turn:], strict=True))
+    steep, flat = method.retention(32, [0.1, 1.0])
+    assert steep[0] / steep[-1] > 50 * flat[0] / flat[-1]
 
 
 def test_one_setting_serves_every_depth():

@@ -13,7 +13,7 @@ import torch
 
 from ..budget import Budget
 from ..cost import DecoderCost
-from ..curves import get_curve
+from ..curves import get_curve, straight
 from ..envelope import envelope
 from ..information import mutual_information
 from ..mergers import get_merger
@@ -28,7 +28,7 @@ from ..method import (
     Selection,
     check_settings,
 )
-from ..schedules import REFERENCE_DEPTH
+from ..schedules import REFERENCE_DEPTH, check_information, check_size
 from ..scorers import as_shares, text_attention, vision_attention
 from ..solver import solve_schedule
 from ..staircase import Staircase
@@ -58,6 +58,9 @@ class AutoPrune(Method):
         x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
         curve: retention family, see `autoprune.curves.CURVES`.
         mi_layer: index of the layer whose attention is measured.
+        prior: what the layers up to `mi_layer` follow, whose cuts are made before I is known: "curve", the
+            curve of a prompt without information, or "linear", a straight line over depth that spends the
+            same budget (1 - l/L in layer l).
         cut_every: from the second layer behind the measurement on, cut only every so many layers: the curve
             becomes a staircase of its means, and the budget stays exact. Fewer cuts save time where
             cutting is dear, as on a GPU. The few tokens that rounding leaves over enter the layer before the
@@ -92,6 +95,7 @@ class AutoPrune(Method):
     beta: float = 0.3
     curve: str = "logistic"
     mi_layer: int = 1
+    prior: Literal["curve", "linear"] = "curve"
     cut_every: int = 1
     first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
     text_weight: float = 1.0
@@ -119,6 +123,7 @@ class AutoPrune(Method):
                 f"cut_every must be a number of layers, 1 or more, got {self.cut_every!r}"
             )
         for name, allowed in (
+            ("prior", ("curve", "linear")),
             ("first_cut", ("after_layer_0", "pre_llm")),
             ("positions", ("original", "compacted")),
         ):
@@ -144,7 +149,11 @@ class AutoPrune(Method):
 
         Raises:
             InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
+            ValueError: a size that is no whole number or too small; information that is negative
+                or not finite.
         """
+        check_size(num_layers, num_visual, num_text)
+        check_information(mutual_information)
         prompts = Prompts([num_visual], [num_text])
         prior = self._prior(num_layers, prompts, cost)
         return self._posterior(num_layers, prompts, cost, prior, [mutual_information])[0].tolist()
@@ -210,7 +219,7 @@ class AutoPrune(Method):
         return slope, midpoint
 
     def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
-        """The schedule of a prompt without information: it decides the layers up to the measurement."""
+        """The schedule before anything is measured: it decides the layers up to the measurement."""
         budget = self.budget
         assert isinstance(budget, Budget)
         priced = budget.kind in ("flops", "kv_bytes")
@@ -226,18 +235,24 @@ class AutoPrune(Method):
         information: Sequence[float],
     ) -> np.ndarray:
         decided = prior[:, : self.mi_layer + 1]
-        return self._solve(num_layers, prompts, cost, information, decided)
+        return self._solve(self.retention(num_layers, information), prompts, cost, decided)
+
+    def _prior_retention(self, num_layers: int) -> np.ndarray:
+        """The curve, [1, L], that decides the layers up to the measurement."""
+        if self.prior == "linear":
+            return self._staircase.average(straight(num_layers)[None])
+        return self.retention(num_layers, [0.0])
 
     def _solve(
         self,
-        num_layers: int,
+        retained: np.ndarray,
         prompts: Prompts,
         cost: DecoderCost | None,
-        information: Sequence[float],
         decided: np.ndarray | None,
     ) -> np.ndarray:
+        """The schedules [prompts, L] that follow the curves and spend the budget."""
         counts = solve_schedule(
-            self.retention(num_layers, information),
+            retained,
             prompts.num_visual,
             self.budget,
             cost=cost,
@@ -340,6 +355,6 @@ def _prior(
     decided = None
     if method.first_cut == "after_layer_0":
         decided = np.asarray(num_visual)[:, None]
-    plan = method._solve(num_layers, prompts, cost, [0.0] * len(prompts), decided)
+    plan = method._solve(method._prior_retention(num_layers), prompts, cost, decided)
     plan.flags.writeable = False
     return plan

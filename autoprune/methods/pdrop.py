@@ -13,7 +13,7 @@ from ..budget import Budget, InfeasibleBudget
 from ..cost import DecoderCost
 from ..method import Needs, Observation, PromptState
 from ..planned import Planned
-from ..schedules import at_depth, fit_schedule, staircase
+from ..schedules import at_depth, check_size, fit_schedule, staircase
 from ..scorers import text_attention
 
 OFFICIAL_LAYERS, EARLY_LAYERS = (8.0, 16.0, 24.0), (2.0, 6.0, 15.0)
@@ -65,6 +65,7 @@ class PDrop(Planned):
     def plan(
         self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
     ) -> list[int]:
+        check_size(num_layers, num_visual, num_text)
         if self.layers is not None or not num_visual:
             return super().plan(num_layers, num_visual, num_text, cost)
         assert isinstance(self.budget, Budget)

@@ -19,10 +19,11 @@ def test_every_schedule_spends_the_budget(call):
         assert counts == sorted(counts, reverse=True)
 
 
-def test_more_information_keeps_more_tokens_deep_down(call):
+def test_the_hard_prompt_is_kept_whole_early_and_the_easy_one_deep_down(call):
     record = call("plan", "--mi", 0.1, "--compare-mi", "1.0", "--json").record
-    easy, hard = (schedule["tokens_per_layer"][-1] for schedule in record["schedules"])
-    assert hard > easy
+    hard, easy = (schedule["tokens_per_layer"] for schedule in record["schedules"])
+    assert hard[5] > easy[5]
+    assert hard[-1] < easy[-1]
 
 
 def test_the_table_has_a_row_per_layer_and_the_sum(call):

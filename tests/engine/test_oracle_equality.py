@@ -78,6 +78,22 @@ def test_staircases_equal_the_oracle(name, batch):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_a_straight_line_before_the_measurement_equals_the_oracle(name, batch):
+    model = model_of(name, "sdpa")
+    method = AutoPrune(Budget.ratio(0.5), prior="linear", mi_layer=2)
+    result = oracle.compare(model, zoo.inputs(name, model, batch), method, steps=3)
+    assert result.worst < TOLERANCE
+    for sample in result.samples:
+        levels, total = sample.tokens_per_layer, sample.num_visual
+        assert sum(levels) == round(zoo.LAYERS * 0.5 * total)
+        if total:
+            line = [zoo.LAYERS - layer for layer in range(1, zoo.LAYERS)]
+            share = (sum(levels) - total) / sum(line)
+            assert levels[1:3] == pytest.approx([share * line[0], share * line[1]], abs=1)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
 def test_the_trace_says_what_the_prompts_hold_and_spends_the_budget(name, attention, media, batch):
     model = model_of(name, attention)

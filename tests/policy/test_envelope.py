@@ -53,6 +53,7 @@ def settings(draw):
         beta=draw(st.one_of(st.floats(-5, 5), st.just(0.0))),
         curve=draw(st.sampled_from(sorted(CURVES))),
         mi_layer=draw(st.integers(0, min(layers - 2, 4))),
+        prior=draw(st.sampled_from(["curve", "linear"])),
         cut_every=draw(st.sampled_from([1, 2, 5])),
         first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm"])),
         noise=draw(st.sampled_from([0.0, 1.0])),
