@@ -121,6 +121,21 @@ def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> tor
     return means.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
 
 
+def in_order(states: torch.Tensor, kept: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """The kept tokens' states by rising rank instead of by place, to be handed to the kept places in turn.
+
+    With compacted positions that is the same as to hand the tokens over in this order.
+
+    Args:
+        states: [batch, K, size].
+        kept: LongTensor [batch, K], positions; -1 is padding.
+        rank: [batch, V]; of equal ones the lower position comes first.
+    """
+    rank = rank.float().gather(1, kept.clamp(min=0)).masked_fill(kept < 0, float("inf"))
+    order = rank.sort(dim=1, stable=True).indices.to(states.device)
+    return states.gather(1, order[..., None].expand_as(states))
+
+
 def merge_similar(
     features: torch.Tensor,
     pool: torch.Tensor,
@@ -129,11 +144,12 @@ def merge_similar(
     rounds: int,
     worth: torch.Tensor | None = None,
     groups: torch.Tensor | None = None,
+    has_cls: bool = False,
 ) -> torch.Tensor:
     """Bipartite soft matching, in rounds: the tokens of a pool become groups of similar ones.
 
-    A round splits what is left into every other token and the rest, finds for each of the first its
-    most similar one among the second, and joins the most similar pairs there; a group's features are the
+    A round splits what is left into sources, every other token, and targets, the rest, finds for each
+    source its most similar target, and joins the most similar pairs there; a group's features are the
     mean of its tokens'. What is to go is spread evenly over the rounds, but no round takes more than half;
     further rounds follow until it is gone. From ToMe (ICLR 2023), where every block is a round.
 
@@ -145,6 +161,7 @@ def merge_similar(
         rounds: 1 or more; 1 takes half of what is left each time.
         worth: [batch, V], taken off the similarity with which a token joins another.
         groups: [batch, V], numbers of groups to begin with; without, every token is one.
+        has_cls: as for `join_similar`.
 
     Returns:
         LongTensor [batch, V]: for each token of the pool the position of the one that stands for its
@@ -174,9 +191,9 @@ def merge_similar(
         means = total / size.clamp(min=1)[..., None]
         means = means.gather(1, order[..., None].expand(-1, -1, means.shape[2]))
         if worth is None:
-            joins = join_similar(means, leaving, number=number)
+            joins = join_similar(means, leaving, number=number, has_cls=has_cls)
         else:
-            joins = join_similar(means[..., :-1], leaving, means[..., -1], number)
+            joins = join_similar(means[..., :-1], leaving, means[..., -1], number, has_cls)
         into = position.scatter(1, order, order.gather(1, joins))
         owner = torch.where(owner < 0, owner, into.gather(1, owner.clamp(min=0)))
         total, size = _add_up(total, size, into)
@@ -204,6 +221,7 @@ def join_similar(
     leaving: torch.Tensor,
     worth: torch.Tensor | None = None,
     number: torch.Tensor | None = None,
+    has_cls: bool = False,
 ) -> torch.Tensor:
     """One round of `merge_similar`, with one token for each group; there are two or more.
 
@@ -211,18 +229,24 @@ def join_similar(
         features, worth: as there.
         leaving: LongTensor [batch], how many tokens join another; at most half.
         number: LongTensor [batch], so many tokens take part, and others stand behind; None for all.
+        has_cls: whether a CLS token stood before the first token. It counted as a source that may not
+            join any, so the sources are the second token, the fourth, and so on; without it they are the
+            first, the third, and so on.
 
     Returns:
         LongTensor [batch, V]: the position of the token that each one joins, its own if it stays.
     """
     position = torch.arange(features.shape[1], device=features.device).repeat(len(features), 1)
     real = position >= 0 if number is None else position < number[:, None]
-    similarity = cosine(features[:, ::2], features[:, 1::2])
+    first, second = slice(0, None, 2), slice(1, None, 2)
+    source, target = (second, first) if has_cls else (first, second)
+    similarity = cosine(features[:, source], features[:, target])
     if number is not None:
-        similarity = similarity.masked_fill(~real[:, None, 1::2], float("-inf"))
+        similarity = similarity.masked_fill(~real[:, None, target], float("-inf"))
     best, partner = similarity.max(dim=2)
     if worth is not None:
-        best = best - worth[:, ::2]
-    joins = ranks(best, real[:, ::2]) < leaving[:, None]
-    position[:, ::2] = torch.where(joins, 2 * partner + 1, position[:, ::2])
+        best = best - worth[:, source]
+    joins = ranks(best, real[:, source]) < leaving[:, None]
+    into = position[:, target].gather(1, partner)
+    position[:, source] = torch.where(joins, into, position[:, source])
     return position

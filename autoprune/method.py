@@ -10,10 +10,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 
 Rows = Literal["text", "last"]
 Positions = Literal["original", "compacted"]
+POSITIONS: tuple[str, ...] = get_args(Positions)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a method may know of the model it is attached to."""
+    """What a method may know of the model it is attached to.
+
+    has_vision_scores: whether the vision tower scores patches; has_cls: whether it has a CLS token.
+    """
 
     num_layers: int
     cost: DecoderCost
     has_vision_scores: bool
+    has_cls: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Tower:
     attention: in the block whose output the decoder receives: the CLS token's, or where there is none
         the attention that a patch receives.
     keys: that block's keys.
+    received: in that block the attention that a patch receives from all others, the CLS token included.
     middle: the attention that a patch receives in another block, too: the one at this share of the
         tower's depth, in (0, 1].
     places: where each token lies in its picture.
@@ -64,6 +70,7 @@ class Tower:
 
     attention: bool = False
     keys: bool = False
+    received: bool = False
     middle: float | None = None
     places: bool = False
     merge: bool = False
@@ -77,11 +84,13 @@ class Patches:
     sizes: float32 [pictures, P], patches that each stands for.
     attention: gives float32 [pictures, P], the attention that each of a token's patches gets from the
         CLS token or, where there is none, from the patches.
+    has_cls: whether a CLS token stands before them, which is none of the P and takes no part.
     """
 
     keys: torch.Tensor
     sizes: torch.Tensor
     attention: Callable[[], torch.Tensor]
+    has_cls: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ class Needs:
 
     rows: query rows of the attention in the layer before the cut: every text token after the last
         visual one ("text"), or only the prompt's last token ("last"); None for no attention.
-    ahead: take that attention from the layer behind the cut instead. Costs that layer's projections
-        of all tokens a second time.
     keys: keys and queries of the layer before the cut.
+    ahead: take attention, keys and queries from the layer behind the cut instead. Costs that layer's
+        projections of all tokens a second time.
     vision: what `Method.tower` asked for, where the model gives it.
     hidden: hidden states at the cut.
     """
@@ -122,7 +131,8 @@ class Observation:
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
         patches of a token; NaN for tokens without a patch.
-    vision_middle: float32 [batch, V], attention received in the tower's middle block; NaN likewise.
+    vision_received, vision_middle: float32 [batch, V], attention received from all patches in the block
+        whose output the decoder receives, and in the tower's middle block; NaN likewise.
     places: float32 [batch, V, 3], which picture of the batch (or frame, or tile) a token belongs to, and
         its row and column there in tokens; NaN likewise.
     vision_groups: float32 [batch, V], a number for what a token's patch was merged into in the tower:
@@ -143,6 +153,7 @@ class Observation:
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None
+    vision_received: torch.Tensor | None = None
     vision_middle: torch.Tensor | None = None
     places: torch.Tensor | None = None
     vision_groups: torch.Tensor | None = None
@@ -211,10 +222,13 @@ class Method(abc.ABC):
 
     `with method(model) as trace:` prunes everything the model runs inside the block and records it;
     `method.attach(model)` does the same until `detach()` is called on what it returns.
+
+    released: the options with which it comes closest to its authors' code, where they are not the defaults.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    released: ClassVar[Mapping[str, Any]] = {}
     budget: Budget
     positions: Positions = "original"
 
@@ -308,3 +322,10 @@ def check_settings(method: Method) -> None:
         fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
         if not fits or (kind is Real and not math.isfinite(value)):
             raise ValueError(f"{method.name}: {setting.name} must be {expected}, got {value!r}")
+
+
+def check_choice(method: Method, name: str, allowed: Sequence[Any]) -> None:
+    """Raise ValueError for a setting that is none of the allowed values."""
+    value = getattr(method, name)
+    if value not in allowed:
+        raise ValueError(f"{method.name}: {name} must be one of {tuple(allowed)}, got {value!r}")

@@ -1,28 +1,33 @@
 """Methods whose schedule is known before the prompt is read: all but the adaptive ones.
 
 Such a method is a shape of schedule, a cut or a few, and a rule for each cut. Derive from
-`PreDecoder` (one cut before the decoder), `AfterLayer` (one cut between two layers) or `Planned`, and
-write `score` (the best are kept) or `choose` (anything else).
+`PreDecoder` (one cut before the decoder), `TowerScored` (the same, by what the vision tower shows),
+`AfterLayer` (one cut between two layers) or `Planned`, and write `score` (the best are kept) or `choose`
+(anything else).
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from .budget import Budget
 from .cost import DecoderCost
+from .mergers import in_order
 from .method import (
+    POSITIONS,
     Method,
     Needs,
     Observation,
+    Positions,
     PromptState,
     Selection,
     Tower,
+    check_choice,
     check_settings,
 )
 from .schedules import at_depth, check_size, fit_schedule, staircase
@@ -31,16 +36,22 @@ from .selectors import top_k
 
 @dataclass(frozen=True)
 class Planned(Method):
-    """A method with a schedule of fixed shape, fitted to the budget: the nearest from below."""
+    """A method with a schedule of fixed shape, fitted to the budget: the nearest from below.
+
+    Args:
+        positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
+    """
 
     looks: ClassVar[Needs] = Needs()
     sees: ClassVar[Tower] = Tower()
 
     budget: Budget | float = 64
+    positions: Positions = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.of(self.budget))
         check_settings(self)
+        check_choice(self, "positions", POSITIONS)
 
     @abc.abstractmethod
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
@@ -120,6 +131,50 @@ class PreDecoder(Planned):
 
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
         return [setting] * num_layers
+
+
+@dataclass(frozen=True)
+class TowerScored(PreDecoder):
+    """One cut before the decoder, by what the vision tower shows of each token.
+
+    Args:
+        mask_padding: patches that hold nothing but the padding of a square-padded picture are kept last;
+            False treats them as any other.
+    """
+
+    mask_padding: bool = field(default=True, kw_only=True)
+
+    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+        if not self.mask_padding:
+            seen = replace(seen, vision_padding=None)
+        return super().select(seen, state)
+
+
+@dataclass(frozen=True)
+class Ordered(TowerScored):
+    """Tokens are handed to the decoder in another order than the picture's, if so wished.
+
+    Args:
+        order: "picture", or "released" for the order of the authors' code, with compacted positions.
+    """
+
+    order: str = field(default="picture", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "order", ("picture", "released"))
+        if self.order == "released" and self.positions != "compacted":
+            raise ValueError(
+                f"{self.name}: order='released' moves tokens to places of others, but positions is "
+                f"{self.positions!r}; use positions='compacted'"
+            )
+
+    def ordered(self, selection: Selection, rank: torch.Tensor) -> Selection:
+        """A selection with states, in the order of `rank` [batch, V] where that is wished."""
+        if self.order == "picture":
+            return selection
+        assert selection.states is not None
+        return replace(selection, states=in_order(selection.states, selection.kept, rank))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Forwards:
             num_layers=len(located.layers),
             cost=located.cost,
             has_vision_scores=self.vision.available or vision_scores is not None,
+            has_cls=self.vision.has_cls,
         )
         self.implementation = located.implementation
         self._local = threading.local()

@@ -104,7 +104,7 @@ class VisionTap:
     def tapped(self) -> list[nn.Module]:
         """The tower's attention modules that `attend` must handle."""
         wanted = self.wanted
-        seen = (wanted.attention, wanted.keys, wanted.places, wanted.merge)
+        seen = (wanted.attention, wanted.keys, wanted.received, wanted.places, wanted.merge)
         if not any(seen) and wanted.middle is None:
             return []
         watched = (self.attention, self.middle, *self.merging.attentions)
@@ -217,11 +217,16 @@ class VisionTap:
                 call.pictures.append((keys.shape[0], keys.shape[2] - first))
                 if self.wanted.keys:
                     call.add("vision_keys", keys.float().mean(dim=1)[:, first:])
-                if self.wanted.attention and first and self.has_cls:
+                by_cls = bool(first) and self.has_cls
+                if self.wanted.received or (self.wanted.attention and not by_cls):
+                    received = received_attention(queries, keys, scaling, attention_mask)
+                    received = received[:, first:, None]
+                if self.wanted.received:
+                    call.add("vision_received", received)
+                if self.wanted.attention and by_cls:
                     call.add("vision_scores", cls_attention(queries, keys, scaling)[..., None])
                 elif self.wanted.attention:
-                    received = received_attention(queries, keys, scaling, attention_mask)
-                    call.add("vision_scores", received[:, first:, None])
+                    call.add("vision_scores", received)
 
     def _around(self, medium: str, original: Callable) -> Callable:
         """`get_image_features` or `get_video_features`, with what is seen meanwhile."""
@@ -271,7 +276,8 @@ class VisionTap:
 
     def _padding(self, call: _Call, shape: Sequence[int]) -> torch.Tensor | None:
         """Which patches hold the padding of a picture; only its scores must not win by it."""
-        if not self.wanted.attention or not self.family.squares:
+        scored = self.wanted.attention or self.wanted.received
+        if not scored or not self.family.squares:
             return None
         size = self.base.config.vision_config.patch_size
         size = size if isinstance(size, int) else size[0]

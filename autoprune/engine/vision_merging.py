@@ -67,7 +67,8 @@ class Merged:
         first = self.first
         keys = key.float().mean(dim=1)[:, first:]
         sizes = self.sizes[:, first:].to(key.device)
-        into = rule(Patches(keys, sizes, partial(self._attention, query, key, scaling)), leaving)
+        attention = partial(self._attention, query, key, scaling)
+        into = rule(Patches(keys, sizes, attention, has_cls=bool(first)), leaving)
         return torch.nn.functional.pad(into + first, (first, 0))
 
     def merge(self, hidden: torch.Tensor, into: torch.Tensor, leaving: int) -> torch.Tensor:

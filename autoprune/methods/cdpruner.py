@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..method import Needs, Observation, PromptState, Selection
 from ..planned import PreDecoder
@@ -34,6 +34,7 @@ class CDPruner(PreDecoder):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, "
         "NeurIPS 2025, arxiv.org/abs/2506.10967"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted"}
     looks: ClassVar[Needs] = Needs(hidden=True)
 
     negative: bool = False

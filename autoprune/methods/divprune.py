@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..method import Needs, Observation, PromptState, Selection
 from ..planned import PreDecoder
@@ -31,6 +31,7 @@ class DivPrune(PreDecoder):
         "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, CVPR 2025, "
         "arxiv.org/abs/2503.02175"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted"}
     looks: ClassVar[Needs] = Needs(hidden=True)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:

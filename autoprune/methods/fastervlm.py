@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..method import Needs, Observation, PromptState, Tower
-from ..planned import PreDecoder
+from ..planned import TowerScored
 from ..scorers import required_vision_attention
 
 
 @dataclass(frozen=True)
-class FasterVLM(PreDecoder):
+class FasterVLM(TowerScored):
     """Keeps what the vision tower's CLS token attends to, cut before the decoder.
 
     Differs from the official code: all pictures and tiles of a prompt share one budget, and image newlines
@@ -29,6 +30,7 @@ class FasterVLM(PreDecoder):
         "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, 2024, "
         "arxiv.org/abs/2412.01818v1 (its later version is VisPruner)"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True)
     sees: ClassVar[Tower] = Tower(attention=True)
 

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
-from ..scorers import real_patches, required_vision, required_vision_attention
+from ..planned import TowerScored
+from ..scorers import real_patches, required_vision
 from ..selectors import ranks, top_by_tier, top_k
 from ..transfer import to_device
 
 
 @dataclass(frozen=True)
-class HiPrune(PreDecoder):
+class HiPrune(TowerScored):
     """Keeps what two blocks of the vision tower attend to, and what lies beside it, before the decoder.
 
     A share alpha / 5 of the budget goes to anchors, the tokens that receive most attention in a middle
     block of the tower, as many as four times that to the anchors' direct neighbours (buffers), and the
-    rest to the tokens most attended in the block whose output the decoder receives (registers).
+    rest to the tokens that receive most in the block whose output the decoder receives (registers).
+    Attention is the mean over heads and over all queries, a CLS token's among them. As in the official
+    code the number of anchors is rounded, so that below 2.5 / alpha tokens (25) there are registers only.
     Differs from the official code: neighbours end at the picture's border instead of running on in the
-    row before or behind; where there is a CLS token, its attention ranks the registers instead of the
-    mean over all queries; all pictures of a prompt share one budget; image newlines are dropped first.
+    row before or behind; all pictures of a prompt share one budget; image newlines are dropped first.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
@@ -38,6 +39,7 @@ class HiPrune(PreDecoder):
         "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language "
         "Models, 2025, arxiv.org/abs/2508.00553"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True)
 
     alpha: float = 0.1
@@ -51,11 +53,12 @@ class HiPrune(PreDecoder):
             raise ValueError(f"middle must be above 0 and at most 1, got {self.middle!r}")
 
     def tower(self) -> Tower:
-        return Tower(attention=True, middle=self.middle, places=True)
+        return Tower(received=True, middle=self.middle, places=True)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        scores, middle = required_vision_attention(seen), required_vision(seen, "vision_middle")
+        scores, middle = (required_vision(seen, f"vision_{n}") for n in ("received", "middle"))
         real = real_patches(seen, middle)
+        scores = scores.where(real, 0.0)
         number = [round(count * self.alpha / 5) for count in counts]
         anchors = top_k(middle.masked_fill(~real, -1.0), number, seen.mask)
         near = real & neighbours(required_vision(seen, "places"), anchors)

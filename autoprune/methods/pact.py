@@ -24,7 +24,7 @@ CUTOFFS, ROUNDS = 32, 3
 class PACT(AfterLayer):
     """Drops what the visual tokens attend to least and merges the rest into clusters of similar keys.
 
-    One cut before layer `layer`, from keys and queries of the layer before. Importance (EUTI) is
+    One cut before layer `layer`, from that layer's own keys and queries. Importance (EUTI) is
     mean over heads of softmax_v(k_v . mean query of the visual tokens / sqrt(d)), times the norm of the
     hidden state; the best `important` of the tokens go on. Their clusters (DBDPC): by falling density
     sum_j exp(-(d_ij / 2)^2), with cosine distances d of the keys, a token farther than a cutoff from
@@ -39,7 +39,7 @@ class PACT(AfterLayer):
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
-        layer: stated for 32 layers; the official code cuts after layer 4.
+        layer: stated for 32 layers; the official code cuts on entering layer 4, the fifth.
         important: share of the tokens that is clustered, in (0, 1].
         recover: 0 loses all tokens that the first step drops.
     """
@@ -49,9 +49,9 @@ class PACT(AfterLayer):
         "PACT: Pruning and Clustering-Based Token Reduction for Faster Visual Language Models, "
         "CVPR 2025, arxiv.org/abs/2504.08966"
     )
-    looks: ClassVar[Needs] = Needs(keys=True, hidden=True)
+    looks: ClassVar[Needs] = Needs(keys=True, ahead=True, hidden=True)
 
-    layer: float = 5
+    layer: float = 4
     important: float = 0.55
     recover: float = 1.5
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,6 +46,7 @@ class PDrop(Planned):
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy "
         "Reduction, CVPR 2025, arxiv.org/abs/2410.17247"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted"}
     looks: ClassVar[Needs] = Needs(rows="last", ahead=True)
 
     layers: tuple[float, ...] | None = None

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
+from ..planned import Ordered
 from ..scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..selectors import evenly_spaced, ranks, top_by_tier
 from ..transfer import to_device
 
 
 @dataclass(frozen=True)
-class PruMerge(PreDecoder):
+class PruMerge(Ordered):
     """Keeps outliers of the vision tower's attention and evenly spaced tokens, before the decoder.
 
     Tokens whose CLS attention a exceeds Q3 + 1.5 (Q3 - Q1), its quartiles over the prompt, are kept,
@@ -39,6 +39,11 @@ class PruMerge(PreDecoder):
         "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025, "
         "arxiv.org/abs/2403.15388"
     )
+    released: ClassVar[Mapping[str, Any]] = {
+        "positions": "compacted",
+        "mask_padding": False,
+        "order": "released",
+    }
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True)
 
@@ -54,7 +59,8 @@ class PruMerge(PreDecoder):
         assert seen.hidden is not None
         real = real_patches(seen, keys)
         allowed = to_device(list(counts), attention.device)
-        outlier = outliers(attention, real) & (ranks(attention, real) < allowed[:, None])
+        rank = ranks(attention, real)
+        outlier = outliers(attention, real) & (rank < allowed[:, None])
         spaced = evenly_spaced(real & ~outlier, allowed - outlier.sum(dim=1))
         tiers = 2 * outlier.long() + spaced.long()
         kept = top_by_tier(tiers, attention, counts, seen.mask)
@@ -64,7 +70,9 @@ class PruMerge(PreDecoder):
         )
         similarity = cosine(takers, keys.nan_to_num())
         weights = self._weights(similarity, attention, dropped)
-        return Selection(kept, list(counts), states=taken_in(seen.hidden(), kept, weights))
+        selection = Selection(kept, list(counts), states=taken_in(seen.hidden(), kept, weights))
+        behind = rank.shape[1] + 1 - spaced.long()
+        return self.ordered(selection, torch.where(outlier, rank, behind))
 
     def _weights(
         self, similarity: torch.Tensor, attention: torch.Tensor, dropped: torch.Tensor

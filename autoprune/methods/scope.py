@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
+from ..planned import TowerScored
 from ..scorers import required_vision_attention
 from ..selectors import weighted_coverage
 
 
 @dataclass(frozen=True)
-class SCOPE(PreDecoder):
+class SCOPE(TowerScored):
     """Keeps tokens that are attended to and cover the others, cut before the decoder.
 
     A kept set S covers token i by max(0, max_{j in S} cos(f_i, f_j)), with the embeddings f that the
@@ -35,6 +35,7 @@ class SCOPE(PreDecoder):
         "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs, NeurIPS 2025, "
         "arxiv.org/abs/2510.24214"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True)
 

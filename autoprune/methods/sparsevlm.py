@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from ..mergers import get_merger
-from ..method import Needs, Observation, PromptState, Selection
+from ..method import Needs, Observation, PromptState, Selection, check_choice
 from ..planned import Planned
 from ..schedules import at_depth, staircase
 from ..scorers import text_attention
 
 CUTS = (3, 7, 16)
 OFFICIAL_TOKENS = 576
-OFFICIAL_LEVELS = ((0, 0, 0), (66, 30, 17), (303, 110, 36), (303, 200, 110), (576, 576, 576))
-"""Official lists for 64, 128 and 192 tokens between none and all; the last one's 300 is raised to 303
-so that no level falls."""
+OFFICIAL_LEVELS = {
+    1: ((66, 30, 17), (238, 48, 26), (303, 110, 36), (303, 200, 110)),
+    2: ((66, 34, 20), (246, 54, 28), (246, 108, 60), (300, 200, 118)),
+}
+"""Official lists of each version for 64, 96, 128 and 192 tokens. So that no level falls, the 300 of the
+first version's last list is raised to 303, and the 238 of the second version's third one to 246."""
+
+PRIORITY_HEADS = 14 / 32
+"""Heads of which the second version takes the attention: 14 of the 32 of LLaVA-1.5."""
 
 STEPS = 2_500
 """Settings between two of these lists."""
@@ -33,14 +39,17 @@ class SparseVLM(Planned):
     all rate. After layers 2, 6 and 15 visual tokens are ranked by the attention of the raters in that
     layer, mean over heads and raters; the best 30 % of the dropped are merged into a tenth as many
     cluster means (DPC-KNN).
+    The second version of the official code (SparseVLM+) has other lists, takes the attention of those 14
+    of 32 heads only that pay most to the picture, and merges nothing.
     Differs from the official code: levels are interpolated linearly between the official lists, as
     shares of 576, to fit the budget; merged tokens are inside these levels, stand at their cluster's
-    centre instead of behind the picture, and ties between centres are not broken at random; positions are
-    kept instead of numbered anew.
+    centre instead of behind the picture, and ties between centres are not broken at random; attention is
+    not divided by what the rotation alone would give, as in the second version.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
-        recycle: False loses all dropped tokens.
+        version: 1 or 2.
+        recycle: False loses all dropped tokens, as the second version always does.
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -48,22 +57,37 @@ class SparseVLM(Planned):
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, "
         "ICML 2025, arxiv.org/abs/2410.04417"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted"}
 
+    version: int = 1
     recycle: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "version", tuple(OFFICIAL_LEVELS))
+
+    @property
+    def merges(self) -> bool:
+        return self.recycle and self.version == 1
+
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
-        piece = min(setting // STEPS, len(OFFICIAL_LEVELS) - 2)
+        lists = self._lists()
+        piece = min(setting // STEPS, len(lists) - 2)
         part = setting / STEPS - piece
         shares = [
             (low + part * (high - low)) / OFFICIAL_TOKENS
-            for low, high in zip(OFFICIAL_LEVELS[piece], OFFICIAL_LEVELS[piece + 1], strict=True)
+            for low, high in zip(lists[piece], lists[piece + 1], strict=True)
         ]
         levels = [max(1, round(num_visual * share)) for share in shares]
         cuts = [at_depth(cut, num_layers) for cut in CUTS]
         return staircase(num_visual, num_layers, cuts, levels)
 
     def settings(self, num_visual: int, num_layers: int) -> range:
-        return range(STEPS * (len(OFFICIAL_LEVELS) - 1) + 1)
+        return range(STEPS * (len(self._lists()) - 1) + 1)
+
+    def _lists(self) -> list[tuple[int, int, int]]:
+        """The official lists, between those for no token and for all."""
+        return [(0, 0, 0), *OFFICIAL_LEVELS[self.version], (OFFICIAL_TOKENS,) * 3]
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         assert state.schedule is not None
@@ -71,7 +95,7 @@ class SparseVLM(Planned):
             cuts_later = any(plan[-1] < plan[0] for plan in state.schedule)
             return Needs(hidden=True) if cuts_later else None
         due = any(plan[cut] < plan[cut - 1] for plan in state.schedule)
-        return Needs(rows="text", hidden=self.recycle) if due else None
+        return Needs(rows="text", hidden=self.merges) if due else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == 0:
@@ -80,8 +104,11 @@ class SparseVLM(Planned):
         return super().select(seen, state)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        scores = text_attention(seen, rows=state.notes["raters"])
-        return get_merger("dpc_knn" if self.recycle else None)(seen, scores, counts)
+        rows = state.notes["raters"]
+        if self.version == 2:
+            seen = replace(seen, attention=priority_heads(seen, rows))
+        scores = text_attention(seen, rows=rows)
+        return get_merger("dpc_knn" if self.merges else None)(seen, scores, counts)
 
 
 def raters(seen: Observation) -> torch.Tensor:
@@ -96,3 +123,18 @@ def raters(seen: Observation) -> torch.Tensor:
     mean = relevance.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
     chosen = (relevance > mean) & real
     return torch.where(chosen.any(dim=1, keepdim=True), chosen, real).to(seen.mask.device)
+
+
+def priority_heads(seen: Observation, rows: torch.Tensor) -> torch.Tensor:
+    """The attention of the heads that pay most to the picture, [batch, those heads, text, V].
+
+    Args:
+        rows: bool [batch, text], whose attention counts.
+    """
+    attention = seen.attention
+    assert attention is not None
+    counts = rows[:, None, :, None] & seen.mask[:, None, None]
+    paid = attention.masked_fill(~counts, 0.0).sum(dim=(2, 3))
+    number = max(1, round(PRIORITY_HEADS * paid.shape[1]))
+    best = paid.sort(dim=1, descending=True, stable=True).indices[:, :number]
+    return attention.gather(1, best[..., None, None].expand(-1, -1, *attention.shape[2:]))

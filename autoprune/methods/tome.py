@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..mergers import absorb, join_similar, merge_similar
 from ..method import Needs, Observation, Patches, PromptState, Selection, Tower
-from ..planned import PreDecoder
+from ..planned import TowerScored
 from ..scorers import real_patches, required_vision, required_vision_attention
 from ..selectors import ranks, top_k
 from ..transfer import to_device
 
 
 @dataclass(frozen=True)
-class ToMe(PreDecoder):
+class ToMe(TowerScored):
     """Merges visual tokens whose keys are similar, a few in each block of the vision tower.
 
     In each round every other token finds its most similar counterpart among the rest, and the most
     similar pairs are merged into their mean, weighted by how many tokens each already stands for (bipartite
-    soft matching). Each block up to the one whose output the decoder receives is a round, and what is to
-    go is spread evenly over them. The next block sees the tokens that are left, and log(size) is added to
-    its scores (proportional attention). The last round is the cut before the decoder.
+    soft matching). A CLS token counts and stays: behind it the second, the fourth, ... token are those that
+    look for a counterpart, without it the first, the third, ...
+    Each block up to the one whose output the decoder receives is a round, and what is to go is spread
+    evenly over them. The next block sees the tokens that are left, and log(size) is added to its scores
+    (proportional attention). The last round is the cut before the decoder.
     Differs from the official code: tokens are merged behind a block, not between its attention and its
     MLP; they keep their order, so that later rounds split them otherwise; attention is not proportional
     with flash or flex attention; in the tower all pictures of a batch are left with the largest share that
@@ -46,6 +48,7 @@ class ToMe(PreDecoder):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "Token Merging: Your ViT But Faster, ICLR 2023, arxiv.org/abs/2210.09461"
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True, merge=True)
 
@@ -68,6 +71,7 @@ class ToMe(PreDecoder):
             self.rounds if groups is None else 1,
             self.worth(lambda: required_vision_attention(seen), real.float()),
             groups,
+            state.shape.has_cls,
         )
         position = torch.arange(owner.shape[1], device=owner.device)
         first = (owner == position).float() + real.float()
@@ -79,7 +83,8 @@ class ToMe(PreDecoder):
 
     def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
         number = torch.full((len(seen.sizes),), leaving, device=seen.sizes.device)
-        return join_similar(seen.keys, number, self.worth(seen.attention, seen.sizes))
+        worth = self.worth(seen.attention, seen.sizes)
+        return join_similar(seen.keys, number, worth, has_cls=seen.has_cls)
 
     def worth(
         self, attention: Callable[[], torch.Tensor], patches: torch.Tensor

@@ -20,8 +20,10 @@ class Turbo(ToMe):
     counterpart, where A is the token's CLS attention in that block in units of the mean one.
     Differs from the official code: as `tome` does, in where it merges, too; a merged token's attention is
     the mean of its parts'; alpha is stated for the mean attention, so that it does not depend on the
-    number of patches (the official 5, times 30, is 0.26 for 576 patches); where the tower has no CLS
-    token, the attention that a patch receives stands in.
+    number of patches (the code for LLaVA takes 5 x 100 x attention, which is 500 / 576 = 0.87 for 576
+    patches; the code for BLIP takes 5 x 30, which is 0.26); hidden states are compared in the code for
+    LLaVA, keys in that for BLIP and here; where the tower has no CLS token, the attention that a patch
+    receives stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
@@ -35,7 +37,7 @@ class Turbo(ToMe):
         "arxiv.org/abs/2312.07408"
     )
 
-    alpha: float = 0.26
+    alpha: float = 0.87
 
     def __post_init__(self) -> None:
         super().__post_init__()

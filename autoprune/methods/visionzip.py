@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..mergers import absorb
 from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
+from ..planned import Ordered
 from ..scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..selectors import ranks, top_by_tier
 from ..transfer import to_device
 
 
 @dataclass(frozen=True)
-class VisionZip(PreDecoder):
+class VisionZip(Ordered):
     """Keeps what the vision tower attends to and merges the rest into a few, before the decoder.
 
     The tokens most attended by the CLS token are kept (dominant). Of the others every so-many-th is a target
@@ -39,6 +39,11 @@ class VisionZip(PreDecoder):
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025, "
         "arxiv.org/abs/2412.04467"
     )
+    released: ClassVar[Mapping[str, Any]] = {
+        "positions": "compacted",
+        "mask_padding": False,
+        "order": "released",
+    }
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True)
 
@@ -66,4 +71,5 @@ class VisionZip(PreDecoder):
         nearest = similarity.masked_fill(~target[:, None], float("-inf")).argmax(dim=2)
         merges = rest & ~target & target.any(dim=1, keepdim=True)
         owner = torch.where(merges, nearest, -1)
-        return Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
+        selection = Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
+        return self.ordered(selection, 2 - tiers)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
+from ..planned import TowerScored
 from ..scorers import real_patches, required_vision_attention
 from ..selectors import ranks, top_by_tier, without_duplicates
 from ..transfer import to_device
@@ -16,7 +16,7 @@ AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class VisPruner(PreDecoder):
+class VisPruner(TowerScored):
     """Keeps what the vision tower attends to, and of the rest what differs, before the decoder.
 
     A share `ratio` of the budget goes to the tokens most attended by the CLS token. Of the others, in the
@@ -36,6 +36,7 @@ class VisPruner(PreDecoder):
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs, "
         "ICCV 2025, arxiv.org/abs/2412.01818"
     )
+    released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True)
 

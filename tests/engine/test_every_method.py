@@ -27,9 +27,19 @@ EXACT = {"autoprune"}
 model_of = functools.cache(zoo.build)
 
 
+# As close to the authors' code as the options allow, and a version of it that has no name of its own.
+RELEASED = {name: method.released for name, method in METHODS.items() if method.released}
+OTHER_VERSIONS = {
+    **{f"{name} as released": (name, options) for name, options in RELEASED.items()},
+    "sparsevlm, second version": ("sparsevlm", {"version": 2}),
+}
+
+
 def created(name, budget):
     """The method with settings that fit the zoo's six layers."""
     options = {"recycle": False} if name == "autoprune_reference" else {}
+    if name in OTHER_VERSIONS:
+        name, options = OTHER_VERSIONS[name]
     return autoprune.create(name, budget=budget, **options)
 
 
@@ -37,6 +47,17 @@ def created(name, budget):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_pruning_equals_the_oracle(name, family, batch):
+    check_oracle(name, family, batch)
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3_text"])
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("name", OTHER_VERSIONS)
+def test_settings_as_released_equal_the_oracle(name, family, batch):
+    check_oracle(name, family, batch)
+
+
+def check_oracle(name, family, batch):
     model = model_of(family, zoo.FAMILIES[family].attentions[0])
     inputs = zoo.inputs(family, model, batch)
     spy = Spy(created(name, Budget.ratio(0.5)))
@@ -67,7 +88,7 @@ def test_pruning_equals_the_oracle(name, family, batch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *OTHER_VERSIONS])
 def test_every_method_spends_the_budget_it_reports(name, budget):
     model = model_of("llava", "sdpa")
     inputs = zoo.inputs("llava", model, "padded3_text")
@@ -130,7 +151,7 @@ def allowed(sample, budget):
 
 
 # A random draw belongs to the place in the batch.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
+@pytest.mark.parametrize("name", [name for name in (*NAMES, *OTHER_VERSIONS) if name != "random"])
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name):
     # Through generate, which does not count padding as positions: DART measures rotated keys.
     model = model_of("llava", "eager")

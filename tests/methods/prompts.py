@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from autoprune.method import Observation, Selection
+from autoprune.method import ModelShape, Observation, Prompts, PromptState, Selection
 from autoprune.planned import PreDecoder
 
 Grid = tuple[int, int]
@@ -21,6 +21,7 @@ class Prompt:
     hidden: np.ndarray
     text: np.ndarray
     attention: np.ndarray
+    received: np.ndarray
     middle: np.ndarray
     keys: np.ndarray
     places: np.ndarray
@@ -58,7 +59,11 @@ def prompt(
         values[missing] = np.nan
     hidden = random.normal(size=(n, size)).astype(np.float32)
     text = random.normal(size=(random.integers(1, 6), size)).astype(np.float32)
-    return Prompt(hidden, text, attention, middle, keys, places, np.array(padding, dtype=bool))
+    received = random.exponential(size=n).astype(np.float32) / max(n, 1)
+    received[missing] = np.nan
+    return Prompt(
+        hidden, text, attention, received, middle, keys, places, np.array(padding, dtype=bool)
+    )
 
 
 def observation(prompts: Sequence[Prompt]) -> Observation:
@@ -81,6 +86,7 @@ def observation(prompts: Sequence[Prompt]) -> Observation:
         vision_scores=stacked("attention"),
         vision_padding=stacked("padding", False),
         vision_keys=stacked("keys"),
+        vision_received=stacked("received"),
         vision_middle=stacked("middle"),
         places=stacked("places"),
         hidden=lambda: hidden,
@@ -88,14 +94,20 @@ def observation(prompts: Sequence[Prompt]) -> Observation:
     )
 
 
+def state(prompts: Sequence[Prompt], has_cls: bool = True) -> PromptState:
+    """What the engine carries along for a batch of prompts."""
+    sizes = Prompts([len(p.hidden) for p in prompts], [len(p.text) for p in prompts])
+    return PromptState(ModelShape(32, None, has_vision_scores=True, has_cls=has_cls), sizes)
+
+
 def choices(
-    method: PreDecoder, prompts: Sequence[Prompt], counts: Sequence[int]
+    method: PreDecoder, prompts: Sequence[Prompt], counts: Sequence[int], has_cls: bool = True
 ) -> list[tuple[list[int], np.ndarray | None]]:
     """What the method keeps of each prompt, and the kept tokens' new states if it makes any.
 
     Every selection is checked to be well formed, and to be the same for each prompt alone.
     """
-    together = method.choose(observation(prompts), counts, None)
+    together = method.choose(observation(prompts), counts, state(prompts, has_cls))
     assert list(together.counts) == list(counts)
     found = []
     for row, count in enumerate(counts):
@@ -105,7 +117,8 @@ def choices(
         found.append((kept, states))
         if not prompts[row].hidden.size:
             continue  # alone, it would not be asked for
-        alone = method.choose(observation([prompts[row]]), [count], None)
+        one = [prompts[row]]
+        alone = method.choose(observation(one), [count], state(one, has_cls))
         same, alone_states = _of_row(alone, 0, count)
         assert kept == same
         if states is not None:

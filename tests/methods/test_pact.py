@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from autoprune import Budget
 from autoprune.methods.pact import PACT, _centres, clusters, importance
 from autoprune.selectors import top_k
+from tests import zoo
 from tests.methods.shown import HEAD_DIM, HEADS, KEY_HEADS, kept_of, shown
 
 COUNTS, ROWS = [40, 11, 26], [3, 3, 3]
@@ -153,6 +155,42 @@ def test_without_recovery_not_even_a_dropped_twin_of_a_centre_joins_it():
     vectors = normalize(torch.randn(20, 1, 5, generator=generator), dim=2).expand(-1, 6, -1)
     owner = clusters(vectors, torch.arange(3).expand(20, -1), [1] * 20, recover=0)
     assert owner.tolist() == [[0, 0, 0, -1, -1, -1]] * 20
+
+
+def test_keys_and_queries_are_those_of_the_layer_that_the_cut_stands_before():
+    assert PACT(90).plan(32, 100)[3:5] == [100, 88], "layers 0 to 3 see everything"
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    # Layer 16 of 32 is 3 of 6.
+    attention, seen, projected = model.get_decoder().layers[3].self_attn, [], {}
+
+    class Watching(PACT):
+        def choose(self, shown, counts, state):
+            seen.append((shown.cut, shown.keys(), shown.queries(), shown.mask))
+            return super().choose(shown, counts, state)
+
+    with torch.no_grad():
+        hooks = [
+            getattr(attention, name).register_forward_hook(
+                lambda _, __, out, name=name: projected.setdefault(name, out)
+            )
+            for name in ("q_proj", "k_proj")
+        ]
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        with Watching(Budget.ratio(0.8), layer=16)(model):
+            model(**inputs)
+    ((cut, keys, queries, mask),) = seen
+    assert cut == 3
+    visual = zoo.visual_mask(model, inputs["input_ids"])
+    for found, name in ((keys, "k_proj"), (queries, "q_proj")):
+        for row in range(len(visual)):
+            one = found[row][:, mask[row]]  # [heads, V, head dim]
+            plain = projected[name][row, visual[row]].unflatten(1, (one.shape[0], -1))
+            # A rotation keeps the length.
+            lengths = plain.norm(dim=2).T
+            torch.testing.assert_close(one.norm(dim=2), lengths, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

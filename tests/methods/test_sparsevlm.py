@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from autoprune import Budget
-from autoprune.method import PromptState
-from autoprune.methods.sparsevlm import SparseVLM, raters
+from autoprune.method import Observation, PromptState
+from autoprune.methods.sparsevlm import SparseVLM, priority_heads, raters
 from tests import zoo
 from tests.methods.shown import kept_of, shown
 
@@ -59,9 +59,47 @@ def test_what_is_recycled_is_inside_the_budget_and_at_a_dropped_tokens_place():
 
 
 def test_the_official_lists_come_out_at_their_own_price():
-    for levels in ([66, 30, 17], [303, 110, 36], [303, 200, 110]):
+    for levels in ([66, 30, 17], [238, 48, 26], [303, 110, 36], [303, 200, 110]):
         wanted = [576] * 3 + [levels[0]] * 4 + [levels[1]] * 9 + [levels[2]] * 16
         assert SparseVLM(sum(wanted) / 32).plan(32, 576) == wanted
+
+
+def test_the_second_version_has_lists_of_its_own():
+    for levels in ([66, 34, 20], [246, 54, 28], [246, 108, 60], [300, 200, 118]):
+        wanted = [576] * 3 + [levels[0]] * 4 + [levels[1]] * 9 + [levels[2]] * 16
+        assert SparseVLM(sum(wanted) / 32, version=2).plan(32, 576) == wanted
+
+
+def test_the_second_version_ranks_by_the_heads_that_look_at_the_picture_most():
+    given, counts = shown(COUNTS, ROWS), [16, 5, 9]
+    # Of 4 heads 4 x 14 / 32 = 1.75, which is 2, and in each prompt others.
+    for row, (one, other) in enumerate([(1, 3), (0, 2), (2, 3)]):
+        given.attention[row, [one, other]] *= 3
+    state = PromptState(None, None, notes={"raters": raters(given.observation(cut=0))})
+    selection = SparseVLM(8, version=2).choose(given.observation(), counts, state)
+    assert selection.merged is None and selection.counts == counts
+    for row, (kept, heads) in enumerate(
+        zip(kept_of(selection), [[1, 3], [0, 2], [2, 3]], strict=True)
+    ):
+        rows = state.notes["raters"][row].nonzero().squeeze(1)
+        scores = given.attention[row, heads][:, rows, : COUNTS[row]].double().mean(dim=(0, 1))
+        assert kept == sorted(scores.argsort(descending=True)[: len(kept)].tolist())
+
+
+def test_14_of_32_heads_count_by_what_the_raters_pay_to_the_picture():
+    # Head h gives the picture h; a word that does not rate would turn that round.
+    attention = torch.arange(32.0)[None, :, None, None].repeat(1, 1, 2, 5)
+    attention[:, :, 1] = 100 - attention[:, :, 1]
+    mask = torch.tensor([[True, True, True, True, False]])
+    attention[:, 0, :, 4] = 1e6  # padding
+    seen = Observation(3, [4], torch.arange(5)[None], mask, attention)
+    found = priority_heads(seen, torch.tensor([[True, False]]))
+    assert sorted(found[0, :, 0, 0].tolist()) == list(range(18, 32))
+
+
+def test_a_version_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="version must be one of \\(1, 2\\), got 3"):
+        SparseVLM(8, version=3)
 
 
 def test_other_budgets_lie_between_the_lists_and_waste_little():
