@@ -4,10 +4,42 @@ with autoprune.AutoPrune(budget=64)(model) as trace:
     ids = model.generate(**inputs)
 """
 
-from .budget import Budget
-from .methods import create, list_methods
-from .methods.autoprune import AutoPrune
-from .methods.autoprune_reference import AutoPruneReference
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budget import Budget
+    from .methods import create, list_methods
+    from .methods.autoprune import AutoPrune
+    from .methods.autoprune_reference import AutoPruneReference
 
 __version__ = "0.1.0"
 __all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods"]
+
+# Where a name comes from. It is imported when it is first used: torch takes seconds, and
+# `autoprune --help` needs none of it.
+_HOMES = {
+    "AutoPrune": "methods.autoprune",
+    "AutoPruneReference": "methods.autoprune_reference",
+    "Budget": "budget",
+    "create": "methods",
+    "list_methods": "methods",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is not None:
+        return getattr(importlib.import_module(f".{home}", __name__), name)
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -101,6 +101,23 @@ class InfeasibleBudget(ValueError):
         self.asked = asked
         self.smallest = smallest
 
+    @classmethod
+    def too_small(
+        cls, asked: Budget, smallest: Budget, costs_more: str, way_out: str = ""
+    ) -> InfeasibleBudget:
+        """The refusal of a budget below the smallest one, which its message leads with.
+
+        Args:
+            costs_more: what the budget cannot pay for.
+            way_out: what helps beside a larger budget, after "or".
+        """
+        message = f"the smallest feasible budget here is {smallest.expression}; "
+        message += f"{asked} cannot pay for {costs_more}; raise the budget"
+        if asked.kind == "tokens" and asked.value <= 1:
+            share = Budget.ratio(asked.value).expression
+            message += f", write {share} if a share of the visual tokens is meant"
+        return cls(f"{message}, or {way_out}" if way_out else message, asked, smallest)
+
 
 def _checked(kind: Kind, value: Any) -> float:
     """The value as float (int for bytes), or a ValueError that says what is wrong with it."""

@@ -5,12 +5,14 @@ What is imported here is cheap; each command imports what it needs when it runs.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from .methods.autoprune import AutoPrune
@@ -83,14 +85,49 @@ def demo(
     command.demo(built, seed, wanted, output, _console(), as_json)
 
 
-@app.command()
+class _AsksQuestions(TyperCommand):
+    """A command that takes a question, which may begin with a dash as an option does."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._questions_last(args))
+
+    def _questions_last(self, args: list[str]) -> list[str]:
+        """Options first, then what is none, behind "--" if it could be mistaken for one."""
+        takes_value = {
+            name
+            for param in self.params
+            if not getattr(param, "is_flag", False)
+            for name in param.opts
+        }
+        options: list[str] = []
+        others: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                others += words
+            elif word in takes_value:
+                options += [word, *[value for value in [next(words, None)] if value is not None]]
+            elif _OPTION.fullmatch(word):
+                options.append(word)
+            else:
+                others.append(word)
+        if any(word.startswith("-") and word != "-" for word in others):
+            return [*options, "--", *others]
+        return args
+
+
+_OPTION = re.compile(r"--?[a-zA-Z][\w-]*(=.*)?", re.DOTALL)
+
+
+@app.command(cls=_AsksQuestions)
 def run(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
+    image: Annotated[str, typer.Argument(help="A picture; - reads standard input.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     budget: Budget = "64",
     method: MethodName = "autoprune",
     model: Annotated[
-        str | None, typer.Option(help="Folder of a checkpoint; default: the embedded model.")
+        str | None,
+        typer.Option(help="Folder or hub name of a checkpoint; default: the embedded model."),
     ] = None,
     x0: X0 = None,
     k0: K0 = None,
@@ -181,7 +218,8 @@ def families(
 @app.command()
 def bench(
     model: Annotated[
-        str, typer.Option(help="A built-in configuration, or the folder of a checkpoint.")
+        str,
+        typer.Option(help="A built-in configuration, or the folder or hub name of a checkpoint."),
     ] = "small",
     method: Annotated[
         str | None,
@@ -201,7 +239,7 @@ def bench(
     text: Annotated[int, typer.Option(min=2, help="Other tokens of each prompt.")] = 64,
     images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     image: Annotated[
-        Path | None, typer.Option(help="A picture for a checkpoint; default: random pixels.")
+        str | None, typer.Option(help="A picture for a checkpoint; default: random pixels.")
     ] = None,
     question: Annotated[
         str | None, typer.Option(help="A question for a checkpoint, in place of --text.")
@@ -281,7 +319,8 @@ def compare(
     kinds: Annotated[str | None, typer.Option(help="Kinds of questions, by commas.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a checkpoint; default: the embedded model.")
+        str | None,
+        typer.Option(help="Folder or hub name of a checkpoint; default: the embedded model."),
     ] = None,
     tasks: Annotated[
         Path | None, typer.Option(help="JSON lines with image, question, answer and kind.")
@@ -359,7 +398,9 @@ def _quiet_libraries() -> None:
     import os
     import warnings
 
-    for name in ("torchao", "torch.utils._pytree"):
+    from .quiet import NOISY_IMPORTS
+
+    for name in NOISY_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", category=UserWarning, module=r"autoprune\.commands")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -38,21 +40,55 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"pictures are written as PNG, got {str(path)!r}; choose a name ending in .png"
         )
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
-        )
-    check_folder(path.parent)
+    check_file(path)
     return path
 
 
+def check_file(path: Path) -> None:
+    """Raise ValueError where no file of that name can be written; its folder must exist."""
+    with _named(path):
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; "
+                "create it first"
+            )
+    check_folder(path.parent)
+
+
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise ValueError where nothing can be written into a folder."""
+    """Raise ValueError where nothing can be written into a folder; one to be made counts as well.
+
+    Nothing is made. `make_folder` makes it.
+    """
+    folder = Path(folder)
+    with _named(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is a file; give a folder")
+        # What is to be made is made in the nearest folder that is there.
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder that can be written into, made if it is not there, with those above it.
+
+    Raises:
+        ValueError: it is a file, or cannot be made or written.
+    """
+    check_folder(folder)
+    with _named(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn what the system says into one sentence that names the path."""
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        yield
     except OSError as error:
         raise ValueError(
-            f"cannot write into {str(folder)!r} ({error.strerror}); choose another folder"
+            f"cannot write {str(path)!r} ({error.strerror}); choose another place"
         ) from error

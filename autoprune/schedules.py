@@ -98,12 +98,8 @@ def fit_schedule(
     allowed = _allowed(budget, len(shape(settings[0])), num_visual, cost, num_text)
     if not affordable(settings[0]):
         smallest = _price(shape(settings[0]), num_visual, budget, cost, num_text)
-        raise InfeasibleBudget(
-            f"a budget of {budget} is infeasible: the cheapest schedule of this method, "
-            f"{_short(shape(settings[0]))}, needs {smallest.expression}; raise the budget to that",
-            budget,
-            smallest,
-        )
+        cheapest = f"the cheapest schedule of this method, {_short(shape(settings[0]))}"
+        raise InfeasibleBudget.too_small(budget, smallest, cheapest)
     low, high = 0, len(settings) - 1
     while low < high:
         middle = (low + high + 1) // 2

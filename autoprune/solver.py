@@ -205,18 +205,19 @@ def _affordable(
 
 def _too_small(budget: Budget, limits: Limits, cost: DecoderCost | None) -> InfeasibleBudget:
     smallest = _smallest(budget, limits, cost)
-    message = (
-        f"a budget of {budget} is infeasible: the layers that are already decided and the least "
-        "that every other layer must keep cost more; the smallest feasible budget here is "
-        f"{smallest.expression}; raise the budget to that"
-    )
     undecided = _smallest(budget, limits.reopened(), cost)
-    if undecided.value < smallest.value:
-        message += (
-            ', or set first_cut="pre_llm", which prunes before layer 0 sees every visual token '
-            f"and is feasible down to {undecided.expression}"
-        )
-    return InfeasibleBudget(message, budget, smallest)
+    way_out = (
+        'set first_cut="pre_llm", which prunes before layer 0 sees every visual token '
+        f"and is feasible down to {undecided.expression}"
+        if undecided.value < smallest.value
+        else ""
+    )
+    return InfeasibleBudget.too_small(
+        budget,
+        smallest,
+        "the layers that are already decided and the least that every other layer must keep",
+        way_out,
+    )
 
 
 def _unspendable(budget: Budget, limits: Limits, most: Floats | None) -> InfeasibleBudget:

@@ -80,7 +80,8 @@ class Summary:
     kv_bytes_saved: float
 
     def __str__(self) -> str:
-        text = f"{self.prompts} prompts ({self.prompts_with_images} with images): "
+        noun = "prompt" if self.prompts == 1 else "prompts"
+        text = f"{self.prompts} {noun} ({self.prompts_with_images} with images): "
         text += f"{self.mean_tokens:.1f} of {self.visual_tokens:.1f} visual tokens per layer, "
         text += f"{self.flops_saved:.1%} of prefill FLOPs and {self.kv_bytes_saved:.1%} of KV bytes saved"
         if self.mutual_information is not None:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from autoprune.files import check_folder, check_picture_path, write_whole
+from autoprune.files import check_folder, check_picture_path, make_folder, write_whole
 
 
 def test_text_and_bytes_are_written_as_they_are(tmp_path):
@@ -44,6 +44,23 @@ def test_a_picture_path_is_checked_before_it_is_needed(tmp_path):
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "one")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"cannot write into .*; choose another folder"):
-        check_folder(tmp_path / "no")
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path):
+    assert make_folder(tmp_path / "new" / "one").is_dir()
+    assert make_folder(tmp_path / "new" / "one") == tmp_path / "new" / "one"
+
+
+@pytest.mark.parametrize("check", [check_folder, make_folder])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, check):
+    (tmp_path / "file").write_text("mine")
+    for folder, message in (
+        ("/proc/new", r"cannot write '/proc/new' \(.*\); choose another place"),
+        (tmp_path / "file", "is a file; give a folder"),
+        (tmp_path / "file" / "new", r"cannot write '.*new' \(.*\); choose another place"),
+        (tmp_path / ("x" * 300), r"\(File name too long\); choose another place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(folder)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..budget import Budget
-from ..files import check_folder, write_whole
+from ..files import check_file, make_folder, write_whole
 from ..images import load_image
 from ..methods import METHODS
 from .bench_table import show
@@ -48,7 +48,7 @@ class Request:
     batch: str = "1,8"
     text: int = 64
     images: int = 1
-    image: Path | None = None
+    image: str | None = None
     question: str | None = None
     spread: float | None = None
     settings: Sequence[str] = ()
@@ -224,21 +224,9 @@ def _positive(option: str, text: str) -> int:
 
 def _output(path: Path) -> Path:
     """The JSON file for `--output`; the plot goes beside it."""
-    from ..viz import matplotlib_parts
-
-    matplotlib_parts()
-    if path.suffix.lower() == ".json":
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(
-                f"cannot write {str(path)!r}: give a file in a folder that exists, or a folder"
-            )
-        check_folder(path.parent)
-        return path
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{str(path)!r} is a file; give a folder, or a name ending in .json")
-    path.mkdir(parents=True, exist_ok=True)
-    check_folder(path)
-    return path / "bench.json"
+    file = path if path.suffix.lower() == ".json" else make_folder(path) / "bench.json"
+    check_file(file)
+    return file
 
 
 def _subject(request: Request) -> Subject:
@@ -293,11 +281,18 @@ def _progress() -> Progress:
 
 
 def _plot(record: dict[str, Any], output: Path) -> Path | None:
+    """The plot beside the figures; without matplotlib, a line on stderr that it is left out."""
     from ..bench.plot import plot_speedups
     from ..viz import to_png
 
     if not any(row["kind"] == "pruned" for row in record["rows"]):
         return None
     path = output.with_suffix(".png")
-    write_whole(path, to_png(plot_speedups(record["rows"], record["model"]["name"])))
+    try:
+        write_whole(path, to_png(plot_speedups(record["rows"], record["model"]["name"])))
+    except ImportError as error:
+        Console(stderr=True).print(
+            f"autoprune: no plot beside {str(output)!r}: {error}", markup=False, soft_wrap=True
+        )
+        return None
     return path

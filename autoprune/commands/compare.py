@@ -17,6 +17,7 @@ from ..evaluation import Options, Setting, Task, embedded_tasks, read_tasks
 from ..evaluation import compare as run_comparison
 from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
+from ..files import check_folder
 from .inputs import build_method, parse_budget, parse_methods
 from .models import load_embedded, load_model
 from .report import WIDE, as_options, print_json
@@ -61,6 +62,7 @@ def compare(request: CompareRequest, console: Console) -> None:
         UnsupportedError: a model that cannot be pruned.
     """
     settings = list(_settings(request))
+    check_folder(request.output)
     with Console(stderr=True).status("reading the questions"):
         tasks = _tasks(request)
     where = (request.device, request.dtype)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..files import write_whole
+from ..files import check_file, make_folder, write_whole
 from ..method import Method
 from ..trace import Sample
 from ..viz import kept_patches, tile, to_png
@@ -90,26 +90,25 @@ def _questions(seed: int, kinds: Sequence[str] | None) -> Iterator[tuple[Scene, 
 
 
 def _picture_path(output: Path) -> Path:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{str(output)!r} is a file; give a folder for the picture")
-    output.mkdir(parents=True, exist_ok=True)
-    return output / "kept_patches.png"
+    picture = make_folder(output) / "kept_patches.png"
+    check_file(picture)
+    return picture
 
 
 def _compare(loaded: Loaded, method: Method, scene: Scene, question: Question) -> Result:
     from .. import tiny
 
     inputs = prepare(loaded, scene.image, question.text)
-    full = answer(loaded, inputs, MAX_NEW_TOKENS)
-    pruned, sample = answer_pruned(loaded, inputs, method, MAX_NEW_TOKENS)
+    full = answer(loaded, inputs, MAX_NEW_TOKENS).text
+    given, sample = answer_pruned(loaded, inputs, method, MAX_NEW_TOKENS)
     return Result(
         scene,
         question,
         full,
-        pruned,
+        given.text,
         sample,
         tiny.is_correct(question, full),
-        tiny.is_correct(question, pruned),
+        tiny.is_correct(question, given.text),
     )
 
 

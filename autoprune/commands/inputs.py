@@ -91,6 +91,10 @@ def build_method(
         key, equals, value = assignment.partition("=")
         if not equals:
             raise ValueError(f"option {assignment!r} is not of the form name=value")
+        if key.strip() == "budget":
+            raise ValueError(
+                f"the budget is no option of a method, got {assignment!r}; give it as --budget {value}"
+            )
         given[key.strip()] = _typed(name, key.strip(), value.strip())
     amount = budget.value if name == "autoprune_reference" and budget.kind == "tokens" else budget
     return create(name, amount, **given)

@@ -73,7 +73,7 @@ def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
         indent = len(line) - len(line.lstrip())
         starts = not line.strip() or (lines and indent <= _indent(lines[0]) and indent > 0)
         if lines and (starts or line.rstrip() in _SECTIONS or lines[0] in _SECTIONS):
-            yield _indent(lines[0]), " ".join(map(str.strip, lines)).replace("`", "")
+            yield _indent(lines[0]), " ".join(map(str.strip, lines))
             lines = []
         if line.strip():
             lines.append(line)

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from .. import __version__
 from ..files import check_picture_path, write_whole
 from ..images import load_image
 from ..method import Method
 from ..trace import Sample
 from ..viz import kept_patches, to_png
-from .models import Loaded, answer, answer_pruned, load_embedded, load_model, prepare
+from .models import Answer, Loaded, answer, answer_pruned, load_embedded, load_model, prepare
 from .pictures import as_seen
 from .report import bits, can_draw, print_json, sample_record, saved, sparkline
 
@@ -23,7 +27,7 @@ from .report import bits, can_draw, print_json, sample_record, saved, sparkline
 class Request:
     """What to run and how to show it."""
 
-    image: Path
+    image: str | Path
     question: str
     method: Method
     model: str | None = None
@@ -51,30 +55,51 @@ def run(request: Request, console: Console) -> None:
     loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
     inputs = prepare(loaded, image, request.question)
     seen = None if request.picture is None else as_seen(loaded, inputs, image)
+    if loaded.model.device.type != "cpu":
+        # The first run on an accelerator loads its kernels, which says nothing of the model.
+        answer_pruned(loaded, inputs, request.method, 1)
     pruned, sample = answer_pruned(loaded, inputs, request.method, request.max_new_tokens)
     full = answer(loaded, inputs, request.max_new_tokens) if request.compare else None
     if request.picture is not None and seen is not None:
-        title = f"{request.question}  {pruned}"
+        title = f"{request.question}  {pruned.text}"
         write_whole(request.picture, to_png(kept_patches(seen[0], sample, seen[1], title=title)))
     if request.as_json:
-        print_json(console, _record(request, loaded, pruned, sample, full))
+        print_json(console, _record(request, loaded, image, pruned, sample, full))
     else:
         _show(request, loaded, pruned, sample, full, console)
 
 
 def _record(
-    request: Request, loaded: Loaded, pruned: str, sample: Sample, full: str | None
+    request: Request,
+    loaded: Loaded,
+    image: Image.Image,
+    pruned: Answer,
+    sample: Sample,
+    full: Answer | None,
 ) -> dict[str, Any]:
     record = {
+        "image": str(request.image),
+        "image_size": list(image.size),
         "question": request.question,
-        "answer": pruned,
+        "answer": pruned.text,
         "model": loaded.name,
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "method": request.method.name,
         "budget": str(request.method.budget),
+        "versions": {
+            "autoprune": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": pruned.seconds,
+        "first_token_seconds": pruned.first_token_seconds,
         **sample_record(sample),
     }
     if full is not None:
-        record["answer_unpruned"] = full
+        record["answer_unpruned"] = full.text
+        record["seconds_unpruned"] = full.seconds
+        record["first_token_seconds_unpruned"] = full.first_token_seconds
     if request.picture is not None:
         record["picture"] = str(request.picture)
     return record
@@ -83,18 +108,18 @@ def _record(
 def _show(
     request: Request,
     loaded: Loaded,
-    pruned: str,
+    pruned: Answer,
     sample: Sample,
-    full: str | None,
+    full: Answer | None,
     console: Console,
 ) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     counts = sample.tokens_per_layer
-    table.add_row("answer", pruned)
+    table.add_row("answer", pruned.text)
     if full is not None:
-        table.add_row("unpruned", full)
+        table.add_row("unpruned", full.text)
     table.add_row("model", f"{loaded.name}, {len(counts)} layers")
     table.add_row("method", f"{request.method.name}, {request.method.budget}")
     table.add_row(
@@ -112,11 +137,21 @@ def _show(
         "KV cache",
         f"{sample.kv_bytes / 1e6:.4g} MB, {saved(sample.kv_bytes, sample.kv_bytes_full)} saved",
     )
+    table.add_row("time", _time(pruned))
+    if full is not None:
+        table.add_row("", f"unpruned: {_time(full)}")
     if request.picture is not None:
         table.add_row("picture", str(request.picture))
     console.print(table)
+    console.print("A time is that of one run, vision tower included; `autoprune bench` measures.")
     if sample.num_visual and sample.mean_tokens == sample.num_visual:
         console.print("The budget pays for all visual tokens: nothing was pruned.")
+
+
+def _time(given: Answer) -> str:
+    return (
+        f"first token after {given.first_token_seconds:.3g} s, answer after {given.seconds:.3g} s"
+    )
 
 
 def _listed(counts: list[int]) -> str:

@@ -91,8 +91,9 @@ def read_tasks(
 ) -> list[Task]:
     """Tasks of a file of JSON lines: `image`, `question`, `answer`, and a `kind` if there are several.
 
-    Paths of images are taken relative to the file; `answer` is a string or a list of them. The id is
-    the number of the line. Blank lines are passed over.
+    Paths of images are taken relative to the file; `answer` is a string, a number (as it
+    is written: 2.50 is not 2.5), or a list of them. The id is the number of the line. Blank lines are
+    passed over.
 
     Args:
         per_kind: take the first so many of each kind; default: all.
@@ -134,10 +135,17 @@ def _check_count(per_kind: int) -> None:
         raise ValueError(f"questions must be at least 1 of each kind, got {per_kind}")
 
 
+class _Number(str):
+    """A number of a task file, as it is written there."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def _task(path: Path, number: int, line: str) -> Task:
     where = f"{path.name}, line {number}"
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=_Number, parse_float=_Number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
     if not isinstance(record, dict):
@@ -154,15 +162,16 @@ def _task(path: Path, number: int, line: str) -> Task:
         answers = [answers]
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise ValueError(
-            f"{where}, answer: expected a text or a list of texts, got {record.get('answer')!r}"
+            f"{where}, answer: expected a text, a number or a list of them, got {record.get('answer')!r}"
         )
     kind = _text({"kind": "all", **record}, "kind", where)
-    return Task(str(number), kind, _text(record, "question", where), tuple(answers), image)
+    question = _text(record, "question", where)
+    return Task(str(number), kind, question, tuple(map(str, answers)), image)
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = record.get(field)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or isinstance(value, _Number) or not value.strip():
         raise ValueError(f"{where}, {field}: expected a text, got {value!r}")
     return value
 

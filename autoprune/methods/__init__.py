@@ -67,7 +67,7 @@ def list_methods() -> list[str]:
     return list(METHODS)
 
 
-def create(name: str, budget: Budget | float, **options: Any) -> Method:
+def create(name: str, /, budget: Budget | float, **options: Any) -> Method:
     """Build a method by name: `create("autoprune", budget=64, k0=0.3)`.
 
     Raises:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprune.quiet import quiet_imports
 from autoprune.tiny.questions import (
     EASY,
     HARD,
@@ -63,7 +64,9 @@ def load(
     another model of the recipe is wanted.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    with quiet_imports():
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = folder or path()
     if not (folder / "model.safetensors").is_file():

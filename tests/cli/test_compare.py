@@ -112,7 +112,7 @@ def test_tasks_of_ones_own(compare, tmp_path):
     path.write_text(json.dumps(task) + "\n" + json.dumps({**task, "answer": 3}))
     outcome = compare("--tasks", path, "--methods", "random", "--budgets", "20")
     assert outcome.code == 2
-    assert "tasks.jsonl, line 2, answer: expected a text or a list of texts" in outcome.err
+    assert "tasks.jsonl, line 2, answer: expected a text, a number or a list of them" in outcome.err
 
 
 def test_ctrl_c_says_how_to_go_on(compare, tmp_path, monkeypatch):

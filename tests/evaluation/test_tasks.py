@@ -87,6 +87,13 @@ def test_a_file_gives_one_task_per_line(write):
     assert first.image == path.parent / "scene.png"
 
 
+def test_numbers_are_answers_as_they_were_written(write):
+    line = '{"image": "scene.png", "question": "how many?", "answer": [2, 2.50, "two", -3]}'
+    first, second = read_tasks(write(line, {**GOOD, "answer": 2}))
+    assert first.answers == ("2", "2.50", "two", "-3")
+    assert second.answers == ("2",) and type(second.answers[0]) is str
+
+
 def test_other_line_ends_may_stand_inside_a_text(write):
     (task,) = read_tasks(
         write(json.dumps({**GOOD, "question": "what\u2028is it?"}, ensure_ascii=False))
@@ -115,9 +122,10 @@ def test_kinds_and_numbers_choose_from_a_file(write):
         ({**GOOD, "image": "none.png"}, "line 2, image: there is no file"),
         ({**GOOD, "image": 7}, "line 2, image: expected a text, got 7"),
         ({**GOOD, "question": " "}, "line 2, question: expected a text"),
-        ({**GOOD, "answer": None}, "line 2, answer: expected a text or a list"),
+        ({**GOOD, "answer": None}, "line 2, answer: expected a text, a number or a list of them"),
         ({**GOOD, "answer": []}, "line 2, answer"),
-        ({**GOOD, "answer": ["ring", 3]}, "line 2, answer"),
+        ({**GOOD, "answer": ["ring", None]}, "line 2, answer"),
+        ({**GOOD, "answer": True}, "line 2, answer"),
         ({**GOOD, "kind": 1}, "line 2, kind: expected a text, got 1"),
     ],
 )
