@@ -67,6 +67,8 @@ class Prefill:
         self.records: list[CutRecord] = []
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
+        # Bytes that the look at a layer's attention took while the layer attended.
+        self.looked: dict[int, int] = {}
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
@@ -98,6 +100,8 @@ class Prefill:
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         if kept := self.observer.kept_bytes:
             self.observed[index - 1] = self.observed.get(index - 1, 0) + kept
+        if looked := self.observer.looked_bytes:
+            self.looked[index - 1] = looked
         entering = args[0]
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
@@ -259,7 +263,9 @@ class Prefill:
         return output
 
     def record(self) -> Prefilled:
-        return Prefilled(self.layout, self.state, self.records, self.observed, self.sharing)
+        return Prefilled(
+            self.layout, self.state, self.records, self.observed, self.sharing, self.looked
+        )
 
     def stage_of(self, layer: int) -> Stage:
         """The tokens that layer `layer` ran on."""

@@ -43,7 +43,9 @@ class AutoPruneReference(Method):
     Differs from `AutoPrune`: the budget counts tokens leaving a layer and is met by bisection only
     approximately; what enters layer 0 and the first cut is outside it; mutual information is not
     normalised and grows with the number of heads; x0 is an absolute layer index; positions are compacted
-    in every layer; dropped tokens are recycled. Ties between cluster centres go to the lowest index.
+    in every layer; dropped tokens are recycled. Ties between cluster centres go to the lowest index. As in
+    the release every text row is looked at, however many there are, so behind a short picture a text of
+    thousands of tokens makes it slower than not to prune.
 
     Args:
         budget: target mean of visual tokens leaving a layer (`target_token_num`), or
@@ -88,7 +90,7 @@ class AutoPruneReference(Method):
         ]
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return Needs(rows="text", vision=cut == 1, hidden=self.recycle) if cut else None
+        return Needs(rows="all", vision=cut == 1, hidden=self.recycle) if cut else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == 1:
