@@ -84,7 +84,9 @@ class Observer:
         if needs.keys:
             self._projections = query, key
         if needs.rows is not None:
-            self._attention = self._look(needs.rows, tokens, query, key, attention_mask, scaling, softcap)
+            self._attention = self._look(
+                needs.rows, tokens, query, key, attention_mask, scaling, softcap
+            )
         if self.peeking:
             raise SeenEnough
 

@@ -31,7 +31,7 @@ from ..reference_math import (
     released_runtime_counts,
 )
 from ..scorers import text_attention, vision_attention
-from ..selectors import top_k
+from ..selectors import required_first, top_k
 
 TEXT_WEIGHT = 0.3
 
@@ -107,7 +107,7 @@ class AutoPruneReference(Method):
             return None
         scores = text_attention(seen)
         if not self.recycle:
-            return Selection(top_k(scores, counts, seen.mask), counts)
+            return Selection(top_k(required_first(scores, seen), counts, seen.mask), counts)
         recycled = [recycled_count(n - k) for n, k in zip(seen.counts, counts, strict=True)]
         clusters = [cluster_count(m) for m in recycled]
         return recycle(seen, scores, counts, recycled, clusters, behind=True)
@@ -120,7 +120,7 @@ class AutoPruneReference(Method):
             information = [m / max(rows, 1) for m, rows in zip(*_information(seen), strict=True)]
             weight = TEXT_WEIGHT * torch.tensor(information, device=scores.device)
             scores = vision + weight[:, None] * scores
-        return Selection(top_k(scores, counts, seen.mask), counts)
+        return Selection(top_k(required_first(scores, seen), counts, seen.mask), counts)
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
         information, _ = _information(seen)
