@@ -2,8 +2,10 @@
 
 Conventions: a multiply-add counts as 2 FLOPs. Causal attention is counted as the full n x n
 product, as FLOP counters and profilers do. Norms, activations, rotary embeddings, softmax,
-embedding look-up and the pruning itself are not counted (together well below one per cent). Weight
-tying shares the lm_head's storage and leaves its FLOPs unchanged.
+embedding look-up and the pruning itself are not counted (together well below one per cent for
+ordinary questions). A look at the attention of t text rows is 2 heads head_dim t n FLOPs, so before each
+cut at most 64 / n of that layer's attention, as t is at most 128. Weight tying shares the lm_head's
+storage and leaves its FLOPs unchanged.
 """
 
 from __future__ import annotations
@@ -183,14 +185,16 @@ class DecoderCost:
         observed: ArrayLike = 0,
         sharing: int = 1,
         cached: ArrayLike | None = None,
+        looked: ArrayLike = 0,
     ) -> Any:
         """Most bytes that the prefill of a prompt allocates and holds at one time.
 
         That is in the MLP of some layer: the cache up to there, rotary embeddings, the hidden states
         that enter the layer, its residual and normed ones, and the MLP's products (three for a gated
-        one, as transformers' Llama and Qwen compute it, four for a fused one, else two). Attention that
-        forms whole score matrices ("eager") needs more, and so may a method in a small model that looks
-        at hundreds of text rows, while it does; weights and what enters the decoder are not counted.
+        one, as transformers' Llama and Qwen compute it, four for a fused one, else two). Or it is where
+        a method looks at the attention of some layer, with its queries in the place of the MLP's
+        products. Attention that forms whole score matrices ("eager") needs more; weights and what enters the
+        decoder are not counted.
 
         Args:
             visual_per_layer, num_text: as above.
@@ -201,6 +205,8 @@ class DecoderCost:
             sharing: prompts of the batch that have the rotary embeddings of the whole prompt in common.
             cached: columns of each layer's cache, `[L]`, where a batch pads them. Default: the tokens that
                 enter the layer.
+            looked: bytes that it takes to look at each layer's attention, while that attends; like
+                `observed`.
 
         Returns:
             int for `[L]`, int64 `[batch]` for `[batch, L]`.
@@ -224,6 +230,9 @@ class DecoderCost:
         rotary = 2 * self.head_dim * (copies * (first // sharing) + np.where(was_cut, tokens, 0))
         working = (states + products + rotary) * self.dtype_bytes
         working = working + np.asarray(observed, dtype=np.int64)
+        looks = np.asarray(looked, dtype=np.int64)
+        attending = (states + self.heads * self.head_dim * tokens + rotary) * self.dtype_bytes
+        working = np.where(looks > 0, np.maximum(working, attending + looks), working)
         columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)
         cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
         return _per_prompt((cache + working).max(axis=-1))

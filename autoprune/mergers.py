@@ -9,7 +9,7 @@ import torch
 from .method import Merged, Observation, Selection
 from .reference_math import cluster_and_merge, cluster_count, recycled_count
 from .scorers import cosine
-from .selectors import ranks, top_k
+from .selectors import ranks, required_first, top_k
 from .transfer import to_device
 
 Merger = Callable[[Observation, torch.Tensor, Sequence[int]], Selection]
@@ -34,6 +34,7 @@ def recycle(
         clusters: merged tokens that come out of them.
         behind: put merged tokens behind all others, rather than where their cluster's centre was.
     """
+    scores = required_first(scores, seen)
     kept = top_k(scores, counts, seen.mask)
     assert seen.hidden is not None
     hidden = seen.hidden()
@@ -95,7 +96,7 @@ def get_merger(name: str | None) -> Merger:
 
 def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
     mask = seen.mask if seen.ragged else None
-    return Selection(top_k(scores, counts, mask), list(counts))
+    return Selection(top_k(required_first(scores, seen), counts, mask), list(counts))
 
 
 def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,15 @@ from .cost import DecoderCost
 if TYPE_CHECKING:
     from .engine.attach import Attachment
 
-Rows = Literal["text", "last"]
+Rows = Literal["text", "last", "all"]
 Positions = Literal["original", "compacted"]
 POSITIONS: tuple[str, ...] = get_args(Positions)
+
+MOST_ROWS = 128
+"""The most text rows of a prompt that `Needs(rows="text")` shows."""
+
+LAST_ROWS = 32
+"""How many of these are its last ones, where there are more."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one prefill, in batch order: host numbers only."""
+    """The prompts of one prefill, in batch order: host numbers only.
+
+    required: of each prompt's visual tokens, how many stay in every layer: 1 where it ends with its
+        picture (`Observation.required`), else 0.
+    """
 
     num_visual: Sequence[int]
     num_text: Sequence[int]
+    required: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.num_visual)
@@ -97,8 +108,12 @@ class Patches:
 class Needs:
     """What a method must see to decide one cut.
 
-    rows: query rows of the attention in the layer before the cut: every text token after the last
-        visual one ("text"), or only the prompt's last token ("last"); None for no attention.
+    rows: query rows of the attention in the layer before the cut; None for no attention. "text": the text
+        tokens after the last visual one. Of a prompt with more than MOST_ROWS of them these are a sample,
+        as attention of every row would cost more than pruning saves: the last LAST_ROWS, and others evenly
+        spaced before them, from the first on. It follows from their number alone, so it is the same at
+        every cut and in every batch. "all": every one of them, at that price. "last": only the prompt's last
+        token. A prompt that ends with its picture is always looked at from its last token.
     keys: keys and queries of the layer before the cut.
     ahead: take attention, keys and queries from the layer behind the cut instead. Costs that layer's
         projections of all tokens a second time.
@@ -125,8 +140,12 @@ class Observation:
     attention: float32 [batch, heads, text, V], softmax over every key the row can see, then cut to the
         visual columns (so that a row sums to at most 1); None if not asked for.
     text_mask: BoolTensor [batch, text], False for padding rows, which come first. Text tokens are the
-        rows asked for; by default every text token after the last visual one.
+        rows asked for (`Needs.rows`), in their order; "text" where none were asked for.
     no_padding: whether `text_mask` is known to be True throughout, so that no row need be masked.
+    required: BoolTensor [batch, V], tokens that stay whatever is decided; None if there are none. That is
+        the last token of a prompt that ends with its picture, as its logits are asked for. A selection
+        without it has it put in the place of the kept token that stands last; one that ranks it first
+        (`selectors.required_first`) loses the worst instead.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
@@ -150,6 +169,7 @@ class Observation:
     attention: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
     no_padding: bool = False
+    required: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None

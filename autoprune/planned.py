@@ -21,6 +21,7 @@ from .mergers import in_order
 from .method import (
     POSITIONS,
     Method,
+    ModelShape,
     Needs,
     Observation,
     Positions,
@@ -31,7 +32,7 @@ from .method import (
     check_settings,
 )
 from .schedules import at_depth, check_size, fit_schedule, staircase
-from .selectors import top_k
+from .selectors import required_first, top_k
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,20 @@ class Planned(Method):
         check_size(num_layers, num_visual, num_text)
         if not num_visual:
             return [0] * num_layers
+        return self._fit(0, num_layers, num_visual, num_text, cost)
+
+    def _fit(
+        self,
+        least: int,
+        num_layers: int,
+        num_visual: int,
+        num_text: int,
+        cost: DecoderCost | None,
+    ) -> list[int]:
+        """The costliest schedule within the budget, with `least` tokens or more in every layer."""
         assert isinstance(self.budget, Budget)
         return fit_schedule(
-            lambda setting: self.shape(setting, num_visual, num_layers),
+            lambda setting: [max(n, least) for n in self.shape(setting, num_visual, num_layers)],
             self.settings(num_visual, num_layers),
             num_visual,
             self.budget,
@@ -101,10 +113,18 @@ class Planned(Method):
         return self.sees
 
     def begin(self, state: PromptState) -> None:
-        prompts = list(zip(state.prompts.num_visual, state.prompts.num_text, strict=True))
-        shape = state.shape
-        plans = {p: self.plan(shape.num_layers, *p, cost=shape.cost) for p in set(prompts)}
+        visual, text = state.prompts.num_visual, state.prompts.num_text
+        required = state.prompts.required or [0] * len(visual)
+        prompts = list(zip(visual, text, required, strict=True))
+        plans = {prompt: self._plan(state.shape, *prompt) for prompt in set(prompts)}
         state.schedule = [plans[prompt] for prompt in prompts]
+
+    def _plan(self, shape: ModelShape, num_visual: int, num_text: int, required: int) -> list[int]:
+        """`plan`, where so many tokens stay in every layer (`Prompts.required`)."""
+        plan = self.plan(shape.num_layers, num_visual, num_text, shape.cost)
+        if min(plan) >= required:
+            return plan
+        return self._fit(required, shape.num_layers, num_visual, num_text, shape.cost)
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         assert state.schedule is not None
@@ -118,7 +138,8 @@ class Planned(Method):
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
         """Which tokens stay; `counts` [batch] is how many of each prompt."""
-        return Selection(top_k(self.score(seen, state), counts, seen.mask), list(counts))
+        scores = required_first(self.score(seen, state), seen)
+        return Selection(top_k(scores, counts, seen.mask), list(counts))
 
     def score(self, seen: Observation, state: PromptState) -> torch.Tensor:
         """How much each visual token matters, [batch, V]; the best are kept."""

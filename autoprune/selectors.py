@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .method import Observation
 from .scorers import cosine
 from .transfer import to_device
 
@@ -28,6 +29,13 @@ def top_k(scores: torch.Tensor, counts: Sequence[int], mask: torch.Tensor | None
         scores = scores.where(mask, float("-inf"))
     best = scores.sort(dim=1, descending=True, stable=True).indices
     return first_picks(best, counts, scores.shape[1])
+
+
+def required_first(scores: torch.Tensor, seen: Observation) -> torch.Tensor:
+    """Scores [batch, V] by which no token is better than those that stay anyway (`Observation.required`)."""
+    if seen.required is None:
+        return scores
+    return scores.masked_fill(seen.required.to(scores.device), float("inf"))
 
 
 def first_picks(order: torch.Tensor, counts: Sequence[int], width: int) -> torch.Tensor:

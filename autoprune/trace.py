@@ -93,8 +93,8 @@ class Summary:
 class Prefilled:
     """What one prefill of a batch left for the trace.
 
-    observed: bytes that were kept of a layer's attention, or beside its hidden states, by layer. sharing: see
-        `DecoderCost.peak_bytes`.
+    observed: bytes that were kept of a layer's attention, or beside its hidden states, by layer. looked: bytes
+        that the look at it took, by layer. sharing: see `DecoderCost.peak_bytes`.
     """
 
     layout: Layout
@@ -102,6 +102,7 @@ class Prefilled:
     cuts: Sequence[CutRecord] = ()
     observed: Mapping[int, int] = field(default_factory=dict)
     sharing: int = 1
+    looked: Mapping[int, int] = field(default_factory=dict)
 
 
 # Of all traces: a lock of its own would keep a trace from being pickled.
@@ -180,7 +181,10 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
         kept.append(indices)
     cost, sharing, columns = state.shape.cost, prefilled.sharing, layout.real.shape[1]
     cached, computed = _columns(prefilled, [count + text for count in counts])
-    observed = [prefilled.observed.get(n, 0) / len(layout.real) for n in range(len(counts))]
+    observed, looked = (
+        [by_layer.get(layer, 0) / len(layout.real) for layer in range(len(counts))]
+        for by_layer in (prefilled.observed, prefilled.looked)
+    )
     real = layout.real[prompt, : layout.length]
     information = state.mutual_information
     return Sample(
@@ -198,7 +202,7 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
         kv_bytes=int(cost.kv_bytes(counts, text)),
         kv_bytes_full=int(cost.kv_bytes([total] * len(counts), text)),
         kv_bytes_held=int(cost.kv_bytes(cached)),
-        peak_bytes=int(cost.peak_bytes(computed, 0, columns, observed, sharing, cached)),
+        peak_bytes=int(cost.peak_bytes(computed, 0, columns, observed, sharing, cached, looked)),
         peak_bytes_full=int(cost.peak_bytes([columns] * len(counts), sharing=sharing)),
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,8 +13,43 @@ from ..transfer import all_to_device, to_device
 from .tokens import MERGED, Arrangement, Tokens, length_mask
 
 
-def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
+def with_last_tokens(
+    tokens: Tokens, selection: Selection, ends_visual: Sequence[bool]
+) -> tuple[Selection, torch.Tensor | None]:
+    """The same selection with the last token of every prompt that ends with its picture.
+
+    It takes the place of the kept token that stands last, or is kept where none is.
+
+    Returns:
+        The selection, and bool [batch, K]: which kept tokens stay as they are, whatever `states` says; None
+        if the selection is as it was.
+    """
+    rows = [row for row, ends in enumerate(ends_visual) if ends]
+    if not rows:
+        return selection, None
+    counts = [max(n, int(ends)) for n, ends in zip(selection.counts, ends_visual, strict=True)]
+    kept, states = selection.kept, selection.states
+    if (missing := max(counts) - kept.shape[1]) > 0:
+        kept = torch.nn.functional.pad(kept, (0, missing), value=-1)
+    if states is not None and states.shape[1] < kept.shape[1]:
+        states = torch.nn.functional.pad(states, (0, 0, 0, kept.shape[1] - states.shape[1]))
+    # Kept positions ascend, so that the last token can only be the last of them.
+    place = [counts[row] - 1 for row in rows]
+    last = [tokens.counts[row] - 1 for row in rows]
+    row, place, last = all_to_device([np.array(n) for n in (rows, place, last)], kept.device)
+    forced = torch.zeros_like(kept, dtype=torch.bool)
+    forced = forced.index_put((row, place), kept[row, place] != last)
+    kept = kept.index_put((row, place), last)
+    return replace(selection, kept=kept, counts=counts, states=states), forced
+
+
+def cut(
+    tokens: Tokens, selection: Selection, ends_visual: Sequence[bool] | None = None
+) -> tuple[Tokens, torch.Tensor]:
     """The tokens after a cut, and where each comes from.
+
+    Args:
+        ends_visual: which prompts end with a visual token, behind which nothing is put; None for none.
 
     Returns:
         The new tokens, and LongTensor [batch, n'] of sources: places in the old sequence, or
@@ -36,7 +74,9 @@ def cut(tokens: Tokens, selection: Selection) -> tuple[Tokens, torch.Tensor]:
     keys, sources, column = torch.cat([tokens.text, visual], dim=1), None, tokens.column
     if (merged := selection.merged) is not None:
         counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
-        keys, sources, index, column = _with_merged(tokens, merged, max(counts), visual, index)
+        keys, sources, index, column = _with_merged(
+            tokens, merged, max(counts), visual, index, ends_visual
+        )
     lengths = [
         n - old + new for n, old, new in zip(tokens.lengths, tokens.counts, counts, strict=True)
     ]
@@ -129,7 +169,9 @@ def _cut_pieces(
     return new, source
 
 
-def _with_merged(tokens: Tokens, merged: Merged, most: int, visual, index):
+def _with_merged(
+    tokens: Tokens, merged: Merged, most: int, visual, index, ends_visual: Sequence[bool] | None
+):
     """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
 
     Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
@@ -137,11 +179,16 @@ def _with_merged(tokens: Tokens, merged: Merged, most: int, visual, index):
     slots, device = tokens.slots, tokens.slots.device
     number = merged.hidden.shape[1]
     real = length_mask(merged.counts, number, device)
+    last = to_device([max(n - 1, 0) for n in tokens.counts], device)
+    last = slots.gather(1, last[:, None]).expand(-1, number)
     if merged.place is None:
-        last = to_device([max(n - 1, 0) for n in tokens.counts], device)
-        slot, behind = slots.gather(1, last[:, None]).expand(-1, number), 1
+        slot, behind = last, 1
     else:
         slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
+    if ends_visual is not None:
+        # The last token of such a prompt stays the last.
+        ends = to_device(list(ends_visual), device)[:, None]
+        behind = torch.where(ends & (slot == last), -1, behind)
     extra = torch.arange(tokens.width, tokens.width + number, device=device).expand_as(slot)
     # Kept and merged tokens in their order, padding last.
     key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)

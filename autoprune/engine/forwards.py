@@ -175,7 +175,8 @@ class Forwards:
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)
-        prompts = Prompts(layout.num_visual, layout.num_text)
+        required = [int(ends) for ends in layout.ends_visual]
+        prompts = Prompts(layout.num_visual, layout.num_text, required)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import UnsupportedError
+from ..method import LAST_ROWS, MOST_ROWS, Rows
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The query rows that may score the prompts' visual tokens, on the host. Padding comes first.
+
+    column: int [batch, rows], their columns; mask: bool [batch, rows], False for padding.
+    behind: int [batch, rows], how many tokens of its prompt stand behind each; 0 for padding.
+    are_last: whether they are the last columns of the batch's prompts.
+    joined: whether they are the last tokens of each prompt, none left out.
+    alike: whether those of all prompts stand equally far from the end, and none is padding.
+    """
+
+    column: np.ndarray
+    mask: np.ndarray
+    behind: np.ndarray
+    are_last: bool
+    joined: bool
+    alike: bool
+
+    @classmethod
+    def of(cls, found: list[tuple[np.ndarray, np.ndarray]], length: int) -> TextRows:
+        """From each prompt's columns and what stands behind them, of `length` columns."""
+        width = max(len(columns) for columns, _ in found)
+        column = np.zeros((len(found), width), dtype=np.int64)
+        behind, mask = column.copy(), column.astype(bool)
+        for prompt, (columns, number) in enumerate(found):
+            first = width - len(columns)
+            column[prompt, first:], behind[prompt, first:] = columns, number
+            mask[prompt, first:] = True
+        last, end = np.arange(length - width, length), np.arange(width)[::-1]
+        return cls(
+            column,
+            mask,
+            behind,
+            are_last=bool((np.where(mask, column, last) == last).all()),
+            joined=bool((np.where(mask, behind, end) == end).all()),
+            alike=bool(mask.all() and (behind == behind[:1]).all()),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,37 +84,45 @@ class Layout:
     def num_text(self) -> list[int]:
         return (self.real & ~self.visual)[:, : self.length].sum(axis=1).tolist()
 
-    def text_rows(self, rows: str) -> tuple[np.ndarray, np.ndarray, bool]:
-        """The query rows that may score a prompt's visual tokens.
+    @cached_property
+    def ends_visual(self) -> list[bool]:
+        """Which prompts end with a visual token: the one whose logits are asked for."""
+        ends = []
+        for real, visual in zip(self.real[:, : self.length], self.visual, strict=True):
+            columns = np.flatnonzero(real)
+            ends.append(bool(columns.size and visual[columns[-1]]))
+        return ends
 
-        "text": all text after the last visual token; "last": the prompt's last token. A prompt that
-        ends with its picture is scored by its last token; one without picture by nothing.
+    def text_rows(self, rows: Rows) -> TextRows:
+        """The query rows that may score a prompt's visual tokens, as `Needs.rows` says.
 
-        Returns:
-            Their columns [batch, rows], those of shorter prompts behind padding; bool [batch, rows],
-            False for that padding; and whether these are the last columns of the prompt.
+        A prompt that ends with its picture is scored by its last token; one without picture by nothing.
         """
-        found = self._text_columns(rows)
-        width = max(map(len, found))
-        column = np.zeros((len(found), width), dtype=np.int64)
-        mask = np.zeros(column.shape, dtype=bool)
-        for prompt, columns in enumerate(found):
-            first = width - len(columns)
-            column[prompt, first:], mask[prompt, first:] = columns, True
-        last = np.arange(self.length - width, self.length)
-        return column, mask, bool((np.where(mask, column, last) == last).all())
-
-    def _text_columns(self, rows: str) -> list[np.ndarray]:
         found = []
         for real, visual in zip(self.real, self.visual, strict=True):
-            seen = np.flatnonzero(visual)
-            if not seen.size:
-                found.append(seen)
-                continue
-            columns = np.flatnonzero(real[: self.length])
-            after = columns[columns > seen[-1]]
-            found.append(after if rows == "text" and after.size else columns[-1:])
-        return found
+            seen, columns = np.flatnonzero(visual), np.flatnonzero(real[: self.length])
+            number = 0
+            if seen.size:
+                after = int((columns > seen[-1]).sum())
+                number = 1 if rows == "last" else max(after, 1)
+            behind = np.arange(number)[::-1]
+            if rows == "text":
+                behind = sample_rows(number)
+            found.append((columns[len(columns) - 1 - behind], behind))
+        return TextRows.of(found, self.length)
+
+
+def sample_rows(number: int) -> np.ndarray:
+    """Which of so many rows are looked at: how far each stands from the last one, falling.
+
+    All of them up to MOST_ROWS. Of more, the last LAST_ROWS, and others evenly spaced before these, from the
+    first one on.
+    """
+    if number <= MOST_ROWS:
+        return np.arange(number)[::-1]
+    spaced, before = MOST_ROWS - LAST_ROWS, number - LAST_ROWS
+    place = np.arange(spaced) * before // spaced
+    return number - 1 - np.concatenate([place, np.arange(before, number)])
 
 
 def read_layout(

@@ -119,8 +119,12 @@ def _as_float(bias: torch.Tensor) -> torch.Tensor:
 
 def rows_are_causal(mask: Any, tokens: Tokens, slots: torch.Tensor | slice) -> bool:
     """Whether rows at the end see every token before them, and no more than that follows from their places."""
-    has_pattern = isinstance(mask, BlockMask) or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
-    return isinstance(slots, slice) and not has_pattern and not tokens.padded
+    return isinstance(slots, slice) and not has_pattern(mask) and not tokens.padded
+
+
+def has_pattern(mask: Any) -> bool:
+    """Whether a mask says of each pair of tokens whether one sees the other."""
+    return isinstance(mask, BlockMask) or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
 
 
 def as_mask(allowed: torch.Tensor, like: Any) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import UnsupportedError
-from ..method import Needs, Observation
+from ..method import Needs, Observation, Rows
 from ..transfer import to_device
-from .layout import Layout
-from .masks import row_mask, rows_are_causal
+from .layout import Layout, TextRows
+from .masks import has_pattern, row_mask, rows_are_causal
 from .tap import row_attention
 from .tokens import Tokens
 
@@ -26,6 +28,9 @@ SCORE_BYTES = 64 * 2**20
 
 WORTH_COPYING = 2**20
 """Bytes of attention on other tokens than visual ones that may be kept along with those."""
+
+ROWS_AT_ONCE = 32
+"""Rows of a sample are looked at in pieces of this, each over the keys up to its own last row."""
 
 
 class SeenEnough(Exception):
@@ -46,12 +51,17 @@ class Observer:
         self._vision = self._by_prompt(vision)
         self._attention: torch.Tensor | None = None
         self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._text: dict[str, _Rows] = {}
-        self._causal: dict[int, torch.Tensor] = {}
+        self._text: dict[Rows, _Rows] = {}
+        self._causal: dict[Any, torch.Tensor] = {}
+        # Of prompts that end with their picture, which tokens stay; None if there are none.
+        self._ends = np.array(layout.ends_visual)[:, None] if any(layout.ends_visual) else None
+        # Bytes that the last look took at its fullest.
+        self.looked_bytes = 0
 
     def expect(self, needs: Needs | None) -> None:
         """Forget what was seen, and look out for what the next cut needs."""
         self.needs, self._attention, self._projections = needs, None, None
+        self.looked_bytes = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -74,20 +84,68 @@ class Observer:
         if needs.keys:
             self._projections = query, key
         if needs.rows is not None:
-            slots, text = self._rows(needs.rows, tokens)
-            mask = self._row_mask(attention_mask, tokens, slots, query.device)
-            rows, heads = take(query, slots), query.shape[1] // key.shape[1]
-            step = _key_heads_at_once(rows, key)
-            pairs: Any = [(rows, key)]
-            if step < key.shape[1]:
-                pairs = zip(rows.split(step * heads, 1), key.split(step, 1), strict=True)
-            parts = [
-                _columns(row_attention(*pair, scaling, *mask, softcap), tokens) for pair in pairs
-            ]
-            attention = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            self._attention = attention.to(text.mask.device)
+            self._attention = self._look(
+                needs.rows, tokens, query, key, attention_mask, scaling, softcap
+            )
         if self.peeking:
             raise SeenEnough
+
+    def _look(self, name: Rows, tokens, query, key, mask, scaling, softcap) -> torch.Tensor:
+        """Attention of the text rows on the visual tokens, float32 [batch, heads, text, V]."""
+        slots, text = self._rows(name, tokens)
+        heads, found = query.shape[1] // key.shape[1], []
+        for piece in self._pieces(slots, text, tokens, mask, query.device):
+            rows, columns = take(query, piece.slots), key[:, :, : piece.keys]
+            step = _key_heads_at_once(rows, columns)
+            pairs: Any = [(rows, columns)]
+            if step < key.shape[1]:
+                pairs = zip(rows.split(step * heads, 1), columns.split(step, 1), strict=True)
+            parts = []
+            for pair in pairs:
+                attention = row_attention(*pair, scaling, piece.blocked, piece.bias, softcap)
+                parts.append(_columns(attention, tokens))
+                self._count(rows, attention, [*found, *parts])
+            found.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        attention = torch.cat(found, dim=2) if len(found) > 1 else found[0]
+        return attention.to(text.mask.device)
+
+    def _pieces(
+        self, slots, text: _Rows, tokens: Tokens, mask: Any, device: torch.device
+    ) -> Iterator[_Piece]:
+        """The rows in the pieces they are looked at in, and what each may see."""
+        if text.joined:
+            yield _Piece(slots, tokens.width, *self._row_mask(mask, tokens, slots, device))
+            return
+        # Where the rows stand alike and see all before them, the keys behind them need not be multiplied.
+        alike = text.behind is not None and not tokens.padded and not has_pattern(mask)
+        for start in range(0, slots.shape[1], ROWS_AT_ONCE):
+            piece = slots[:, start : start + ROWS_AT_ONCE]
+            if alike:
+                behind = text.behind[start : start + ROWS_AT_ONCE]
+                end = tokens.width - self.layout.drafts - int(behind[-1])
+                yield _Piece(piece, end, self._blocked(start, behind, device), None)
+            else:
+                limits = self._row_mask(mask, tokens, piece, device)
+                yield _Piece(piece, tokens.width, *limits)
+
+    def _blocked(self, start: int, behind: np.ndarray, device: torch.device) -> torch.Tensor:
+        """What rows that stand so far from the end may not see, of the keys from the first to the last of
+        them: the same at every cut.
+        """
+        key = "piece", start
+        blocked = self._causal.get(key)
+        if blocked is None or blocked.device != device:
+            place = behind[0] - behind
+            later = np.arange(place[-1] + 1) > place[:, None]
+            blocked = self._causal[key] = to_device(later[None, None], device)
+        return blocked
+
+    def _count(self, rows: torch.Tensor, attention: torch.Tensor, kept: list[torch.Tensor]) -> None:
+        """Note what is held at once: queries, scores, shares of attention and what is kept of them."""
+        copies = sum(part.nbytes for part in kept if part._base is not attention)
+        scores = attention.numel() * rows.element_size()
+        held = rows.nbytes + scores + attention.nbytes + copies
+        self.looked_bytes = max(self.looked_bytes, held)
 
     def observation(
         self, cut: int, needs: Needs, tokens: Tokens, hidden: torch.Tensor
@@ -121,6 +179,10 @@ class Observer:
             seen.queries = partial(take, query, slots)
         if needs.vision:
             self._add_vision(seen, tokens.index)
+        if self._ends is not None:
+            place = np.array(tokens.counts)[:, None] - 1
+            required = self._ends & (np.arange(tokens.index.shape[1]) == place)
+            seen.required = to_device(required, tokens.index.device)
         return seen
 
     def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
@@ -140,18 +202,16 @@ class Observer:
             stacked[name] = padded.to(self.device)
         return stacked
 
-    def _rows(self, rows: str, tokens: Tokens) -> tuple[torch.Tensor | slice, _Rows]:
+    def _rows(self, rows: Rows, tokens: Tokens) -> tuple[torch.Tensor | slice, _Rows]:
         """Where the text rows are in the present sequence, and in the prompt."""
         if rows not in self._text:
-            column, mask, are_last = self.layout.text_rows(rows)
-            on_device = (to_device(values, self.device) for values in (column, mask))
-            self._text[rows] = _Rows(*on_device, are_last, bool(mask.all()))
+            self._text[rows] = _Rows.of(self.layout.text_rows(rows), self.device)
         text = self._text[rows]
-        if text.are_last or tokens.was_cut:
-            # A cut pads on the left and drops nothing behind the last visual token.
-            end = tokens.width - self.layout.drafts
+        # A cut pads on the left and drops nothing behind the last visual token.
+        end, at_end = tokens.width - self.layout.drafts, tokens.was_cut or not tokens.padded
+        if text.are_last or (text.joined and tokens.was_cut):
             return slice(end - text.mask.shape[1], end), text
-        return text.column, text
+        return (end - 1 - text.distance if at_end else text.column), text
 
     def _row_mask(
         self, mask: Any, tokens: Tokens, slots: torch.Tensor | slice, device: torch.device
@@ -171,16 +231,41 @@ class Observer:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The text rows of the prompts.
+    """The text rows of the prompts, as `TextRows`, on the device.
 
-    column: [batch, rows], theirs in the prompt; mask: bool [batch, rows], False for padding.
-    are_last: whether they are the prompt's last columns; all_real: whether none is padding.
+    distance: LongTensor [batch, rows], how many tokens of its prompt stand behind each row; [1, rows] where
+        that is the same in all prompts. behind: the same on the host, [rows], there; else None.
+    all_real: whether no row is padding.
     """
 
     column: torch.Tensor
     mask: torch.Tensor
+    distance: torch.Tensor
+    behind: np.ndarray | None
     are_last: bool
+    joined: bool
     all_real: bool
+
+    @classmethod
+    def of(cls, rows: TextRows, device: torch.device) -> _Rows:
+        behind = rows.behind[:1] if rows.alike else rows.behind
+        on_device = (to_device(values, device) for values in (rows.column, rows.mask, behind))
+        shared = behind[0] if rows.alike else None
+        return cls(*on_device, shared, rows.are_last, rows.joined, bool(rows.mask.all()))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that are looked at together.
+
+    slots: their places in the present sequence; keys: how many of the keys they are multiplied with.
+    blocked, bias: of `row_attention`, for these keys.
+    """
+
+    slots: torch.Tensor | slice
+    keys: int
+    blocked: torch.Tensor | None
+    bias: torch.Tensor | None
 
 
 def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..transfer import to_device
 from .arguments import LayerArguments
 from .cache import PrunedCache, Stage
 from .cache_argument import cache_of, without_cache
-from .cut import cut
+from .cut import cut, with_last_tokens
 from .layout import Layout
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack, watches_inputs
@@ -67,6 +67,8 @@ class Prefill:
         self.records: list[CutRecord] = []
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
+        # Bytes that the look at a layer's attention took while the layer attended.
+        self.looked: dict[int, int] = {}
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
@@ -98,6 +100,8 @@ class Prefill:
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         if kept := self.observer.kept_bytes:
             self.observed[index - 1] = self.observed.get(index - 1, 0) + kept
+        if looked := self.observer.looked_bytes:
+            self.looked[index - 1] = looked
         entering = args[0]
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
@@ -173,7 +177,10 @@ class Prefill:
         if selection is None or self._keeps_all(selection):
             return hidden
         self._check(index, selection)
-        hidden = self._apply(selection, hidden)
+        selection, forced = with_last_tokens(self.tokens, selection, self.layout.ends_visual)
+        if self._keeps_all(selection):
+            return hidden
+        hidden = self._apply(selection, forced, hidden)
         self.stages.append(Stage(index, self.tokens))
         self.arguments.follow(self.tokens, self.packing)
         tokens = self.tokens
@@ -181,10 +188,17 @@ class Prefill:
         self.records.append(CutRecord(index, tokens.index, tokens.counts, tokens.width, packed))
         return hidden
 
-    def _apply(self, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the tokens that stay: rows of the old ones, and of those that are new."""
+    def _apply(
+        self, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of the tokens that stay: rows of the old ones, and of those that are new.
+
+        forced: as `with_last_tokens` gives it.
+        """
         rows, before, width = [hidden.flatten(0, 1)], self.packing, self.tokens.width
-        self.tokens, source = cut(self.tokens, selection)
+        self.tokens, source = cut(
+            self.tokens, selection, None if forced is None else self.layout.ends_visual
+        )
         batch, device, merged = len(source), source.device, selection.merged
         if merged is not None:
             rows.append(merged.hidden.flatten(0, 1))
@@ -198,6 +212,9 @@ class Prefill:
         if selection.states is not None:
             states = selection.states[:, : max(self.tokens.counts)]
             changed = _count(batch, states.shape[1], sum(map(len, rows)), device)
+            if forced is not None:
+                own = source.gather(1, self.tokens.slots)
+                changed = torch.where(forced[:, : changed.shape[1]], own, changed)
             source = self.tokens.spread(changed, source)
             rows.append(states.flatten(0, 1))
         self.packings.append(self._pack_if_worth_it())
@@ -226,14 +243,6 @@ class Prefill:
                     f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
                     f"at cut {index}; a cut can only keep between 0 and all of them"
                 )
-        made = selection.merged.counts if selection.merged else [0] * len(selection.counts)
-        for prompt, length in enumerate(self.tokens.lengths):
-            left = length - self.tokens.counts[prompt] + selection.counts[prompt] + made[prompt]
-            if length and not left:
-                raise ValueError(
-                    f"{type(self.method).__name__} drops every token of prompt {prompt} at cut {index}, as the "
-                    "prompt has no text; ask something about the picture, or use another method"
-                )
         batch, most = len(selection.counts), max(selection.counts)
         for what, given in (("kept", selection.kept), ("states", selection.states)):
             if given is not None and (len(given) != batch or given.shape[1] < most):
@@ -259,7 +268,9 @@ class Prefill:
         return output
 
     def record(self) -> Prefilled:
-        return Prefilled(self.layout, self.state, self.records, self.observed, self.sharing)
+        return Prefilled(
+            self.layout, self.state, self.records, self.observed, self.sharing, self.looked
+        )
 
     def stage_of(self, layer: int) -> Stage:
         """The tokens that layer `layer` ran on."""

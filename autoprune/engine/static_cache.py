@@ -83,9 +83,11 @@ class PrunedStaticCache(StaticCache):
         for least in range(0, self.num_text + 1, step):
             # Less text never means fewer visual tokens.
             counts = self.method.capacity(self.shape.num_layers, num_visual, least, self.shape.cost)
+            # The last token of a prompt that ends with its picture is in every layer.
+            counts = np.maximum(counts, 1) if num_visual else np.asarray(counts)
             most = min(least + step - 1, self.num_text)
             # Before the first cut the padding of the prompt is there, too.
-            text = np.where(np.asarray(counts) == num_visual, self.num_text, most)
+            text = np.where(counts == num_visual, self.num_text, most)
             room = np.maximum(room, counts + text)
         return room
 

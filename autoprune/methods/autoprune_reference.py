@@ -31,7 +31,7 @@ from ..reference_math import (
     released_runtime_counts,
 )
 from ..scorers import text_attention, vision_attention
-from ..selectors import top_k
+from ..selectors import required_first, top_k
 
 TEXT_WEIGHT = 0.3
 
@@ -43,7 +43,9 @@ class AutoPruneReference(Method):
     Differs from `AutoPrune`: the budget counts tokens leaving a layer and is met by bisection only
     approximately; what enters layer 0 and the first cut is outside it; mutual information is not
     normalised and grows with the number of heads; x0 is an absolute layer index; positions are compacted
-    in every layer; dropped tokens are recycled. Ties between cluster centres go to the lowest index.
+    in every layer; dropped tokens are recycled. Ties between cluster centres go to the lowest index. As in
+    the release every text row is looked at, however many there are, so behind a short picture a text of
+    thousands of tokens makes it slower than not to prune.
 
     Args:
         budget: target mean of visual tokens leaving a layer (`target_token_num`), or
@@ -88,7 +90,7 @@ class AutoPruneReference(Method):
         ]
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return Needs(rows="text", vision=cut == 1, hidden=self.recycle) if cut else None
+        return Needs(rows="all", vision=cut == 1, hidden=self.recycle) if cut else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == 1:
@@ -105,7 +107,7 @@ class AutoPruneReference(Method):
             return None
         scores = text_attention(seen)
         if not self.recycle:
-            return Selection(top_k(scores, counts, seen.mask), counts)
+            return Selection(top_k(required_first(scores, seen), counts, seen.mask), counts)
         recycled = [recycled_count(n - k) for n, k in zip(seen.counts, counts, strict=True)]
         clusters = [cluster_count(m) for m in recycled]
         return recycle(seen, scores, counts, recycled, clusters, behind=True)
@@ -118,7 +120,7 @@ class AutoPruneReference(Method):
             information = [m / max(rows, 1) for m, rows in zip(*_information(seen), strict=True)]
             weight = TEXT_WEIGHT * torch.tensor(information, device=scores.device)
             scores = vision + weight[:, None] * scores
-        return Selection(top_k(scores, counts, seen.mask), counts)
+        return Selection(top_k(required_first(scores, seen), counts, seen.mask), counts)
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
         information, _ = _information(seen)

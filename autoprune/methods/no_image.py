@@ -15,8 +15,10 @@ from ..planned import Planned
 class NoImage(Planned):
     """Drops every visual token before the decoder: what the question alone gives away.
 
+    Of a prompt that ends with its picture the last token stays: one token of the budget is spent then.
+
     Args:
-        budget: any; nothing of it is spent.
+        budget: any; else nothing of it is spent.
     """
 
     name: ClassVar[str] = "no_image"

@@ -16,6 +16,7 @@ from ..schedules import staircase
 class VTW(Planned):
     """Withdraws all visual tokens at one layer: everything before it, nothing from it on.
 
+    Of a prompt that ends with its picture the last token stays, inside the budget.
     Differs from the official code: the layer K is the deepest that the budget pays for, instead of the
     one found by comparing outputs on calibration samples. A layer costs N / L tokens of the mean, so that
     the budget is often far from spent; below one layer's price nothing is seen at all.
