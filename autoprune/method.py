@@ -22,6 +22,10 @@ from .cost import DecoderCost
 
 if TYPE_CHECKING:
     from .engine.attach import Attachment
+    from .trace import Sample
+
+# A server may run for days.
+KEPT_BY_A_HANDLE = 1000
 
 Rows = Literal["text", "last", "all"]
 Positions = Literal["original", "compacted"]
@@ -304,6 +308,8 @@ class Method(abc.ABC):
         *,
         visual_mask: torch.Tensor | None = None,
         vision_scores: torch.Tensor | None = None,
+        keep: int | None = None,
+        on_sample: Callable[[Sample], object] | None = None,
     ) -> Attachment:
         """Prepare pruning of `model`; enter the result as a context manager to switch it on.
 
@@ -313,6 +319,8 @@ class Method(abc.ABC):
                 when the model is called with `inputs_embeds` instead of `input_ids`.
             vision_scores: float [batch, N] or [total visual tokens], scores to use instead of the
                 vision tower's own.
+            keep, on_sample: how many samples the trace keeps, and who is told of each; see `Trace`. A block
+                keeps all.
 
         Raises:
             UnsupportedError: the model is no vision-language model this library can prune.
@@ -320,11 +328,26 @@ class Method(abc.ABC):
         """
         from .engine.attach import Attachment
 
-        return Attachment(self, model, visual_mask=visual_mask, vision_scores=vision_scores)
+        return Attachment(
+            self,
+            model,
+            visual_mask=visual_mask,
+            vision_scores=vision_scores,
+            keep=keep,
+            on_sample=on_sample,
+        )
 
-    def attach(self, model: torch.nn.Module, **options: Any) -> Attachment:
-        """Switch pruning on until `detach()` is called on the returned handle."""
-        return self(model, **options).attach()
+    def attach(
+        self, model: torch.nn.Module, *, keep: int | None = KEPT_BY_A_HANDLE, **options: Any
+    ) -> Attachment:
+        """Switch pruning on until `detach()` is called on the returned handle.
+
+        Args:
+            model, options: as for a block (`__call__`).
+            keep: how many samples the handle's trace keeps, the last ones; None keeps all. Its summary
+                counts every prompt.
+        """
+        return self(model, keep=keep, **options).attach()
 
 
 _KINDS: dict[str, tuple[type, str]] = {

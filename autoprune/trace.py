@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, reduce
+from numbers import Integral
+from operator import add
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 
 from .files import write_whole
+from .recording import Record, Totals
 
 if TYPE_CHECKING:
     from .engine.layout import Layout
@@ -20,7 +25,38 @@ if TYPE_CHECKING:
     from .method import PromptState
 
 
-@dataclass
+# Prefills whose numbers may be on their way from the device at one time.
+WAITING = 16
+
+
+class Kept(Sequence[torch.Tensor]):
+    """For each layer, which of a prompt's N visual tokens enter it: LongTensor, ascending.
+
+    Args:
+        depths: int [N], how many layers each of them enters.
+        layers: L.
+    """
+
+    def __init__(self, depths: np.ndarray, layers: int):
+        self._depths, self._layers = depths, range(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, layer: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, layer: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(layer, slice):
+            return [self[each] for each in self._layers[layer]]
+        return torch.from_numpy(np.flatnonzero(self._depths > self._layers[layer]))
+
+    def __repr__(self) -> str:
+        return f"<which of {len(self._depths)} visual tokens enter each of {len(self)} layers>"
+
+
+@dataclass(repr=False)
 class Sample:
     """One prompt.
 
@@ -28,7 +64,8 @@ class Sample:
         num_visual: N, visual tokens in the prompt; num_text: the other tokens, padding excluded.
         visual_positions: LongTensor [N], their positions in the prompt without padding.
         tokens_per_layer: n_l for each layer, visual tokens entering it, merged ones included.
-        kept: for each layer, LongTensor of the original visual tokens (0..N-1, ascending) entering it.
+        kept: for each layer, LongTensor of the original visual tokens (0..N-1, ascending) entering it;
+            made when it is asked for.
         mutual_information: bits; None where the method measures none or the prompt has no picture.
         schedule: the planned n_l; None if the method plans none.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
@@ -43,7 +80,7 @@ class Sample:
     num_text: int
     visual_positions: torch.Tensor
     tokens_per_layer: list[int]
-    kept: list[torch.Tensor]
+    kept: Sequence[torch.Tensor]
     mutual_information: float | None
     schedule: list[int] | None
     flops: float
@@ -59,6 +96,17 @@ class Sample:
         """The budget that was spent: mean over the layers of the visual tokens entering them."""
         return sum(self.tokens_per_layer) / len(self.tokens_per_layer)
 
+    def __repr__(self) -> str:
+        text = f"<Sample of {self.num_visual} visual and {self.num_text} other tokens"
+        if not self.num_visual:
+            return f"{text}>"
+        layers = len(self.tokens_per_layer)
+        text += f": {self.mean_tokens:.1f} visual tokens per layer ({_steps(self.tokens_per_layer)}"
+        text += f" in {layers} layers)"
+        if self.mutual_information is not None:
+            text += f", {self.mutual_information:.3f} bits"
+        return f"{text}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -69,7 +117,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the samples that hold a picture, and sums of what was saved."""
+    """Means over the prompts that hold a picture, and shares of what all of them would have cost."""
 
     prompts: int
     prompts_with_images: int
@@ -80,8 +128,8 @@ class Summary:
     kv_bytes_saved: float
 
     def __str__(self) -> str:
-        noun = "prompt" if self.prompts == 1 else "prompts"
-        text = f"{self.prompts} {noun} ({self.prompts_with_images} with images): "
+        prompts = "1 prompt" if self.prompts == 1 else f"{self.prompts} prompts"
+        text = f"{prompts} ({self.prompts_with_images} with images): "
         text += f"{self.mean_tokens:.1f} of {self.visual_tokens:.1f} visual tokens per layer, "
         text += f"{self.flops_saved:.1%} of prefill FLOPs and {self.kv_bytes_saved:.1%} of KV bytes saved"
         if self.mutual_information is not None:
@@ -105,126 +153,203 @@ class Prefilled:
     looked: Mapping[int, int] = field(default_factory=dict)
 
 
-# Of all traces: a lock of its own would keep a trace from being pickled.
-_reading = threading.Lock()
-
-
 class Trace:
     """Samples in batch order, one batch after the other.
 
-    Tensors are copied from the device when they are first read, not while the model runs.
+    Nothing waits for the device while the model runs. What a prefill left is copied from it when it is
+    done, and read when somebody asks, or with one of the next prefills.
+
+    Args:
+        keep: how many samples are kept, the last ones; None keeps all. `summary` counts every prompt.
+        on_sample: called once with each sample, in order, when its numbers have come from the device: on a
+            CPU at the end of its prefill, on a GPU with one of the next ones, or when the trace is read or
+            its context is left. It runs in the thread that did that; what it raises comes out there.
     """
 
-    def __init__(self) -> None:
-        self._batches: list[Prefilled] = []
-        self._samples: list[Sample] = []
+    def __init__(
+        self, keep: int | None = None, on_sample: Callable[[Sample], object] | None = None
+    ) -> None:
+        if keep is not None and (
+            isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 0
+        ):
+            raise ValueError(
+                f"keep must be how many samples a trace keeps, 0 or more, or None for all, got {keep!r}"
+            )
+        if on_sample is not None and not callable(on_sample):
+            raise ValueError(
+                f"on_sample must be a function of one sample, got {on_sample!r}; give one such as list.append"
+            )
+        self.keep, self._on_sample = keep, on_sample
+        self._lock = threading.Lock()
+        self._waiting: deque[_Batch] = deque()
+        self._batches: deque[_Batch] = deque()
+        # Prompts of the batches that are kept, and sums over those that are not.
+        self._kept, self._gone = 0, Totals()
 
     def record(self, prefilled: Prefilled) -> None:
         """Called by the engine at the end of each prefill."""
-        self._batches.append(prefilled)
+        batch = _Batch(Record(prefilled))
+        with self._lock:
+            self._waiting.append(batch)
+            arrived = self._take(everything=False)
+        self._tell(arrived)
+
+    def flush(self) -> None:
+        """Wait for what is still on its way from the device; called when the context is left."""
+        if self._on_sample is not None:
+            self._read()
 
     @property
     def samples(self) -> list[Sample]:
-        """One `Sample` per prompt."""
-        with _reading:
-            while self._batches:
-                self._samples.extend(_read(self._batches[0]))
-                self._batches.pop(0)
-        return self._samples
+        """One `Sample` per prompt: of all, or of the last `keep`."""
+        return self._read()[0]
+
+    @property
+    def dropped(self) -> int:
+        """How many samples are no longer kept."""
+        samples, totals = self._read()
+        return totals.prompts - len(samples)
 
     def __len__(self) -> int:
+        """How many samples are kept; `summary().prompts` counts all that there were."""
         return len(self.samples)
 
+    def __repr__(self) -> str:
+        samples, totals = self._read()
+        dropped = totals.prompts - len(samples)
+        kept = f", of which the last {len(samples)} are kept" if dropped else ""
+        return f"<Trace of {_summary(totals)}{kept}>"
+
     def summary(self) -> Summary:
-        """What the prompts cost together."""
-        samples = self.samples
-        pictures = [s for s in samples if s.num_visual]
-        information = [s.mutual_information for s in pictures if s.mutual_information is not None]
-        return Summary(
-            prompts=len(samples),
-            prompts_with_images=len(pictures),
-            visual_tokens=_mean([s.num_visual for s in pictures]),
-            mean_tokens=_mean([s.mean_tokens for s in pictures]),
-            mutual_information=_mean(information) if information else None,
-            flops_saved=_saved([s.flops for s in samples], [s.flops_full for s in samples]),
-            kv_bytes_saved=_saved(
-                [s.kv_bytes for s in samples], [s.kv_bytes_full for s in samples]
-            ),
-        )
+        """What the prompts cost together: all that there were, also those that are no longer kept."""
+        return _summary(self._read()[1])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write every sample and the summary to `path`; the file appears whole or not at all."""
+        """Write the summary, every sample that is kept and the number of those that are not to `path`; the
+        file appears whole or not at all.
+        """
+        samples, totals = self._read()
         record = {
-            "summary": asdict(self.summary()),
-            "samples": [sample.to_dict() for sample in self.samples],
+            "summary": asdict(_summary(totals)),
+            "dropped": totals.prompts - len(samples),
+            "samples": [sample.to_dict() for sample in samples],
         }
         write_whole(path, json.dumps(record, indent=1))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: the lock, the callback, copies on their way."""
+        self._read()
+        with self._lock:
+            state = self.__dict__ | {"_waiting": deque(), "_batches": self._batches.copy()}
+        return state | {"_lock": None, "_on_sample": None}
 
-def _read(prefilled: Prefilled) -> list[Sample]:
-    visual = [cut.visual.cpu().numpy() for cut in prefilled.cuts]
-    return [_sample(prefilled, visual, p) for p in range(len(prefilled.layout.real))]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_lock": threading.Lock()}
+
+    def _read(self) -> tuple[list[Sample], Totals]:
+        """The samples that are kept, and sums over all prompts, as of one moment."""
+        with self._lock:
+            arrived = self._take(everything=True)
+            samples = [sample for batch in self._batches for sample in batch.samples]
+            totals = reduce(add, (batch.totals for batch in self._batches), self._gone)
+        self._tell(arrived)
+        return samples if self.keep is None else samples[max(len(samples) - self.keep, 0) :], totals
+
+    def _take(self, everything: bool) -> list[_Batch]:
+        """Take in, in order, the batches that have arrived from the device; wait for everything, or for
+        what there is too much of.
+        """
+        arrived = []
+        while self._waiting and (
+            everything or len(self._waiting) > WAITING or self._waiting[0].record.is_here
+        ):
+            batch = self._waiting.popleft()
+            batch.record.settle()
+            arrived.append(batch)
+            self._batches.append(batch)
+            self._kept += len(batch.record)
+        while self.keep is not None and self._batches:
+            fewer = self._kept - len(self._batches[0].record)
+            if fewer < self.keep:
+                break
+            self._kept = fewer
+            self._gone += self._batches.popleft().totals
+        return arrived
+
+    def _tell(self, arrived: Sequence[_Batch]) -> None:
+        """Not under the lock: whoever is told may read the trace."""
+        if self._on_sample is not None:
+            for batch in arrived:
+                for sample in batch.samples:
+                    self._on_sample(sample)
 
 
-def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Sample:
-    layout, state, cuts = prefilled.layout, prefilled.state, prefilled.cuts
-    total, text = layout.num_visual[prompt], layout.num_text[prompt]
-    counts, kept = [], []
-    present, indices = total, torch.arange(total)
-    due = {cut.layer: i for i, cut in enumerate(cuts)}
-    for layer in range(state.shape.num_layers):
-        if layer in due:
-            row = visual[due[layer]][prompt]
-            present = cuts[due[layer]].counts[prompt]
-            indices = torch.from_numpy(np.sort(row[row >= 0]))
-        counts.append(present)
-        kept.append(indices)
-    cost, sharing, columns = state.shape.cost, prefilled.sharing, layout.real.shape[1]
-    cached, computed = _columns(prefilled, [count + text for count in counts])
-    observed, looked = (
-        [by_layer.get(layer, 0) / len(layout.real) for layer in range(len(counts))]
-        for by_layer in (prefilled.observed, prefilled.looked)
+class _Batch:
+    """The prompts of one prefill; samples and sums are made when they are first asked for."""
+
+    def __init__(self, record: Record):
+        self.record = record
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        return _samples(self.record)
+
+    @cached_property
+    def totals(self) -> Totals:
+        return Totals.of(self.record)
+
+
+def _samples(record: Record) -> list[Sample]:
+    depths, counts, information = record.depths(), record.counts.tolist(), record.information
+    (flops, kv_bytes), (flops_full, kv_bytes_full) = record.spent, record.plain
+    held, (peaks, peak_full) = record.held_bytes(), record.peaks()
+    samples = []
+    for prompt, (total, text) in enumerate(zip(record.num_visual, record.num_text, strict=True)):
+        seen = record.visual[prompt][record.real[prompt]]
+        # In a batch of several methods some plan and others do not.
+        schedule = record.schedule[prompt] if record.schedule is not None else None
+        samples.append(
+            Sample(
+                num_visual=total,
+                num_text=text,
+                visual_positions=torch.from_numpy(np.flatnonzero(seen)),
+                tokens_per_layer=counts[prompt],
+                kept=Kept(depths[prompt, :total].copy(), record.layers),
+                mutual_information=(
+                    information[prompt] if information is not None and total else None
+                ),
+                schedule=list(schedule) if schedule is not None else None,
+                flops=float(flops[prompt]),
+                flops_full=float(flops_full[prompt]),
+                kv_bytes=int(kv_bytes[prompt]),
+                kv_bytes_full=int(kv_bytes_full[prompt]),
+                kv_bytes_held=held,
+                peak_bytes=int(peaks[prompt]),
+                peak_bytes_full=peak_full,
+            )
+        )
+    return samples
+
+
+def _summary(totals: Totals) -> Summary:
+    pictures, measured = max(totals.with_images, 1), totals.measured
+    return Summary(
+        prompts=totals.prompts,
+        prompts_with_images=totals.with_images,
+        visual_tokens=totals.visual / pictures,
+        mean_tokens=float(totals.tokens / pictures),
+        mutual_information=float(totals.information / measured) if measured else None,
+        flops_saved=_saved(totals.flops, totals.flops_full),
+        kv_bytes_saved=_saved(totals.kv_bytes, totals.kv_bytes_full),
     )
-    real = layout.real[prompt, : layout.length]
-    information = state.mutual_information
-    return Sample(
-        num_visual=total,
-        num_text=text,
-        visual_positions=torch.from_numpy(
-            np.flatnonzero(layout.visual[prompt, : layout.length][real])
-        ),
-        tokens_per_layer=counts,
-        kept=kept,
-        mutual_information=information[prompt] if information is not None and total else None,
-        schedule=list(state.schedule[prompt]) if state.schedule is not None else None,
-        flops=float(cost.prefill_flops(counts, text)),
-        flops_full=float(cost.prefill_flops([total] * len(counts), text)),
-        kv_bytes=int(cost.kv_bytes(counts, text)),
-        kv_bytes_full=int(cost.kv_bytes([total] * len(counts), text)),
-        kv_bytes_held=int(cost.kv_bytes(cached)),
-        peak_bytes=int(cost.peak_bytes(computed, 0, columns, observed, sharing, cached, looked)),
-        peak_bytes_full=int(cost.peak_bytes([columns] * len(counts), sharing=sharing)),
-    )
 
 
-def _columns(prefilled: Prefilled, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Of a prompt with so many tokens in each layer: the columns that each layer's cache has for it, and
-    those that the layer computes. Padding is cached in every layer, and computed where it is not packed.
-    """
-    cuts = {cut.layer: cut for cut in prefilled.cuts}
-    width, packed = prefilled.layout.real.shape[1], False
-    cached, computed = [], []
-    for layer, length in enumerate(lengths):
-        if layer in cuts:
-            width, packed = cuts[layer].width, cuts[layer].packed
-        cached.append(width)
-        computed.append(length if packed else width)
-    return cached, computed
+def _saved(spent: int, full: int) -> float:
+    return 1.0 - spent / full if full else 0.0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0
-
-
-def _saved(spent: list[float] | list[int], full: list[float] | list[int]) -> float:
-    return 1.0 - sum(spent) / sum(full) if sum(full) else 0.0
+def _steps(counts: Sequence[int]) -> str:
+    """The counts of a schedule that falls, shortened in the middle."""
+    steps = [n for i, n in enumerate(counts) if not i or n != counts[i - 1]]
+    shown = [str(n) for n in steps]
+    return ", ".join(shown if len(shown) < 6 else [*shown[:3], "...", shown[-1]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
-from ..trace import Trace
+from ..trace import Sample, Trace
 from . import tap
 from .cover import Cover
 from .forwards import Forwards
@@ -42,10 +42,13 @@ class Attachment:
         model: nn.Module,
         visual_mask: torch.Tensor | None = None,
         vision_scores: torch.Tensor | None = None,
+        keep: int | None = None,
+        on_sample: Callable[[Sample], object] | None = None,
     ):
         _check_scores(vision_scores)
         self.method, self.model, self.located = method, model, locate(model)
-        self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores)
+        trace = Trace(keep, on_sample)
+        self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores, trace)
         self.vision, self.trace = self.forwards.vision, self.forwards.trace
         self.shape = self.forwards.shape
         refuse_positions(method, self.located)
@@ -122,6 +125,7 @@ class Attachment:
             del self._tagged
         _attached.discard(self.located.text)
         self.forwards.forget()
+        self.trace.flush()
 
     def encode(self, **inputs: Any) -> dict[str, Any]:
         """The features of pictures and videos, to be asked about many times.

@@ -50,6 +50,7 @@ class Forwards:
         located: Located,
         visual_mask: torch.Tensor | None,
         vision_scores: torch.Tensor | None,
+        trace: Trace,
     ):
         self.method, self.model, self.located = method, model, located
         wanted = method.tower()
@@ -58,7 +59,7 @@ class Forwards:
         self.vision = VisionTap(located.base, located.vision, wanted, method.merge)
         self.visual_mask = None if visual_mask is None else torch.atleast_2d(visual_mask)
         self.vision_scores = vision_scores
-        self.trace = Trace()
+        self.trace = trace
         self.shape = ModelShape(
             num_layers=len(located.layers),
             cost=located.cost,
