@@ -8,6 +8,7 @@ from .budget import Budget
 from .methods import create, list_methods
 from .methods.autoprune import AutoPrune
 from .methods.autoprune_reference import AutoPruneReference
+from .methods.per_prompt import per_prompt
 
 __version__ = "0.1.0"
-__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods"]
+__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods", "per_prompt"]

@@ -38,10 +38,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one prefill, in batch order: host numbers only."""
+    """The prompts of one prefill, in batch order: host numbers only.
+
+    repeats: how often each prompt stands there, one copy behind the other, as `generate` repeats them for
+        beams and several answers.
+    """
 
     num_visual: Sequence[int]
     num_text: Sequence[int]
+    repeats: int = 1
 
     def __len__(self) -> int:
         return len(self.num_visual)
@@ -95,6 +100,8 @@ class Needs:
     keys: keys and queries of the layer before the cut.
     vision: what `Method.tower` asked for, where the model gives it.
     hidden: hidden states at the cut.
+    beside: what must be seen besides, of other rows or of the layer on the cut's other side; shown as
+        `Observation.beside`. It says `hidden` if the other does.
     """
 
     rows: Rows | None = None
@@ -102,6 +109,12 @@ class Needs:
     keys: bool = False
     vision: bool = False
     hidden: bool = False
+    beside: Needs | None = None
+
+    def each(self, ahead: bool | None = None) -> list[Needs]:
+        """These needs and those beside them; of the layer behind the cut, before it, or of both."""
+        beside = [] if self.beside is None else self.beside.each(ahead)
+        return [self, *beside] if ahead in (None, self.ahead) else beside
 
 
 @dataclass
@@ -131,6 +144,7 @@ class Observation:
         text tokens [batch, text, hidden size].
     keys, text_keys: give rotated keys [batch, key heads, V or text, head dim].
     queries: gives the visual tokens' rotated queries [batch, heads, V, head dim].
+    beside: what `Needs.beside` asked for.
     """
 
     cut: int
@@ -151,6 +165,7 @@ class Observation:
     keys: Callable[[], torch.Tensor] | None = None
     text_keys: Callable[[], torch.Tensor] | None = None
     queries: Callable[[], torch.Tensor] | None = None
+    beside: Observation | None = None
 
     @property
     def ragged(self) -> bool:
@@ -182,7 +197,8 @@ class Selection:
     counts: how many of them are real, per prompt.
     merged: new tokens beside the kept ones.
     states: [batch, K, hidden size], hidden states that the kept tokens take on, for methods that merge
-        dropped tokens into kept ones. Not together with `merged`.
+        dropped tokens into kept ones. Together with `merged`, of all tokens that are left, merged ones
+        included, in the order in which they stand.
     """
 
     kept: torch.Tensor

@@ -182,6 +182,8 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
     observed = [prefilled.observed.get(n, 0) / len(layout.real) for n in range(len(counts))]
     real = layout.real[prompt, : layout.length]
     information = state.mutual_information
+    # In a batch of several methods some plan and others do not.
+    schedule = state.schedule[prompt] if state.schedule is not None else None
     return Sample(
         num_visual=total,
         num_text=text,
@@ -191,7 +193,7 @@ def _sample(prefilled: Prefilled, visual: list[np.ndarray], prompt: int) -> Samp
         tokens_per_layer=counts,
         kept=kept,
         mutual_information=information[prompt] if information is not None and total else None,
-        schedule=list(state.schedule[prompt]) if state.schedule is not None else None,
+        schedule=list(schedule) if schedule is not None else None,
         flops=float(cost.prefill_flops(counts, text)),
         flops_full=float(cost.prefill_flops([total] * len(counts), text)),
         kv_bytes=int(cost.kv_bytes(counts, text)),

@@ -15,7 +15,7 @@ from ..trace import Prefilled, Trace
 from .cache import PrunedCache, is_static, narrowed, static_step
 from .cache_argument import cache_of
 from .decode import Decode
-from .generation import take_drafts
+from .generation import Repeats, take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
 from .prefill import Prefill
@@ -65,6 +65,7 @@ class Forwards:
             has_vision_scores=self.vision.available or vision_scores is not None,
         )
         self.implementation = located.implementation
+        self.repeats = Repeats()
         self._local = threading.local()
 
     def forget(self) -> None:
@@ -174,7 +175,7 @@ class Forwards:
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)
-        prompts = Prompts(layout.num_visual, layout.num_text)
+        prompts = Prompts(layout.num_visual, layout.num_text, self.repeats.number)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
