@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .methods import create, list_methods
     from .methods.autoprune import AutoPrune
     from .methods.autoprune_reference import AutoPruneReference
+    from .methods.per_prompt import per_prompt
 
 __version__ = "0.1.0"
-__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods"]
+__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods", "per_prompt"]
 
 # Where a name comes from. It is imported when it is first used: torch takes seconds, and
 # `autoprune --help` needs none of it.
@@ -26,6 +27,7 @@ _HOMES = {
     "Budget": "budget",
     "create": "methods",
     "list_methods": "methods",
+    "per_prompt": "methods.per_prompt",
 }
 
 

@@ -57,14 +57,23 @@ class Prompts:
 
     required: of each prompt's visual tokens, how many stay in every layer: 1 where it ends with its
         picture (`Observation.required`), else 0.
+    repeats: how often each prompt stands there, one copy behind the other, as `generate` repeats them for
+        beams and several answers.
     """
 
     num_visual: Sequence[int]
     num_text: Sequence[int]
     required: Sequence[int] = ()
+    repeats: int = 1
 
     def __len__(self) -> int:
         return len(self.num_visual)
+
+    def of(self, rows: Sequence[int]) -> Prompts:
+        """Some of the prompts."""
+        numbers = (self.num_visual, self.num_text, self.required or [0] * len(self))
+        visual, text, required = ([values[row] for row in rows] for values in numbers)
+        return Prompts(visual, text, required, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class Needs:
         projections of all tokens a second time.
     vision: what `Method.tower` asked for, where the model gives it.
     hidden: hidden states at the cut.
+    beside: what must be seen besides, of other rows or of the layer on the cut's other side; shown as
+        `Observation.beside`. It says `hidden` if the other does.
     """
 
     rows: Rows | None = None
@@ -130,6 +141,12 @@ class Needs:
     keys: bool = False
     vision: bool = False
     hidden: bool = False
+    beside: Needs | None = None
+
+    def each(self, ahead: bool | None = None) -> list[Needs]:
+        """These needs and those beside them; of the layer behind the cut, before it, or of both."""
+        beside = [] if self.beside is None else self.beside.each(ahead)
+        return [self, *beside] if ahead in (None, self.ahead) else beside
 
 
 @dataclass
@@ -164,6 +181,7 @@ class Observation:
         text tokens [batch, text, hidden size].
     keys, text_keys: give rotated keys [batch, key heads, V or text, head dim].
     queries: gives the visual tokens' rotated queries [batch, heads, V, head dim].
+    beside: what `Needs.beside` asked for.
     """
 
     cut: int
@@ -186,6 +204,7 @@ class Observation:
     keys: Callable[[], torch.Tensor] | None = None
     text_keys: Callable[[], torch.Tensor] | None = None
     queries: Callable[[], torch.Tensor] | None = None
+    beside: Observation | None = None
 
     @property
     def ragged(self) -> bool:
@@ -217,7 +236,8 @@ class Selection:
     counts: how many of them are real, per prompt.
     merged: new tokens beside the kept ones.
     states: [batch, K, hidden size], hidden states that the kept tokens take on, for methods that merge
-        dropped tokens into kept ones. Not together with `merged`.
+        dropped tokens into kept ones. Together with `merged`, of all tokens that are left, merged ones
+        included, in the order in which they stand.
     """
 
     kept: torch.Tensor

@@ -74,14 +74,16 @@ def _of_prompt(
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     kept = selection.kept[prompt, : selection.counts[prompt]]
     stands, becomes = present[kept], {}
-    if selection.states is not None:
-        becomes = dict(zip(stands.tolist(), selection.states[prompt].float(), strict=False))
     if (merged := selection.merged) is not None:
         places = present[merged.place[prompt, : merged.counts[prompt]]]
         assert not set(places.tolist()) & set(stands.tolist())
         becomes.update(zip(places.tolist(), merged.hidden[prompt].float(), strict=False))
         stands = torch.cat([stands, places])
-    return stands.sort().values, becomes
+    stands = stands.sort().values
+    if selection.states is not None:
+        # Of all that are left, in their order.
+        becomes.update(zip(stands.tolist(), selection.states[prompt].float(), strict=False))
+    return stands, becomes
 
 
 def for_oracle(

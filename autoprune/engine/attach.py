@@ -95,7 +95,7 @@ class Attachment:
                     layer.register_forward_pre_hook(self.forwards.layer_hook(index), **hook)
                 )
             self.vision.install()
-            watched = WATCHED
+            watched = WATCHED | self.forwards.repeats.watch()
             if (merging := self.vision.merging).blocks:
                 watched = watched | watch_encoding(self.forwards.read_and_expect, merging.forget)
             self._handles.append(Cover(located.outer, watched))

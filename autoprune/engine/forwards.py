@@ -15,7 +15,7 @@ from ..trace import Prefilled, Trace
 from .cache import PrunedCache, is_static, narrowed, static_step
 from .cache_argument import cache_of
 from .decode import Decode
-from .generation import take_drafts
+from .generation import Repeats, take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
 from .prefill import Prefill
@@ -67,6 +67,7 @@ class Forwards:
             has_cls=self.vision.has_cls,
         )
         self.implementation = located.implementation
+        self.repeats = Repeats()
         self._local = threading.local()
 
     def forget(self) -> None:
@@ -177,7 +178,7 @@ class Forwards:
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)
         required = [int(ends) for ends in layout.ends_visual]
-        prompts = Prompts(layout.num_visual, layout.num_text, required)
+        prompts = Prompts(layout.num_visual, layout.num_text, required, self.repeats.number)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from .cache import DRAFTS
 from .cache_argument import cache_of
+from .cover import Around
 from .refusals import refuse_length
 from .vision import same_features
 
@@ -58,6 +60,34 @@ def _repeating(expand: Callable) -> Callable:
         return expand(input_ids, own, *args, **kwargs)
 
     return watched
+
+
+class Repeats(threading.local):
+    """How many copies `generate` makes of each prompt, for beams and several answers; 1 outside of it."""
+
+    number = 1
+
+    def watch(self) -> dict[str, Around]:
+        return {"generate": self._generating, "_expand_inputs_for_generation": self._expanding}
+
+    def _generating(self, generate: Callable) -> Callable:
+        @wraps(generate)
+        def watched(*args, **kwargs):
+            before, self.number = self.number, 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.number = before
+
+        return watched
+
+    def _expanding(self, expand: Callable) -> Callable:
+        @wraps(expand)
+        def watched(*args, **kwargs):
+            self.number = kwargs.get("expand_size", args[0] if args else 1)
+            return expand(*args, **kwargs)
+
+        return watched
 
 
 WATCHED = {

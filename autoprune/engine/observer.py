@@ -49,8 +49,9 @@ class Observer:
         self.needs: Needs | None = None
         self.peeking = False
         self._vision = self._by_prompt(vision)
-        self._attention: torch.Tensor | None = None
-        self._projections: tuple[torch.Tensor, torch.Tensor] | None = None
+        # By whether the layer is the one behind the cut; attention by its rows, too.
+        self._attention: dict[tuple[bool, Rows | None], torch.Tensor] = {}
+        self._projections: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
         self._text: dict[Rows, _Rows] = {}
         self._causal: dict[Any, torch.Tensor] = {}
         # Of prompts that end with their picture, which tokens stay; None if there are none.
@@ -60,14 +61,15 @@ class Observer:
 
     def expect(self, needs: Needs | None) -> None:
         """Forget what was seen, and look out for what the next cut needs."""
-        self.needs, self._attention, self._projections = needs, None, None
+        self.needs, self._attention, self._projections = needs, {}, {}
         self.looked_bytes = 0
 
     @property
     def kept_bytes(self) -> int:
         """What is kept of the attention that was seen; keys usually are the cache's own."""
-        seen = self._attention, *(self._projections or ())[:1]
-        return sum(kept.untyped_storage().nbytes() for kept in seen if kept is not None)
+        queries = (query for query, _ in self._projections.values())
+        kept = (*self._attention.values(), *queries)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
     def see(
         self, tokens: Tokens, query, key, attention_mask, scaling=None, softcap=None, **kwargs
@@ -77,16 +79,17 @@ class Observer:
         Raises:
             SeenEnough: nothing else of the layer is wanted.
         """
-        needs = self.needs
-        if needs is None or needs.ahead != self.peeking:
+        wanted = [] if self.needs is None else self.needs.each(self.peeking)
+        if not wanted:
             return
         key = key[:, :, : tokens.width]
-        if needs.keys:
-            self._projections = query, key
-        if needs.rows is not None:
-            self._attention = self._look(
-                needs.rows, tokens, query, key, attention_mask, scaling, softcap
-            )
+        if any(needs.keys for needs in wanted):
+            self._projections[self.peeking] = query, key
+        for rows in {needs.rows for needs in wanted}:
+            if rows is not None:
+                self._attention[self.peeking, rows] = self._look(
+                    rows, tokens, query, key, attention_mask, scaling, softcap
+                )
         if self.peeking:
             raise SeenEnough
 
@@ -156,14 +159,14 @@ class Observer:
             UnsupportedError: the attention did not come by.
         """
         slots, mask = tokens.slots if tokens.block is None else tokens.block, tokens.slot_mask
-        seen = Observation(cut, list(tokens.counts), tokens.index, mask, self._attention)
+        attention = self._attention.get((needs.ahead, needs.rows))
+        projections = self._projections.get(needs.ahead)
+        seen = Observation(cut, list(tokens.counts), tokens.index, mask, attention)
         if needs.rows is not None or needs.hidden or needs.keys:
             text, rows = self._rows(needs.rows or "text", tokens)
             seen.text_mask = rows.mask
             seen.no_padding = rows.all_real
-        if (needs.rows is not None and self._attention is None) or (
-            needs.keys and self._projections is None
-        ):
+        if (needs.rows is not None and attention is None) or (needs.keys and projections is None):
             raise UnsupportedError(
                 f"the attention of decoder layer {cut - (not needs.ahead)} was not seen: its backend does "
                 "not go through transformers' attention functions; use attn_implementation='sdpa'"
@@ -173,8 +176,8 @@ class Observer:
                 partial(take, hidden, slots),
                 partial(take, hidden, text),
             )
-        if needs.keys and self._projections is not None:
-            query, key = self._projections
+        if needs.keys and projections is not None:
+            query, key = projections
             seen.keys, seen.text_keys = partial(take, key, slots), partial(take, key, text)
             seen.queries = partial(take, query, slots)
         if needs.vision:
@@ -183,6 +186,8 @@ class Observer:
             place = np.array(tokens.counts)[:, None] - 1
             required = self._ends & (np.arange(tokens.index.shape[1]) == place)
             seen.required = to_device(required, tokens.index.device)
+        if needs.beside is not None:
+            seen.beside = self.observation(cut, needs.beside, tokens, hidden)
         return seen
 
     def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:

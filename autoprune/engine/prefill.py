@@ -105,7 +105,7 @@ class Prefill:
         entering = args[0]
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
-            if needs.ahead:
+            if needs.each(ahead=True):
                 self._peek(index, needs, args, kwargs)
             hidden = self._cut(index, needs, entering)
             args = (hidden, *args[1:])
@@ -130,8 +130,8 @@ class Prefill:
     def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
         kwargs = without_cache(self._fit(index, args[0], kwargs))
-        self.observer.expect(needs)
-        self.observer.peeking = True
+        # What was seen of the layer before stays.
+        self.observer.needs, self.observer.peeking = needs, True
         try:
             self.located.layers[index].forward(*args, **kwargs)
         except SeenEnough:

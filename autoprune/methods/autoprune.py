@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from ..schedules import REFERENCE_DEPTH, check_information, check_size
 from ..scorers import as_shares, text_attention, vision_attention
 from ..solver import solve_schedule
 from ..staircase import Staircase
+from .per_prompt import PerPrompt, per_prompt
 
 REMEMBERED_PRIORS = 256
 
@@ -129,6 +130,23 @@ class AutoPrune(Method):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def per_prompt(cls, budgets: Sequence[Budget | float | None], **options: Any) -> PerPrompt:
+        """A budget for each prompt of a batch; see `autoprune.per_prompt`.
+
+        Args:
+            budgets: in the batch's order; None leaves a prompt whole.
+            options: of all prompts, as for `AutoPrune`.
+
+        Raises:
+            ValueError: a budget or an option cannot be right.
+        """
+        if not isinstance(budgets, (list, tuple)):
+            raise ValueError(
+                f"per_prompt takes a list with one budget for each prompt of the batch, got {budgets!r}"
+            )
+        return per_prompt([None if b is None else cls(b, **options) for b in budgets])
 
     def plan(
         self,
