@@ -20,7 +20,6 @@ from ..method import (
     Observation,
     Patches,
     Positions,
-    Prompts,
     PromptState,
     Rows,
     Selection,
