@@ -87,6 +87,8 @@ class Tower:
     middle: the attention that a patch receives in another block, too: the one at this share of the
         tower's depth, in (0, 1].
     places: where each token lies in its picture.
+    outside: how far outside of the picture a patch lies where the picture was padded to a square. Given
+        beside the tower's own attention only.
     merge: let `Method.merge` merge patches behind each block, so that the tower gets faster too. Done
         where a visual token is one patch and it is known when the tower runs what the prompts keep
         (`Method.capacity` of layer 0); elsewhere the first cut finds all tokens single.
@@ -97,6 +99,7 @@ class Tower:
     received: bool = False
     middle: float | None = None
     places: bool = False
+    outside: bool = False
     merge: bool = False
 
 
@@ -169,6 +172,8 @@ class Observation:
         (`selectors.required_first`) loses the worst instead.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
+    vision_outside: float32 [batch, V], how far a patch's first row or column of pixels lies outside of the
+        picture that was padded to a square, in patches; 0 inside of it.
     vision_keys: float32 [batch, V, head dim], the tower's keys, mean over its heads and over the
         patches of a token; NaN for tokens without a patch.
     vision_received, vision_middle: float32 [batch, V], attention received from all patches in the block
@@ -194,6 +199,7 @@ class Observation:
     required: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
+    vision_outside: torch.Tensor | None = None
     vision_keys: torch.Tensor | None = None
     vision_received: torch.Tensor | None = None
     vision_middle: torch.Tensor | None = None

@@ -24,7 +24,7 @@ from .cover import Cover
 from .locate import tower_attentions, tower_blocks
 from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
 from .vision_merging import Rule, TowerMerging
-from .vision_patches import cls_attention, padded_patches, received_attention
+from .vision_patches import cls_attention, padded_patches, patches_outside, received_attention
 from .vision_view import VisionView, in_prompt_order
 
 if TYPE_CHECKING:
@@ -268,6 +268,11 @@ class VisionTap:
             # A token is padding if none of its patches is real.
             real = to_tokens(self.base, (~padding).float()[..., None], call.arguments)
             values["vision_padding"] = real[:, 0] == 0
+        if self.wanted.outside and padding is not None:
+            outside = patches_outside(call.arguments["pixel_values"], self._patch_size)
+            values["vision_outside"] = to_tokens(self.base, outside[..., None], call.arguments)[
+                :, 0
+            ]
         if self.wanted.places:
             places = token_places(to_tokens, self.base, shape, call.arguments)
             if places is not None:
@@ -279,9 +284,12 @@ class VisionTap:
         scored = self.wanted.attention or self.wanted.received
         if not scored or not self.family.squares:
             return None
+        return padded_patches(call.arguments.get("pixel_values"), shape, self._patch_size)
+
+    @property
+    def _patch_size(self) -> int:
         size = self.base.config.vision_config.patch_size
-        size = size if isinstance(size, int) else size[0]
-        return padded_patches(call.arguments.get("pixel_values"), shape, size)
+        return size if isinstance(size, int) else size[0]
 
     def _blocks(self) -> list[nn.Module]:
         """The tower's blocks, up to the one that is scored; none if they are not known."""

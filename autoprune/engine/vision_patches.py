@@ -9,6 +9,10 @@ import torch
 
 from .tap import row_attention
 
+# Resizing blurs a picture's edge over about this many rows of pixels; where it was is then known to a tenth
+# of a row. Padding on both sides differs by a row before the resizing.
+BLUR, UNSURE, UNEQUAL = 4, 0.1, 2.0
+
 # Bounds the memory of one chunk of attention weights (64 MiB in float32).
 WEIGHTS_AT_ONCE = 1 << 24
 
@@ -111,3 +115,59 @@ def _border(pixels: torch.Tensor) -> torch.Tensor:
     top = top.to(torch.int8).cummin(dim=1).values.bool()
     bottom = bottom.flip(1).to(torch.int8).cummin(dim=1).values.flip(1).bool()
     return top | bottom
+
+
+def patches_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """How far outside of its picture each patch begins, where the picture was padded to a square.
+
+    Padding lies on both sides of a picture along one axis, in one colour and equally wide. So where one of
+    two opposite borders is wider, it goes on into the picture. Borders along both axes are a frame that
+    belongs to the picture.
+
+    Args:
+        pixels: [pictures, 3, side, side].
+        patch_size: pixels along the side of a patch.
+
+    Returns:
+        float32 [pictures, patches], row-major: how far the first row (or column) of a patch's pixels is
+        from the nearest of the picture, in patches; 0 inside of it.
+    """
+    along = [_rows_outside(view.float(), patch_size) for view in (pixels, pixels.transpose(-1, -2))]
+    is_padded = [(distance > 0).any(dim=1, keepdim=True) for distance in along]
+    rows, columns = (distance.masked_fill(is_padded[0] & is_padded[1], 0) for distance in along)
+    return torch.maximum(rows[:, :, None], columns[:, None, :]).flatten(1)
+
+
+def _rows_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """float32 [pictures, rows of patches]: how far each begins above or below the picture, in patches."""
+    side = pixels.shape[-2]
+    contrast = (pixels - pixels[:, :, :1, :1]).abs().mean(dim=(1, 3))
+    edges, sharp = zip(_edge(contrast), _edge(contrast.flip(1)), strict=True)
+    narrow = torch.minimum(*edges)
+    above, below = (torch.where(e - narrow > UNEQUAL, narrow, e)[:, None] for e in edges)
+    # A blurred edge lies between pixels. A sharp one has the picture's last row in front of it.
+    last = torch.where((sharp[0] & sharp[1])[:, None], 1.0, -UNSURE)
+    first = torch.where(last > 0, 0.0, -UNSURE)
+    start = patch_size * torch.arange(side // patch_size, device=pixels.device)
+    outside = torch.maximum(above - start + first, start - (side - below) + last)
+    return outside.masked_fill(narrow[:, None] == 0, 0).clamp(min=0) / patch_size
+
+
+def _edge(contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the picture begins behind a border, and whether it does so sharply, float and bool [pictures].
+
+    Resizing blurs an edge; it is where half of the contrast is reached, between the middles of two rows.
+
+    Args:
+        contrast: [pictures, rows], to the colour of the border. An edge at 0 means that there is none.
+    """
+    row = torch.arange(contrast.shape[1], device=contrast.device)
+    border = (contrast == 0).to(torch.int8).cummin(dim=1).values.sum(dim=1, keepdim=True)
+    near = (row >= border) & (row < border + BLUR)
+    inside = contrast.masked_fill(~near, 0.0).amax(dim=1, keepdim=True)
+    first = (near & (2 * contrast >= inside)).to(torch.int8).argmax(dim=1, keepdim=True)
+    share, before = (contrast.gather(1, at) / inside for at in (first, (first - 1).clamp(min=0)))
+    between = first + 0.5 - (share - 0.5) / (share - before)
+    sharp = first == border
+    edge = torch.where(sharp, border.float(), between)
+    return torch.where(border * inside > 0, edge, 0.0)[:, 0], sharp[:, 0]

@@ -20,6 +20,7 @@ from ..method import (
     Positions,
     PromptState,
     Selection,
+    Tower,
     check_settings,
 )
 from ..reference_math import (
@@ -43,9 +44,12 @@ class AutoPruneReference(Method):
     Differs from `AutoPrune`: the budget counts tokens leaving a layer and is met by bisection only
     approximately; what enters layer 0 and the first cut is outside it; mutual information is not
     normalised and grows with the number of heads; x0 is an absolute layer index; positions are compacted
-    in every layer; dropped tokens are recycled. Ties between cluster centres go to the lowest index. As in
-    the release every text row is looked at, however many there are, so behind a short picture a text of
+    in every layer; dropped tokens are recycled; patches of a square-padded picture have no CLS attention
+    where they lie more than a patch outside of it. Ties between cluster centres go to the lowest index. As
+    in the release every text row is looked at, however many there are, so behind a short picture a text of
     thousands of tokens makes it slower than not to prune.
+    Differs from the release: the padding is found in the pixels, to half a pixel, as the size of the
+    picture before padding is not known here.
 
     Args:
         budget: target mean of visual tokens leaving a layer (`target_token_num`), or
@@ -77,6 +81,9 @@ class AutoPruneReference(Method):
             )
         object.__setattr__(self, "budget", budget)
         check_settings(self)
+
+    def tower(self) -> Tower:
+        return Tower(attention=True, outside=True)
 
     def check(self, shape: ModelShape) -> None:
         if shape.num_layers < 3:
@@ -116,6 +123,10 @@ class AutoPruneReference(Method):
         counts = state.notes["first"]
         scores = text_attention(seen)
         vision = vision_attention(seen, mask_padding=False)
+        if vision is not None and seen.vision_outside is not None:
+            # The release samples a patch at its first pixel and counts a border as wide as a patch to the
+            # picture.
+            vision = vision.masked_fill(seen.vision_outside > 1, 0.0)
         if vision is not None:
             information = [m / max(rows, 1) for m, rows in zip(*_information(seen), strict=True)]
             weight = TEXT_WEIGHT * torch.tensor(information, device=scores.device)
