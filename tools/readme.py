@@ -33,7 +33,8 @@ that works.
 Layers are stated for 32 layers and rescaled to the model's depth. `autoprune.create(name, budget=...)` builds
 a method, `autoprune compare` puts them side by side ([compare.md](compare.md)), [adaptivity.md](adaptivity.md)
 says how they fare on the embedded model. Each was written from its paper, and each says how it differs from
-its authors' code. [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add one.
+its authors' code, and with which of its options it comes closest to it (*as released*; `autoprune compare
+--methods all,released` has those rows, too). [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add one.
 """
 
 
