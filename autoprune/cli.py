@@ -305,7 +305,7 @@ def compare(
         typer.Option(
             "--methods",
             "--method",
-            help="By commas, options after a colon: autoprune:k0=0.2,random.",
+            help="By commas, options after a colon: autoprune:k0=0.2,random; all; released.",
         ),
     ] = "all",
     budgets: Annotated[

@@ -181,17 +181,29 @@ def test_pre_llm_needs_scores_of_the_vision_tower(model):
         model(inputs_embeds=embeds)
 
 
-def test_padding_of_a_square_picture_never_wins_by_its_vision_score(model):
+BY_TOWER = ("fastervlm", "vispruner", "visionzip", "prumerge", "hiprune", "scope", "tome")
+
+
+@pytest.mark.parametrize(
+    ("method", "masks"),
+    [
+        (AutoPrune(Budget.ratio(0.5), first_cut="pre_llm", x0=1000.0), True),
+        *((autoprune.create(name, Budget.ratio(0.5)), True) for name in BY_TOWER),
+        (autoprune.create("fastervlm", Budget.ratio(0.5), mask_padding=False), False),
+        (autoprune.create("hiprune", Budget.ratio(0.5), mask_padding=False), False),
+    ],
+    ids=str,
+)
+def test_padding_of_a_square_picture_never_wins_unless_it_is_not_masked(model, method, masks):
     inputs = zoo.inputs("llava", model)
     pixels = inputs["pixel_values"].clone()
     rows = pixels.shape[2] // 4
     pixels[:, :, :rows], pixels[:, :, -rows:] = 0.25, 0.25
     total = int(zoo.visual_mask(model, inputs["input_ids"]).sum())
-    method = AutoPrune(Budget.ratio(0.5), first_cut="pre_llm", x0=1000.0)
     with torch.no_grad(), method(model) as trace:
         model(**dict(inputs, pixel_values=pixels))
     real = torch.arange(total)[total // 4 : -total // 4]
-    assert torch.equal(trace.samples[0].kept[0], real)
+    assert torch.equal(trace.samples[0].kept[0], real) == masks
 
 
 def test_random_keeps_other_tokens_for_another_seed(model):

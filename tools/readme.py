@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 
 from autoprune import families
+from autoprune.commands.methods import documentation
 from autoprune.methods import METHODS
 
 START = "<!-- families: written by `make readme` -->"
@@ -32,7 +33,8 @@ that works.
 Layers are stated for 32 layers and rescaled to the model's depth. `autoprune.create(name, budget=...)` builds
 a method, `autoprune compare` puts them side by side ([compare.md](compare.md)), [adaptivity.md](adaptivity.md)
 says how they fare on the embedded model. Each was written from its paper, and each says how it differs from
-its authors' code. [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add one.
+its authors' code, and with which of its options it comes closest to it (*as released*; `autoprune compare
+--methods all,released` has those rows, too). [CONTRIBUTING.md](../CONTRIBUTING.md) shows how to add one.
 """
 
 
@@ -53,7 +55,7 @@ def methods_page() -> str:
     """docs/methods.md: a section for each method, from its docstring, paper and options."""
     sections = [METHODS_HEAD, _index()]
     for name, method in METHODS.items():
-        text, _, arguments = (inspect.getdoc(method) or "").partition("\n\nArgs:\n")
+        text, _, arguments = documentation(name).partition("\n\nArgs:\n")
         options = [
             f"`{field.name}={field.default!r}`"
             for field in dataclasses.fields(method)
@@ -65,6 +67,9 @@ def methods_page() -> str:
             text + "\n",
             *([f"Options: {', '.join(options)}\n", _arguments(arguments)] if options else []),
         ]
+        if method.released:
+            released = (f"`{option}={value!r}`" for option, value in method.released.items())
+            sections.append(f"As released: {', '.join(released)}\n")
     return "\n".join(sections).rstrip() + "\n"
 
 

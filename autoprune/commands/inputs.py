@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ..budget import Budget
 from ..method import Method
-from ..methods import METHODS, create, list_methods
+from ..methods import METHODS, as_released, create, list_methods
 from .methods import options as defaults
 
 
@@ -40,10 +40,11 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Label, name and options of each method in "autoprune:k0=0.2,beta=1,random" or "all".
+    """Label, name and options of each method in "autoprune:k0=0.2,beta=1,random", "all" or "released".
 
     Options follow a colon, separated by commas as the methods are. The text of a method is its
-    label, unless it is given one: "steep@autoprune:k0=0.8".
+    label, unless it is given one: "steep@autoprune:k0=0.8". "released" is every method whose authors'
+    code differs from its defaults, with the options that come closest to that code, as "fastervlm as released".
 
     Args:
         option: what the text was given to, for the message.
@@ -52,23 +53,30 @@ def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...
         ValueError: no method, or an option that follows none.
     """
     chosen: list[tuple[str, str, tuple[str, ...]]] = []
+    takes_options = False
     for part in (part.strip() for part in text.split(",")):
         head, _, setting = part.partition(":")
         if not part:
             continue
         if "=" in head:
-            if not chosen or not chosen[-1][2]:
+            if not takes_options:
                 raise ValueError(f"option {part!r} follows no method; write method:{part}")
             label, name, options = chosen.pop()
             label = f"{label},{part}" if label.startswith(f"{name}:") else label
             chosen.append((label, name, (*options, part)))
         elif part == "all":
+            takes_options = False
             chosen += [(name, name, ()) for name in list_methods()]
+        elif part == "released":
+            takes_options = False
+            settings = {name: as_released(name) for name in list_methods()}
+            chosen += [(f"{name} as released", name, own) for name, own in settings.items() if own]
         else:
+            takes_options = bool(setting)
             label, at, name = head.rpartition("@")
             chosen.append((label if at else part, name, (setting,) if setting else ()))
     if not chosen:
-        raise ValueError(f"{option} is empty; give names by commas, or all")
+        raise ValueError(f"{option} is empty; give names by commas, all, or released")
     return list(dict.fromkeys(chosen))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from ..methods import METHODS, check_name
+from ..methods import METHODS, as_released, check_name
 from .report import print_json
 
 _SECTIONS = ("Args:", "Raises:")
@@ -24,12 +26,13 @@ def options(name: str) -> dict[str, Any]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Name, first sentence, paper and options with their defaults of a method."""
+    """Name, first sentence, paper, options with their defaults and settings as released of a method."""
     return {
         "name": name,
-        "summary": _documentation(name).split("\n")[0],
+        "summary": documentation(name).split("\n")[0],
         "paper": METHODS[name].paper,
         "options": options(name),
+        "released": dict(METHODS[name].released),
     }
 
 
@@ -58,12 +61,14 @@ def explain(name: str, console: Console, as_json: bool) -> None:
     if as_json:
         print_json(console, describe(name))
         return
-    for indent, paragraph in _paragraphs(_documentation(name)):
+    for indent, paragraph in _paragraphs(documentation(name)):
         console.print(Padding(paragraph, (0, 0, 0, indent)))
     console.print(f"Paper: {METHODS[name].paper}")
     console.print()
     for option, default in options(name).items():
         console.print(f"--set {option}={default}")
+    if METHODS[name].released:
+        console.print("As released: " + " ".join(f"--set {s}" for s in as_released(name)))
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
@@ -85,5 +90,24 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _documentation(name: str) -> str:
-    return inspect.getdoc(METHODS[name]) or ""
+def documentation(name: str) -> str:
+    """A method's docstring; options of its base classes that it does not explain itself are added."""
+    method = METHODS[name]
+    text = inspect.getdoc(method) or ""
+    explained = _arguments(text)
+    options_of = {field.name for field in dataclasses.fields(cast(Any, method))}
+    added = {
+        option: entry
+        for base in reversed(method.__mro__[1:])
+        for option, entry in _arguments(inspect.cleandoc(base.__doc__ or "")).items()
+        if option in options_of and option not in explained
+    }
+    return "\n".join([text, *added.values()]) if explained else text
+
+
+def _arguments(text: str) -> dict[str, str]:
+    """The entries of a docstring's Args section, as they stand there, by argument."""
+    _, _, section = text.partition("\n\nArgs:\n")
+    lines = itertools.takewhile(lambda line: line.startswith(" "), section.split("\n"))
+    entries = [entry for entry in re.split(r"\n(?=    \S)", "\n".join(lines)) if entry]
+    return {name.strip(): entry for entry in entries for name in entry.partition(":")[0].split(",")}

@@ -67,6 +67,14 @@ def list_methods() -> list[str]:
     return list(METHODS)
 
 
+def as_released(name: str) -> tuple[str, ...]:
+    """The settings with which a method comes closest to its authors' code, as "option=value".
+
+    None for a method that does so by itself, or of which there is no authors' code.
+    """
+    return tuple(f"{option}={value}" for option, value in METHODS[name].released.items())
+
+
 def create(name: str, /, budget: Budget | float, **options: Any) -> Method:
     """Build a method by name: `create("autoprune", budget=64, k0=0.3)`.
 

@@ -20,7 +20,8 @@ class CDPruner(PreDecoder):
     conditional determinantal point process, greedy MAP), with the embeddings f that the decoder receives
     and the relevance r: the mean cosine of f_i and the text tokens behind the picture, scaled to [0, 1].
     Needs nothing of the vision tower and works with any model.
-    Differs from the official code: relevance is measured in the decoder's embedding space, which every
+    Differs from the official code: tokens keep their positions, where the code numbers those that are left
+    anew (`positions`); relevance is measured in the decoder's embedding space, which every
     model has, instead of by CLIP's text encoder, and the cosine has its own sign, where the code takes
     CLIP's negative; all pictures of a prompt share one budget, and image newlines take part.
 

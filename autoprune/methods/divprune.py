@@ -18,7 +18,8 @@ class DivPrune(PreDecoder):
     The kept set S is to maximise min_{i, j in S} (1 - cos(f_i, f_j)) over the embeddings f that the
     decoder receives; greedily, each pick is the token whose nearest pick is farthest away.
     Needs nothing of the vision tower and works with any model.
-    Differs from the official code: all pictures of a prompt share one budget and are told apart by
+    Differs from the official code: tokens keep their positions, where the code numbers those that are left
+    anew (`positions`); all pictures of a prompt share one budget and are told apart by
     their embeddings alone, image newlines take part as any other token, and the number kept follows from
     the budget.
 

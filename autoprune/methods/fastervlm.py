@@ -17,9 +17,11 @@ from ..scorers import required_vision_attention
 class FasterVLM(TowerScored):
     """Keeps what the vision tower's CLS token attends to, cut before the decoder.
 
-    Differs from the official code: all pictures and tiles of a prompt share one budget, and image newlines
-    are dropped first, where the code takes equally many of each and keeps the newlines; where the
-    tower has no CLS token, the attention that a patch receives from the others stands in.
+    Differs from the official code: tokens keep their positions, where the code numbers those that are left
+    anew, and patches of padding come last, where it takes them as any other (`positions`,
+    `mask_padding`); all pictures and tiles of a prompt share one budget, and image newlines are dropped
+    first, where the code takes equally many of each and keeps the newlines; where the tower has no CLS
+    token, the attention that a patch receives from the others stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

@@ -23,8 +23,10 @@ class HiPrune(TowerScored):
     block of the tower, as many as four times that to the anchors' direct neighbours (buffers), and the
     rest to the tokens that receive most in the block whose output the decoder receives (registers).
     Attention is the mean over heads and over all queries, a CLS token's among them. As in the official
-    code the number of anchors is rounded, so that below 2.5 / alpha tokens (25) there are registers only.
-    Differs from the official code: neighbours end at the picture's border instead of running on in the
+    code the number of anchors is rounded: up to 2.5 / alpha tokens (25) there are registers only.
+    Differs from the official code: tokens keep their positions, where the code numbers those that are left
+    anew, and patches of padding come last, where it takes them as any other (`positions`,
+    `mask_padding`); neighbours end at the picture's border instead of running on in the
     row before or behind; all pictures of a prompt share one budget; image newlines are dropped first.
 
     Args:

@@ -32,7 +32,7 @@ class PDrop(Planned):
     head-mean attention of the last token in the layer behind the cut, computed ahead of that layer.
     lambda follows from the budget, in steps of 1/10000.
     Differs from the official code: there lambda is .5, tokens are counted by truncation, and the tokens
-    that are left are numbered anew; here they keep their positions.
+    that are left are numbered anew; here they keep their positions (`positions`).
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

@@ -22,12 +22,16 @@ class PruMerge(Ordered):
     Tokens whose CLS attention a exceeds Q3 + 1.5 (Q3 - Q1), its quartiles over the prompt, are kept,
     the most attended first, and evenly spaced others up to the budget (PruMerge+). Every kept token x_i takes
     in the dropped ones among its nearest by key: (x_i + sum_j a_j x_j) / (1 + sum_j a_j).
-    Differs from the official code: the number kept is the budget's instead of about four times that of
-    outliers, so the spacing follows from it; only dropped tokens are taken in, as in the paper, where the
-    code also mixes kept ones; the sum is divided by its weights; tokens are merged behind the projector;
+    Differs from the official code: tokens keep their positions and their order, where the code hands
+    over first the outliers, by falling attention, and then the others and numbers them anew, and
+    patches of padding come last, where it takes them as any other (`positions`, `order`,
+    `mask_padding`); the number kept is the budget's instead of about four times that of outliers, so
+    the spacing follows from it; only dropped tokens are taken in, as in the paper, where the code also
+    mixes kept ones; the sum is divided by its weights; tokens are merged behind the projector;
     attention and keys are those of the block whose output the decoder receives, per head and then
     averaged, instead of the last block's; no extra token collects everything dropped; all pictures of a
-    prompt share one budget; where the tower has no CLS token, the attention that a patch receives stands in.
+    prompt share one budget; where the tower has no CLS token, the attention that a patch receives
+    stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

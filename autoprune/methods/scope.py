@@ -20,10 +20,12 @@ class SCOPE(TowerScored):
     decoder receives. Greedily, each pick is the token j with the greatest a_j^alpha * g_j, where g_j is
     what j adds to the coverage of all tokens and a_j is the attention that the vision tower's CLS
     token pays to it.
-    Differs from the official code: tokens are compared as the decoder receives them instead of before
-    the projector; all pictures of a prompt share one budget, and a token may cover one of another
-    picture; image newlines and the padding of a picture are to be covered, too, but are kept last; where
-    the tower has no CLS token, the attention that a patch receives from the others stands in.
+    Differs from the official code: tokens keep their positions, where the code numbers those that are
+    left anew, and patches of padding come last, where it takes them as any other (`positions`,
+    `mask_padding`); tokens are compared as the decoder receives them instead of before the projector;
+    all pictures of a prompt share one budget, and a token may cover one of another picture; image
+    newlines and the padding of a picture are to be covered, too, but are kept last; where the tower has
+    no CLS token, the attention that a patch receives from the others stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

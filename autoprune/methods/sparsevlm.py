@@ -40,8 +40,9 @@ class SparseVLM(Planned):
     layer, mean over heads and raters; the best 30 % of the dropped are merged into a tenth as many
     cluster means (DPC-KNN).
     The second version of the official code (SparseVLM+) has other lists, takes the attention of those 14
-    of 32 heads only that pay most to the picture, and merges nothing.
-    Differs from the official code: levels are interpolated linearly between the official lists, as
+    of 32 heads only that pay most to the picture, merges nothing, and keeps positions.
+    Differs from the official code: tokens keep their positions, where the first version numbers those that
+    are left anew (`positions`); levels are interpolated linearly between the official lists, as
     shares of 576, to fit the budget; merged tokens are inside these levels, stand at their cluster's
     centre instead of behind the picture, and ties between centres are not broken at random; attention is
     not divided by what the rotation alone would give, as in the second version.

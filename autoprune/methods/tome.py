@@ -27,7 +27,9 @@ class ToMe(TowerScored):
     Each block up to the one whose output the decoder receives is a round, and what is to go is spread
     evenly over them. The next block sees the tokens that are left, and log(size) is added to its scores
     (proportional attention). The last round is the cut before the decoder.
-    Differs from the official code: tokens are merged behind a block, not between its attention and its
+    Differs from the official code: a token keeps its position, where a tower with fewer tokens has the
+    decoder number them anew, and patches of padding are dropped first, where the code merges them as any
+    other (`positions`, `mask_padding`); tokens are merged behind a block, not between its attention and its
     MLP; they keep their order, so that later rounds split them otherwise; attention is not proportional
     with flash or flex attention; in the tower all pictures of a batch are left with the largest share that
     one of its prompts keeps, so that a prompt may get other tokens in a batch than alone; in the last

@@ -23,11 +23,14 @@ class VisionZip(Ordered):
     The tokens most attended by the CLS token are kept (dominant). Of the others every so-many-th is a target
     (contextual) and becomes the mean of itself and of those whose keys are more similar (cosine) to its
     own than to any other target's.
-    Differs from the official code: tokens are merged behind the projector instead of before it, as a
-    plain mean instead of the target plus the mean of the others; the CLS token itself is not
-    passed on; the split of 54 : 10 is kept at every budget; keys are those of the block whose output the
-    decoder receives, mean over heads and over the patches of a token; all pictures of a prompt share one
-    budget; where the tower has no CLS token, the attention that a patch receives stands in.
+    Differs from the official code: tokens keep their positions and their order, where the code hands
+    over first the dominant and then the merged ones and numbers them anew, and patches of padding come
+    last, where it takes them as any other (`positions`, `order`, `mask_padding`); tokens are merged
+    behind the projector instead of before it, as a plain mean instead of the target plus the mean of
+    the others; the CLS token itself is not passed on; the split of 54 : 10 is kept at every budget;
+    keys are those of the block whose output the decoder receives, mean over heads and over the patches
+    of a token; all pictures of a prompt share one budget; where the tower has no CLS token, the
+    attention that a patch receives stands in.
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.

@@ -22,8 +22,10 @@ class VisPruner(TowerScored):
     A share `ratio` of the budget goes to the tokens most attended by the CLS token. Of the others, in the
     order of attention, those that most resemble another are removed, 8 at a time, until the budget is
     met: each round compares every other token with all those between.
-    Differs from the official code: tokens are compared as the decoder receives them instead of before the
-    projector; all pictures of a prompt share one budget; where the tower has no CLS token, the attention
+    Differs from the official code: tokens keep their positions, where the code numbers those that are left
+    anew, and patches of padding come last, where it takes them as any other (`positions`,
+    `mask_padding`); tokens are compared as the decoder receives them instead of before the projector; all
+    pictures of a prompt share one budget; where the tower has no CLS token, the attention
     that a patch receives from the others stands in; image newlines are dropped first instead of kept.
 
     Args:

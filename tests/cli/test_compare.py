@@ -10,7 +10,7 @@ import pytest
 from autoprune import list_methods, tiny
 from autoprune.commands import compare as command
 from autoprune.commands.compare import parse_budgets
-from autoprune.commands.inputs import parse_methods
+from autoprune.commands.inputs import build_method, parse_budget, parse_methods
 
 
 @pytest.fixture
@@ -64,6 +64,25 @@ def test_budgets_are_kept_as_typed_and_checked():
     assert parse_budgets("1/4, 64,11%,64") == ["1/4", "64", "11%"]
     with pytest.raises(ValueError, match="budget 'many'"):
         parse_budgets("64,many")
+
+
+def test_released_stands_for_the_methods_as_their_authors_wrote_them():
+    chosen = parse_methods("--methods", "random,released")
+    labels = [label for label, _, _ in chosen]
+    assert labels[0] == "random" and labels[1:] == [
+        f"{name} as released"
+        for name in (
+            *("pdrop", "sparsevlm", "fastervlm", "vispruner", "visionzip", "prumerge", "hiprune"),
+            *("divprune", "cdpruner", "scope", "tome", "turbo", "folder"),
+        )
+    ]
+    for label, name, options in chosen[1:]:
+        method = build_method(name, parse_budget("1/4"), {}, options)
+        assert method.positions == "compacted", label
+    options = dict(option.split("=") for option in chosen[labels.index("visionzip as released")][2])
+    assert options == {"positions": "compacted", "mask_padding": "False", "order": "released"}
+    with pytest.raises(ValueError, match="option 'k0=1' follows no method"):
+        parse_methods("--methods", "released,k0=1")
 
 
 def test_the_table_has_every_setting_and_what_it_spent(compare, tmp_path):

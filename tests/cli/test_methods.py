@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import autoprune
 from autoprune.commands.inputs import build_method, parse_budget
+from autoprune.commands.methods import documentation, options
 
 
 def test_every_method_is_listed_with_its_paper(call):
@@ -30,6 +33,21 @@ def test_one_method_is_explained_with_its_options(call):
     assert "mutual information" in out
     assert "--set k0=0.4" in out
     assert call("methods", "autoprune", "--json").record["options"]["gamma"] == 0.3
+
+
+def test_every_option_is_explained_also_those_that_all_methods_share():
+    for name in autoprune.list_methods():
+        text = documentation(name)
+        for option in options(name):
+            assert re.search(rf"^    (\w+, )*{option}(, \w+)*: ", text, re.M), (name, option)
+
+
+def test_settings_as_released_are_told(call):
+    out = " ".join(call("methods", "fastervlm").out.split())
+    assert "As released: --set positions=compacted --set mask_padding=False" in out
+    assert "As released" not in call("methods", "random").out
+    record = call("methods", "visionzip", "--json").record
+    assert record["released"]["order"] == "released"
 
 
 def test_an_unknown_method_is_an_error(call):

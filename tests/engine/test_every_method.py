@@ -33,13 +33,18 @@ OTHER_VERSIONS = {
     **{f"{name} as released": (name, options) for name, options in RELEASED.items()},
     "sparsevlm, second version": ("sparsevlm", {"version": 2}),
 }
+COMPACTED = {
+    f"{name} compacted": (name, {"positions": "compacted"})
+    for name in NAMES
+    if name not in RELEASED
+}
 
 
 def created(name, budget):
     """The method with settings that fit the zoo's six layers."""
     options = {"recycle": False} if name == "autoprune_reference" else {}
-    if name in OTHER_VERSIONS:
-        name, options = OTHER_VERSIONS[name]
+    if name in OTHER_VERSIONS | COMPACTED:
+        name, options = (OTHER_VERSIONS | COMPACTED)[name]
     return autoprune.create(name, budget=budget, **options)
 
 
@@ -55,6 +60,18 @@ def test_pruning_equals_the_oracle(name, family, batch):
 @pytest.mark.parametrize("name", OTHER_VERSIONS)
 def test_settings_as_released_equal_the_oracle(name, family, batch):
     check_oracle(name, family, batch)
+
+
+@pytest.mark.parametrize("name", COMPACTED)
+def test_every_method_may_number_the_tokens_that_are_left_anew(name):
+    check_oracle(name, "llava", "padded3_text")
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "pdrop"])
+def test_positions_of_several_dimensions_are_not_numbered_anew(name):
+    method = autoprune.create(name, Budget.ratio(0.5), positions="compacted")
+    with pytest.raises(UnsupportedError, match="use positions='original'"):
+        method(model_of("qwen2_5_vl", "sdpa"))
 
 
 def check_oracle(name, family, batch):

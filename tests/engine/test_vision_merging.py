@@ -125,14 +125,14 @@ def slow_block(block, groups, states, proportional):
 
 def slow_merge(groups, states, keys, attention, leaving, alpha):
     """Every other token looks for the most similar of the rest; the best pairs are joined."""
-    tokens = range(1, len(groups))  # the CLS token stays out of it
+    tokens = range(1, len(groups))  # the CLS token is one of the sources, and joins none
     patches = sum(len(groups[token]) for token in tokens)
     mean = sum(float(attention[token]) * len(groups[token]) for token in tokens) / patches
     pairs = []
-    for one in tokens[::2]:
+    for one in tokens[1::2]:
         similar = [
             (float(torch.nn.functional.cosine_similarity(keys[one], keys[other], dim=0)), other)
-            for other in tokens[1::2]
+            for other in tokens[::2]
         ]
         best, partner = max(similar, key=lambda pair: pair[0])
         pairs.append((best - alpha * float(attention[one]) / mean, one, partner))

@@ -27,6 +27,7 @@ from tests.watch import EVERYTHING, Watch, observe
 NAMES = {
     "vision_scores": Tower(attention=True),
     "vision_keys": Tower(keys=True),
+    "vision_received": Tower(received=True),
     "vision_middle": Tower(middle=0.5),
     "places": Tower(places=True),
 }
@@ -161,6 +162,17 @@ def test_the_middle_may_be_the_scored_block(name):
     assert same(seen.vision_middle, alone.vision_scores) == (not has_cls(model))
 
 
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_what_patches_receive_in_the_scored_block_is_seen_beside_its_scores(name, media):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3", media)
+    seen = observe(model, arguments, Tower(attention=True, received=True))
+    middle = observe(model, arguments, Tower(middle=1.0)).vision_middle
+    assert same(seen.vision_received, middle)
+    assert same(seen.vision_scores, observe(model, arguments).vision_scores)
+    assert same(seen.vision_received, seen.vision_scores) == (not has_cls(model))
+
+
 @pytest.mark.parametrize(
     ("depth", "share", "block"),
     [(24, 9 / 24, 8), (24, 1.0, 22), (24, 0.01, 0), (45, 29 / 45, 28), (27, 1 / 3, 8)],
@@ -179,7 +191,8 @@ def test_only_what_is_asked_for_is_seen(name, asked):
     model = model_of(name)
     seen = observe(model, zoo.inputs(name, model), NAMES[asked])
     assert [value for value in NAMES if getattr(seen, value) is not None] == [asked]
-    assert (seen.vision_padding is not None) == (name == "llava" and asked == "vision_scores")
+    scored = asked in ("vision_scores", "vision_received")
+    assert (seen.vision_padding is not None) == (name == "llava" and scored)
 
 
 def test_nothing_is_touched_for_a_method_that_asks_for_nothing(monkeypatch):
