@@ -19,6 +19,7 @@ class Family:
 
     name: what the tests call it: the model type, except where two families share one.
     title: what its authors call it.
+    checkpoint: a model of it on the Hugging Face hub, to try; the tests use tiny random ones.
     vision: what the vision tower's scores are: "cls" (attention of its CLS token to a patch),
         "received" (attention a patch gets from the others), or None: methods then rank by the text's
         attention alone.
@@ -32,6 +33,7 @@ class Family:
 
     name: str
     title: str
+    checkpoint: str
     vision: str | None
     video: bool = False
     backends: tuple[str, ...] = SDPA_EAGER
@@ -65,14 +67,31 @@ NEWLINES = "a picture's line breaks have no vision score"
 SLIDING = "no static cache, because of sliding layers"
 
 FAMILIES = (
-    Family("llava", "LLaVA", "cls", backends=WITH_FLEX, every_mode=True),
-    Family("llava_next", "LLaVA-NeXT", "cls", note=NEWLINES),
-    Family("llava_next_video", "LLaVA-NeXT-Video", "cls", video=True, note=NEWLINES),
-    Family("llava_onevision", "LLaVA-OneVision", "received", video=True, note=NEWLINES),
-    Family("qwen2_vl", "Qwen2-VL", "received", video=True),
+    Family(
+        "llava", "LLaVA", "llava-hf/llava-1.5-7b-hf", "cls", backends=WITH_FLEX, every_mode=True
+    ),
+    Family("llava_next", "LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", "cls", note=NEWLINES),
+    Family(
+        "llava_next_video",
+        "LLaVA-NeXT-Video",
+        "llava-hf/LLaVA-NeXT-Video-7B-hf",
+        "cls",
+        video=True,
+        note=NEWLINES,
+    ),
+    Family(
+        "llava_onevision",
+        "LLaVA-OneVision",
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "received",
+        video=True,
+        note=NEWLINES,
+    ),
+    Family("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", "received", video=True),
     Family(
         "qwen2_5_vl",
         "Qwen2.5-VL",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
         "received",
         video=True,
         backends=WITH_FLEX,
@@ -82,22 +101,33 @@ FAMILIES = (
     Family(
         "qwen3_vl",
         "Qwen3-VL",
+        "Qwen/Qwen3-VL-8B-Instruct",
         "received",
         video=True,
         backends=WITH_FLASH,
         note="deepstack features are cut too",
     ),
-    Family("glm4v", "GLM-4V", "received", video=True, backends=WITH_FLASH),
-    Family("internvl", "InternVL", "cls", backends=WITH_FLASH),
-    Family("idefics3", "Idefics3", "received"),
-    Family("smolvlm", "SmolVLM", "received"),
-    Family("mistral3", "Mistral 3", "received"),
-    Family("aya_vision", "Aya Vision", "received", note=SLIDING),
-    Family("gemma3", "Gemma 3", "received", note=SLIDING),
-    Family("paligemma", "PaliGemma", "received", backends=WITH_FLASH),
+    Family(
+        "glm4v",
+        "GLM-4V",
+        "zai-org/GLM-4.1V-9B-Thinking",
+        "received",
+        video=True,
+        backends=WITH_FLASH,
+    ),
+    Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", "cls", backends=WITH_FLASH),
+    Family("idefics3", "Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "received"),
+    Family("smolvlm", "SmolVLM", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "received"),
+    Family("mistral3", "Mistral 3", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "received"),
+    Family("aya_vision", "Aya Vision", "CohereLabs/aya-vision-8b", "received", note=SLIDING),
+    Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", "received", note=SLIDING),
+    Family(
+        "paligemma", "PaliGemma", "google/paligemma-3b-mix-224", "received", backends=WITH_FLASH
+    ),
     Family(
         "paligemma2",
         "PaliGemma 2",
+        "google/paligemma2-3b-mix-224",
         "received",
         backends=("eager",),
         note=f"{SLIDING}; no sdpa in transformers",
@@ -178,6 +208,7 @@ def describe(family: Family) -> dict[str, Any]:
         "name": family.name,
         "title": family.title,
         "model_type": family.model_type,
+        "checkpoint": family.checkpoint,
         "media": list(family.media),
         "vision_scores": SCORES[family.vision],
         "backends": list(family.backends),
@@ -198,6 +229,7 @@ def rows() -> list[tuple[str, ...]]:
         (
             "family",
             "model type",
+            "for example",
             "prompts",
             "vision scores",
             "attention tried",
@@ -211,6 +243,7 @@ def rows() -> list[tuple[str, ...]]:
             (
                 family.title,
                 family.model_type,
+                family.checkpoint,
                 media,
                 SCORES[family.vision],
                 ", ".join(family.backends),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import families
+from autoprune.commands import hub
 from autoprune.engine import vision_maps
 from autoprune.engine.locate import locate
 from autoprune.engine.vision import VisionTap
@@ -40,6 +41,15 @@ def test_a_row_says_what_the_zoo_tries(family):
         assert (backend in family.backends) == (family.name in names)
     assert family.model_type == tried.config().model_type
     assert family.every_mode == (family.name in zoo.EVERY_MODE)
+
+
+def test_every_row_names_a_checkpoint_of_its_own_and_the_readme_shows_it():
+    names = [family.checkpoint for family in families.FAMILIES]
+    assert len(set(names)) == len(names)
+    assert all(hub.is_name(name) for name in names)
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    for family in families.FAMILIES:
+        assert f"| {family.title} | {family.model_type} | {family.checkpoint} |" in table
 
 
 @ROWS

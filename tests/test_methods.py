@@ -13,7 +13,7 @@ import torch
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget
 from autoprune.budget import InfeasibleBudget
-from autoprune.methods import METHODS
+from autoprune.methods import METHODS, create
 from tests import zoo
 
 EXACT = [
@@ -168,8 +168,28 @@ def test_infeasible_budgets_name_the_smallest_and_it_works():
     with pytest.raises(InfeasibleBudget, match="pre_llm") as refused:
         AutoPrune(16).plan(32, 576, 0.5)
     smallest = refused.value.smallest
+    assert str(refused.value).startswith(
+        "the smallest feasible budget here is Budget.tokens(18.9688)"
+    )
     assert sum(AutoPrune(smallest).plan(32, 576, 0.5)) == 576 + 31
     assert sum(AutoPrune(16, first_cut="pre_llm").plan(32, 576, 0.5)) == 512
+
+
+def plan_of(method):
+    information = (0.5,) if isinstance(method, AutoPrune) else ()
+    return method.plan(32, 576, *information)
+
+
+@pytest.mark.parametrize("name", ["autoprune", "fastv"])
+def test_a_share_given_as_tokens_is_told_how_shares_are_written(name):
+    with pytest.raises(
+        InfeasibleBudget, match=r"write Budget\.ratio\(0\.11\) if a share"
+    ) as refused:
+        plan_of(create(name, 0.11))
+    assert refused.value.asked == Budget.tokens(0.11)
+    with pytest.raises(InfeasibleBudget) as refused:
+        plan_of(create(name, 10))
+    assert "share" not in str(refused.value)
 
 
 def test_pre_llm_needs_scores_of_the_vision_tower(model):

@@ -70,10 +70,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
             "pass a vision-language model (image-text-to-text)"
         )
     try:
+        # The processor first: if a package is missing for it, nothing large was downloaded.
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model: Any = AutoModelForImageTextToText.from_pretrained(
             name, dtype=_dtype(dtype, config, target), trust_remote_code=False
         )
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each file format and each missing package raises its own kind
         raise ValueError(_unreadable(name, "load", error)) from error
     model.to(device=target)
@@ -104,6 +105,8 @@ def _unreadable(name: str, action: str, error: Exception) -> str:
             f"the model {name!r} brings code of its own, which is not run; take a version of it for "
             "transformers, whose name often ends in -hf"
         )
+    if "torchvision" in str(error).lower():
+        return f"the processor of {name!r} needs torchvision: pip install torchvision"
     return f"cannot {action} the model {name!r}: {error}"
 
 

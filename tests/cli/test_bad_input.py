@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import GPT2Config
 
+from autoprune.commands import bench, compare, demo
 from autoprune.commands import run as run_command
 
 
@@ -80,12 +81,21 @@ def test_a_share_that_is_too_small_names_one_that_is_not(ask):
     assert ask("--budget", smallest).code == 0
 
 
+def test_a_number_of_tokens_that_was_meant_as_a_share(ask):
+    refused = ask("--budget", 0.5)
+    assert_one_line(refused, "smallest feasible budget here is --budget", "write --budget 50% if")
+    assert refused.err.startswith("autoprune: the smallest feasible budget")
+    assert ask("--budget", "50%").code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--method", "autoprun"), "did you mean 'autoprune'"),
         (("--set", "depth=3"), "has no option 'depth'"),
         (("--set", "mi_layer"), "not of the form name=value"),
+        (("--set", "budget=3"), "give it as --budget 3"),
+        (("--set", "name=x"), "autoprune has no option 'name'; it has k0, "),
         (("--set", "mi_layer=high"), "mi_layer expects a number"),
         (("--method", "autoprune_reference", "--set", "recycle=perhaps"), "expects true or false"),
         (("--set", "curve=zigzag"), "unknown curve 'zigzag'"),
@@ -108,7 +118,7 @@ def test_an_empty_question(ask):
     [
         ("nowhere", "there is no model folder"),
         ("/no/where", "there is no model folder"),
-        ("some-body/some-model", "hf download some-body/some-model"),
+        ("some-body/some-model", "HF_HUB_OFFLINE is set, so it is not downloaded"),
     ],
 )
 def test_a_model_that_does_not_exist(call, picture, name, message):
@@ -161,6 +171,40 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_model_runs(
     (tmp_path / "dir.png").mkdir()
     monkeypatch.setattr(run_command, "load_model", None)
     assert_one_line(ask("--picture", tmp_path / name), message)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo", "--output", "/proc/new"),
+        ("demo", "--output", "/proc/new/er"),
+        ("bench", "--quick", "--output", "/proc/new"),
+        ("bench", "--quick", "--output", "/proc/new.json"),
+        ("plan", "--output", "/proc/new.png"),
+        ("compare", "--quick", "--output", "/proc/new"),
+        ("compare", "--quick", "--output", "x" * 300),
+    ],
+    ids=lambda words: f"{words[0]} {words[-1][:15]}",
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(call, monkeypatch, words):
+    def work(*_, **__):
+        raise AssertionError("the work has begun")
+
+    for module in (bench, compare, demo):
+        for name in ("load_embedded", "load_model", "_subject", "_tasks", "_compare"):
+            monkeypatch.setattr(module, name, work, raising=False)
+    outcome = call(*words)
+    assert_one_line(outcome, f"cannot write {words[-1]!r} (", "choose another place")
+
+
+def test_a_folder_in_the_place_of_the_picture(call, tmp_path):
+    (tmp_path / "kept_patches.png").mkdir()
+    assert_one_line(call("demo", "--output", tmp_path), "kept_patches.png' is a folder")
+
+
+def test_a_url_is_named_whole(call):
+    outcome = call("run", "https://example.com/a.png", "what is this?")
+    assert_one_line(outcome, "'https://example.com/a.png' is a URL, and URLs are not fetched")
 
 
 def test_a_failure_while_the_model_runs_leaves_no_file(ask, tmp_path, monkeypatch):

@@ -105,7 +105,8 @@ def test_json_is_one_row_per_setting(compare):
 def test_an_infeasible_setting_is_a_line_and_the_rest_goes_on(compare):
     words = ("--methods", "autoprune,autoprune_reference,random", "--no-timing")
     out = " ".join(compare(*words, "--budgets", "1/48").out.split())
-    assert "infeasible: autoprune at 1/48: a budget of 2.08333 %" in out
+    assert "infeasible: autoprune at 1/48: the smallest feasible budget here is" in out
+    assert "2.08333 % of the visual tokens cannot pay for" in out
     smallest = re.search(r"smallest feasible budget here is ([\d.]+%);", out)[1]
     assert parse_budgets(smallest) == [smallest]
     assert "or give the method :first_cut=pre_llm" in out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -50,6 +52,10 @@ def test_settings_as_released_are_told(call):
     assert record["released"]["order"] == "released"
 
 
+def test_names_keep_their_backticks(call):
+    assert "One cut before layer `layer` (K)" in call("methods", "fastv").out
+
+
 def test_an_unknown_method_is_an_error(call):
     outcome = call("methods", "magic")
     assert outcome.code == 2
@@ -60,6 +66,18 @@ def test_help_needs_no_model(call):
     outcome = call("--help")
     assert outcome.code == 0
     assert all(command in outcome.out for command in ("demo", "run", "plan", "compare", "bench"))
+
+
+def test_help_and_families_do_not_wait_for_torch():
+    script = "import sys; from autoprune import cli; cli.main(sys.argv[1:])"
+    for words in (["--help"], ["run", "--help"], ["--version"], ["families"]):
+        code = (
+            f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {script}"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "False", words
 
 
 def test_an_option_of_several_numbers_is_one_word():

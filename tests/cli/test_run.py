@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
+from types import SimpleNamespace
+
 import pytest
+import torch
+import transformers
 from PIL import Image
 
+import autoprune
 from tests.cli.conftest import LAYERS, VISUAL
 
 
@@ -72,4 +79,54 @@ def test_the_picture_shows_four_panels(ask, tmp_path):
 
 
 def test_the_same_call_gives_the_same_record(ask):
-    assert ask("--json").out == ask("--json").out
+    first, second = ask("--json").record, ask("--json").record
+    for name in ("seconds", "first_token_seconds"):
+        assert first.pop(name) > 0 and second.pop(name) > 0
+    assert first == second
+
+
+def test_json_says_what_ran_on_what(ask, picture):
+    record = ask("--json", "--compare").record
+    assert record["image"] == str(picture) and record["image_size"] == [96, 96]
+    assert record["versions"] == {
+        "autoprune": autoprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    assert (record["device"], record["dtype"]) == ("cpu", "float32")
+    for end in ("", "_unpruned"):
+        assert 0 < record[f"first_token_seconds{end}"] <= record[f"seconds{end}"]
+
+
+def test_times_stand_beside_flops(ask):
+    lines = ask("--compare").out.splitlines()
+    (row,) = (line for line in lines if line.startswith("time "))
+    assert re.search(r"first token after [\d.]+ s, answer after [\d.]+ s", row)
+    assert any("unpruned: first token after" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "question", ["-1? how many rings?", "-1?", "--how many = rings?", "- a list\n- of two"]
+)
+def test_a_question_may_begin_with_a_dash(ask, question):
+    assert ask("--json", question=question).record["question"] == question
+
+
+def test_what_looks_like_an_option_is_one_unless_it_stands_behind_two_dashes(
+    call, picture, model_folder
+):
+    fixed = ("--budget", 30, "--model", model_folder, "--max-new-tokens", 2)
+    refused = call("run", picture, "-colour", *fixed)
+    assert refused.code == 2 and "No such option" in refused.err
+    record = call("run", *fixed, "--json", "--", picture, "-colour").record
+    assert record["question"] == "-colour"
+
+
+def test_a_picture_comes_from_standard_input(call, picture, model_folder, monkeypatch):
+    stream = SimpleNamespace(buffer=io.BytesIO(picture.read_bytes()), isatty=lambda: False)
+    monkeypatch.setattr("sys.stdin", stream)
+    words = ("--budget", 30, "--model", model_folder, "--max-new-tokens", 2, "--json")
+    piped = call("run", "-", "is there a red ring?", *words).record
+    named = call("run", picture, "is there a red ring?", *words).record
+    assert piped["image"] == "-"
+    assert (piped["answer"], piped["kept"]) == (named["answer"], named["kept"])
