@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Spy(Method):
         self.method, self.budget, self.positions = method, method.budget, method.positions
         self.decisions: list[Decisions] = []
         self._present: list[torch.Tensor] = []
+        self._required: Sequence[int] = ()
 
     def tower(self):
         return self.method.tower()
@@ -48,6 +50,7 @@ class Spy(Method):
         self.method.begin(state)
         self.decisions.append(Decisions())
         self._present = [torch.arange(n) for n in state.prompts.num_visual]
+        self._required = state.prompts.required
 
     def needs(self, cut, state):
         return self.method.needs(cut, state)
@@ -60,7 +63,8 @@ class Spy(Method):
             return selection
         anchors, states = [], []
         for prompt, present in enumerate(self._present):
-            stands, becomes = _of_prompt(selection, prompt, present)
+            required = self._required[prompt] > 0
+            stands, becomes = _of_prompt(seen, selection, prompt, present, required)
             anchors.append(stands)
             states.append(becomes)
         self._present = anchors
@@ -70,10 +74,15 @@ class Spy(Method):
 
 
 def _of_prompt(
-    selection: Selection, prompt: int, present: torch.Tensor
+    seen: Observation, selection: Selection, prompt: int, present: torch.Tensor, required: bool
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     kept = selection.kept[prompt, : selection.counts[prompt]]
+    last = len(present) - 1
+    displaces = required and last not in kept.tolist()
     stands, becomes = present[kept], {}
+    if displaces:
+        # The kept token that stands last gives way.
+        stands = torch.cat([stands[:-1], present[-1:]])
     if (merged := selection.merged) is not None:
         places = present[merged.place[prompt, : merged.counts[prompt]]]
         assert not set(places.tolist()) & set(stands.tolist())
@@ -83,6 +92,9 @@ def _of_prompt(
     if selection.states is not None:
         # Of all that are left, in their order.
         becomes.update(zip(stands.tolist(), selection.states[prompt].float(), strict=False))
+        if displaces:
+            # It stays as it is. A tower that merges gave it another state than the oracle's.
+            becomes[int(present[-1])] = seen.hidden()[prompt, last].float()
     return stands, becomes
 
 

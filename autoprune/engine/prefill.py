@@ -213,8 +213,11 @@ class Prefill:
             states = selection.states[:, : max(self.tokens.counts)]
             changed = _count(batch, states.shape[1], sum(map(len, rows)), device)
             if forced is not None:
-                own = source.gather(1, self.tokens.slots)
-                changed = torch.where(forced[:, : changed.shape[1]], own, changed)
+                # Such a token is the last visual one of its prompt, behind merged ones, too.
+                last = to_device([n - 1 for n in self.tokens.counts], device)[:, None]
+                place = torch.arange(changed.shape[1], device=device)
+                stays = (place == last) & forced.any(dim=1, keepdim=True)
+                changed = torch.where(stays, source.gather(1, self.tokens.slots), changed)
             source = self.tokens.spread(changed, source)
             rows.append(states.flatten(0, 1))
         self.packings.append(self._pack_if_worth_it())
