@@ -10,14 +10,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget import Budget
+    from .budget import Budget, InfeasibleBudget
+    from .cost import DecoderCost
+    from .errors import UnsupportedError
+    from .method import Method
     from .methods import create, list_methods
     from .methods.autoprune import AutoPrune
     from .methods.autoprune_reference import AutoPruneReference
     from .methods.per_prompt import per_prompt
 
 __version__ = "0.1.0"
-__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods", "per_prompt"]
+__all__ = [
+    "AutoPrune",
+    "AutoPruneReference",
+    "Budget",
+    "DecoderCost",
+    "InfeasibleBudget",
+    "Method",
+    "UnsupportedError",
+    "create",
+    "list_methods",
+    "per_prompt",
+]
 
 # Where a name comes from. It is imported when it is first used: torch takes seconds, and
 # `autoprune --help` needs none of it.
@@ -25,6 +39,10 @@ _HOMES = {
     "AutoPrune": "methods.autoprune",
     "AutoPruneReference": "methods.autoprune_reference",
     "Budget": "budget",
+    "DecoderCost": "cost",
+    "InfeasibleBudget": "budget",
+    "Method": "method",
+    "UnsupportedError": "errors",
     "create": "methods",
     "list_methods": "methods",
     "per_prompt": "methods.per_prompt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,9 +67,18 @@ class Budget:
         return cls("kv_bytes", size)
 
     @classmethod
-    def of(cls, value: Budget | float) -> Budget:
-        """A Budget as it is; a number x as `Budget.tokens(x)`."""
-        return value if isinstance(value, Budget) else cls.tokens(value)
+    def of(cls, value: Budget | float, counted: Counted = "entering") -> Budget:
+        """A Budget as it is; a number x as `Budget.tokens(x, counted)`.
+
+        Raises:
+            ValueError: it is neither, such as a model, which a method is called with.
+        """
+        if hasattr(value, "forward"):
+            raise ValueError(
+                f"a method takes its budget first and the model afterwards, got {type(value).__name__} as the "
+                "budget; write AutoPrune(budget=64)(model)"
+            )
+        return value if isinstance(value, Budget) else cls.tokens(value, counted)
 
     def __str__(self) -> str:
         if self.kind == "tokens":
@@ -118,12 +128,18 @@ class InfeasibleBudget(ValueError):
             message += f", write {share} if a share of the visual tokens is meant"
         return cls(f"{message}, or {way_out}" if way_out else message, asked, smallest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is unpickled from its message alone, if nobody says otherwise.
+        return type(self), (*self.args, self.asked, self.smallest)
+
 
 def _checked(kind: Kind, value: Any) -> float:
     """The value as float (int for bytes), or a ValueError that says what is wrong with it."""
     name = f"Budget.{kind}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} expects a number, got {value!r} of type {type(value).__name__}")
+        raise ValueError(
+            f"{name} expects a number, got {reprlib.repr(value)} of type {type(value).__name__}"
+        )
     try:
         number = float(value)
     except OverflowError:

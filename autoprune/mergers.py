@@ -89,7 +89,7 @@ def get_merger(name: str | None) -> Merger:
     """
     if name is None:
         return _discard
-    if name not in MERGERS:
+    if not isinstance(name, str) or name not in MERGERS:
         raise ValueError(f"merger must be None or one of {', '.join(MERGERS)}, got {name!r}")
     return MERGERS[name]
 

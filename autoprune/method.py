@@ -294,7 +294,8 @@ class Method(abc.ABC):
 
         Returns:
             LongTensor [pictures, P], the position of the token that each one joins; its own if it stays.
-            Exactly `leaving` of each picture join others, and none joins one that leaves: it is not checked.
+            Exactly `leaving` of each picture join others, and none joins one that leaves: that is checked on
+            a CPU alone, since on a GPU it would have to be waited for.
         """
         raise NotImplementedError(f"{type(self).__name__} does not merge in the vision tower")
 
@@ -340,7 +341,7 @@ class Method(abc.ABC):
         """Prepare pruning of `model`; enter the result as a context manager to switch it on.
 
         Args:
-            model: a vision-language model of transformers, in eval mode.
+            model: a vision-language model of transformers, in eval mode, or a pipeline that holds one.
             visual_mask: bool [batch, length], which positions of the prompt are visual. Only needed
                 when the model is called with `inputs_embeds` instead of `input_ids`.
             vision_scores: float [batch, N] or [total visual tokens], scores to use instead of the
@@ -350,7 +351,8 @@ class Method(abc.ABC):
 
         Raises:
             UnsupportedError: the model is no vision-language model this library can prune.
-            ValueError: the method cannot work on this model, or its budget is infeasible.
+            ValueError: the method cannot work on this model, its budget is infeasible, or an argument is not
+                what it should be.
         """
         from .engine.attach import Attachment
 

@@ -45,8 +45,10 @@ def kept_patches(
         title: a line above the panels, shortened to their width.
 
     Raises:
-        ValueError: the grid does not hold the prompt's visual tokens, or there is no such layer.
+        ValueError: an argument is something else, the grid does not hold the prompt's visual tokens, or there
+            is no such layer.
     """
+    _check_kinds(image, sample)
     rows, columns = square_grid(sample.num_visual) if grid is None else grid
     if rows * columns != sample.num_visual:
         raise ValueError(
@@ -66,6 +68,20 @@ def kept_patches(
         kept[sample.kept[layer].numpy()] = True
         panels.append((_veiled(full, kept.reshape(rows, columns)), _caption(sample, layer)))
     return _row(panels, title)
+
+
+def _check_kinds(image: Any, sample: Any) -> None:
+    if not isinstance(image, Image.Image):
+        opened = (
+            f"Image.open({image!r})" if isinstance(image, str) else "Image.open or Image.fromarray"
+        )
+        raise ValueError(
+            f"kept_patches needs a PIL image, got {type(image).__name__}; pass what {opened} gives"
+        )
+    if not isinstance(sample, Sample):
+        raise ValueError(
+            f"kept_patches needs the record of one prompt, got {type(sample).__name__}; pass trace.samples[0]"
+        )
 
 
 def default_layers(num_layers: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from autoprune import viz
-from autoprune.trace import Sample
+from autoprune.trace import Sample, Trace
 
 
 def sample(kept, num_visual=16, tokens=None):
@@ -76,6 +76,18 @@ def test_long_titles_are_shortened_to_the_panels(image):
 def test_what_cannot_be_drawn(image, arguments, message):
     with pytest.raises(ValueError, match=message):
         viz.kept_patches(image, sample([range(16), [1]]), **arguments)
+
+
+def test_a_file_name_is_no_picture():
+    with pytest.raises(ValueError, match=r"pass what Image.open\('a.png'\) gives"):
+        viz.kept_patches("a.png", sample([range(16)]))
+    with pytest.raises(ValueError, match=r"got ndarray; pass what Image.open or Image.fromarray"):
+        viz.kept_patches(np.zeros((4, 4, 3), np.uint8), sample([range(16)]))
+
+
+def test_a_whole_trace_is_no_sample(image):
+    with pytest.raises(ValueError, match=r"got Trace; pass trace.samples\[0\]"):
+        viz.kept_patches(image, Trace())
 
 
 def test_tokens_that_form_no_square_need_a_grid(image):

@@ -21,6 +21,10 @@ from .tokens import Tokens
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
 
 
+# Cosine and sine, or both as one complex tensor (DeepSeek-V2): each [batch or 1, S, size], or [3, ...].
+Rotary = tuple[torch.Tensor, ...] | torch.Tensor
+
+
 class LayerArguments:
     """Keyword arguments of the layers of one prefill; what the layers between two cuts share is made once.
 
@@ -62,12 +66,12 @@ class LayerArguments:
             kwargs["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
         return kwargs
 
-    def compacted(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def compacted(self, hidden: torch.Tensor) -> Rotary:
         """Rotary embeddings of compacted positions."""
 
         def rotate():
             embeddings = self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
-            return self._packed(embeddings, dim=-3)
+            return _like(embeddings, self._packed(_parts(embeddings), dim=-3))
 
         return self._once("compacted", None, rotate)
 
@@ -97,13 +101,14 @@ class LayerArguments:
             "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"
         )
 
-    def _rotary(self, embeddings: tuple, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _rotary(self, embeddings: Rotary, hidden: torch.Tensor) -> Rotary:
         if self.positions == "compacted":
             return self.compacted(hidden)
         if id(embeddings) not in self._rotations:
             # Cosine and sine in one tensor are taken from in one go; the source is held, as above.
-            self._rotations[id(embeddings)] = embeddings, torch.stack(tuple(embeddings))
-        return self._take(self._rotations[id(embeddings)][1], dim=-2).unbind(0)
+            self._rotations[id(embeddings)] = embeddings, torch.stack(_parts(embeddings))
+        taken = self._take(self._rotations[id(embeddings)][1], dim=-2)
+        return _like(embeddings, taken.unbind(0))
 
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
         width = self.tokens.width
@@ -153,3 +158,12 @@ class LayerArguments:
                     f"{list(value.shape)}, which follows the sequence and cannot be cut; "
                     "this decoder is not supported"
                 )
+
+
+def _parts(embeddings: Rotary) -> tuple[torch.Tensor, ...]:
+    return (embeddings,) if isinstance(embeddings, torch.Tensor) else tuple(embeddings)
+
+
+def _like(embeddings: Rotary, parts: tuple[torch.Tensor, ...]) -> Rotary:
+    """`parts` in the form that `embeddings` came in."""
+    return parts[0] if isinstance(embeddings, torch.Tensor) else parts

@@ -17,6 +17,7 @@ from . import tap
 from .cover import Cover
 from .forwards import Forwards
 from .generation import WATCHED
+from .given import checked_mask, checked_scores, model_of
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache
@@ -45,7 +46,8 @@ class Attachment:
         keep: int | None = None,
         on_sample: Callable[[Sample], object] | None = None,
     ):
-        _check_scores(vision_scores)
+        model = model_of(model)
+        visual_mask, vision_scores = checked_mask(visual_mask), checked_scores(vision_scores)
         self.method, self.model, self.located = method, model, locate(model)
         trace = Trace(keep, on_sample)
         self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores, trace)
@@ -139,6 +141,7 @@ class Attachment:
         Raises:
             UnsupportedError: the model takes no features in this release of transformers, or pruning is
                 not switched on.
+            ValueError: there is neither a picture nor a video among the inputs.
         """
         if "mm_encoder_outputs" not in inspect.signature(self.located.outer.forward).parameters:
             raise UnsupportedError(
@@ -173,16 +176,4 @@ class Attachment:
         """
         return PrunedStaticCache(
             self.located, self.method, self.shape, num_visual, num_text, max_new_tokens
-        )
-
-
-def _check_scores(scores: Any) -> None:
-    """Raise ValueError for scores that are no shares of anything; NaN is a token without one."""
-    if scores is None:
-        return
-    scores = torch.as_tensor(scores, dtype=torch.float32)
-    if bool((scores < 0).any() | scores.isinf().any() | scores.isnan().all()):
-        raise ValueError(
-            "vision_scores must be finite and 0 or more, as attention is (NaN for a token without a score); "
-            "turn logits into shares first, as with softmax"
         )

@@ -57,7 +57,7 @@ class Forwards:
         if vision_scores is not None:
             wanted = replace(wanted, attention=False, merge=False)
         self.vision = VisionTap(located.base, located.vision, wanted, method.merge)
-        self.visual_mask = None if visual_mask is None else torch.atleast_2d(visual_mask)
+        self.visual_mask = visual_mask
         self.vision_scores = vision_scores
         self.trace = trace
         self.shape = ModelShape(
@@ -238,7 +238,7 @@ class Forwards:
         collected = self.vision.take(prompt["host"][0], layout.visual)
         if self.vision_scores is None:
             return collected
-        scores = torch.as_tensor(self.vision_scores, dtype=torch.float32).flatten()
+        scores = self.vision_scores.flatten()
         total, prompts = sum(layout.num_visual), len(layout.num_visual)
         # Generation may have repeated the prompts.
         copies, rest = divmod(total, max(scores.numel(), 1))

@@ -6,17 +6,27 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from transformers.integrations.heterogeneity.configuration_utils import (
+    AmbiguousGlobalPerLayerAttributeError as DiffersByLayer,
+)
 
 from ..cost import DecoderCost
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
 from . import cache_argument
 from .refusals import refuse_compiled
+
+NOT_SUPPORTED = (
+    "this decoder is not supported: take a model of a family that `autoprune families` lists, or see "
+    "docs/families.md"
+)
+
+# Kinds of attention layers whose masks are known here.
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # What decoder layers may take: an argument that is not here may follow the sequence and miss a cut.
 LAYER_ARGUMENTS = {
@@ -86,6 +96,22 @@ def locate(model: nn.Module) -> Located:
             "found; if AutoModelForImageTextToText loaded it, its family is not supported (docs/families.md)"
         )
     text = model.get_decoder()
+    try:
+        return _located(model, base, text, vision, visual_ids)
+    except DiffersByLayer as error:
+        raise UnsupportedError(
+            f"the layers of {type(text).__name__} are configured one by one, but pruning needs them alike "
+            f"({str(error).partition('.')[0]}); {NOT_SUPPORTED}"
+        ) from error
+
+
+def _located(
+    model: nn.Module,
+    base: nn.Module,
+    text: nn.Module,
+    vision: nn.Module,
+    visual_ids: tuple[int, ...],
+) -> Located:
     layers = _layers(text)
     return Located(
         outer=model,
@@ -95,7 +121,7 @@ def locate(model: nn.Module) -> Located:
         attentions=[_attention(layer) for layer in layers],
         vision=vision,
         visual_ids=tuple(dict.fromkeys(visual_ids)),
-        windows=_windows(text.config, len(layers)),
+        windows=_windows(text, len(layers)),
         cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
     )
 
@@ -130,10 +156,15 @@ def tower_blocks(vision: nn.Module, depth: int | None) -> list[nn.Module]:
 def _layers(text: nn.Module) -> list[nn.Module]:
     depth = getattr(text.config, "num_hidden_layers", None)
     stacks = [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(stacks) != 1:
+    if not stacks:
+        raise UnsupportedError(
+            f"{type(text).__name__} does not hold the list of its {depth} layers itself, by which a decoder is "
+            f"known; {NOT_SUPPORTED}"
+        )
+    if len(stacks) > 1:
         raise UnsupportedError(
             f"{type(text).__name__} has {len(stacks)} lists of {depth} layers where one was expected; "
-            "this decoder is not supported"
+            f"{NOT_SUPPORTED}"
         )
     layers = list(stacks[0])
     for layer in {type(layer): layer for layer in layers}.values():
@@ -141,9 +172,15 @@ def _layers(text: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _windows(config: Any, depth: int) -> list[int | None]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * depth
+def _windows(text: nn.Module, depth: int) -> list[int | None]:
+    window = getattr(text.config, "sliding_window", None)
+    kinds = getattr(text.config, "layer_types", None) or ["sliding_attention"] * depth
+    unknown = sorted(set(kinds) - set(LAYER_TYPES))
+    if unknown:
+        raise UnsupportedError(
+            f"{type(text).__name__} has layers of type {', '.join(unknown)}, but only the masks of "
+            f"{' and '.join(LAYER_TYPES)} are known; {NOT_SUPPORTED}"
+        )
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -159,18 +196,25 @@ def _check_arguments(layer: nn.Module) -> None:
     if unknown or missing:
         differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         raise UnsupportedError(
-            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; this "
-            "decoder is not supported (see docs/families.md)"
+            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; {NOT_SUPPORTED}"
         )
 
 
 def _attention(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+            _check_counting(module)
             return module
-    raise UnsupportedError(
-        f"{type(layer).__name__} has no causal self-attention; it is not supported"
-    )
+    raise UnsupportedError(f"{type(layer).__name__} has no causal self-attention; {NOT_SUPPORTED}")
+
+
+def _check_counting(attention: nn.Module) -> None:
+    """Llama 4 scales attention by positions that it counts itself, where a cut is not seen."""
+    if getattr(attention, "attn_temperature_tuning", False):
+        raise UnsupportedError(
+            f"{type(attention).__name__} counts positions itself (config.attn_temperature_tuning), and would "
+            f"count what a cut leaves; {NOT_SUPPORTED}"
+        )
 
 
 def _element_size(text: nn.Module) -> int:

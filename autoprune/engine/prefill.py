@@ -95,7 +95,8 @@ class Prefill:
             # A plain forward makes its cache inside the decoder.
             self.cache = cache_of(kwargs)
         if index == 0 and (embeddings := kwargs.get("position_embeddings")) is not None:
-            self.sharing = len(self.layout.real) // embeddings[0].shape[-3]
+            one = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
+            self.sharing = len(self.layout.real) // one.shape[-3]
         if 0 < index <= len(self.deepstack):
             args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
         if kept := self.observer.kept_bytes:

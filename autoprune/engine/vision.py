@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..errors import UnsupportedError
 from .cover import Cover
 from .locate import tower_attentions, tower_blocks
 from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
@@ -146,17 +147,31 @@ class VisionTap:
 
         Args:
             inputs: what the processor gave; the rest of it is passed over.
+
+        Raises:
+            ValueError: there are neither pictures nor videos in it.
+            UnsupportedError: videos for a model that takes none.
         """
         self.merging.forget()
         encoded = {}
         for medium in MEDIA:
             features = getattr(self.base, f"get_{medium}_features", None)
             pixels = "pixel_values" if medium == "image" else "pixel_values_videos"
-            if features is None or inputs.get(pixels) is None:
+            if inputs.get(pixels) is None:
                 continue
+            if features is None:
+                raise UnsupportedError(
+                    f"{type(self.base).__name__} takes no {medium}s, but {pixels} was given; leave it out"
+                )
             taken = inspect.signature(features).parameters
             output = features(**{name: inputs[name] for name in taken if name in inputs})
             encoded[medium] = same_features(output, without=INTERMEDIATE)
+        if not encoded:
+            given = ", ".join(inputs) or "nothing"
+            raise ValueError(
+                "encode needs pixel_values or pixel_values_videos, as the processor makes them of pictures and "
+                f"videos, but got {given}; pass all that the processor gave"
+            )
         self.forget()
         return encoded
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -69,6 +70,7 @@ class Merged:
         sizes = self.sizes[:, first:].to(key.device)
         attention = partial(self._attention, query, key, scaling)
         into = rule(Patches(keys, sizes, attention, has_cls=bool(first)), leaving)
+        _check_joined(into, sizes.shape, leaving)
         return torch.nn.functional.pad(into + first, (first, 0))
 
     def merge(self, hidden: torch.Tensor, into: torch.Tensor, leaving: int) -> torch.Tensor:
@@ -99,6 +101,32 @@ class Merged:
         # The same for all patches of a token.
         tokens = attention.new_zeros(len(attention), self.sizes.shape[1] - first)
         return tokens.scatter(1, self.owner.to(attention.device)[:, first:] - first, attention)
+
+
+def _check_joined(into: Any, shape: torch.Size, leaving: int) -> None:
+    """Raise ValueError if that is not what `Method.merge` must return.
+
+    Where the tokens go is looked at on a CPU alone: on a GPU the host would wait for each block.
+    """
+    if not isinstance(into, torch.Tensor) or into.dtype != torch.int64 or into.shape != shape:
+        given = type(into).__name__
+        if isinstance(into, torch.Tensor):
+            given = f"{into.dtype} {list(into.shape)}"
+        raise ValueError(
+            f"Method.merge must return a LongTensor {list(shape)}, the position of the token that each "
+            f"one joins, got {given}"
+        )
+    if into.device.type != "cpu":
+        return
+    joined = into.numpy()
+    there_is = ((joined >= 0) & (joined < shape[1])).all()
+    stays = joined == np.arange(shape[1])
+    count = (~stays).sum(axis=1)
+    if not there_is or (count != leaving).any() or not np.take_along_axis(stays, joined, 1).all():
+        raise ValueError(
+            f"Method.merge must let exactly {leaving} of {shape[1]} tokens of each picture join others, all of "
+            f"which stay; it let {count.tolist()} join, or some join one that leaves or does not exist"
+        )
 
 
 class TowerMerging:

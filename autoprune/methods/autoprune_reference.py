@@ -72,8 +72,7 @@ class AutoPruneReference(Method):
 
     def __post_init__(self) -> None:
         budget = self.budget
-        if not isinstance(budget, Budget):
-            budget = Budget.tokens(budget, counted="leaving")
+        budget = Budget.of(budget, counted="leaving")
         if budget.kind != "tokens" or budget.counted != "leaving":
             raise ValueError(
                 f"the released code knows only a mean of tokens leaving a layer, got a budget of {budget}; "

@@ -97,3 +97,31 @@ def test_encoding_without_pruning_or_without_support_is_refused():
     handle = METHODS[0](model)
     with pytest.raises(UnsupportedError, match=r"attach and detach|pixel values each time"):
         handle.encode(**zoo.inputs("llava", model))
+
+
+@needs_features
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        ({"input_ids": torch.tensor([[1, 2]])}, "but got input_ids; pass all that"),
+        ({"pixel_values": None}, "but got pixel_values; pass all that"),
+        ({}, "but got nothing; pass all that"),
+    ],
+)
+def test_encoding_without_pictures_is_refused(inputs, got):
+    handle = METHODS[0].attach(model_of("llava"))
+    try:
+        with pytest.raises(ValueError, match=got):
+            handle.encode(**inputs)
+    finally:
+        handle.detach()
+
+
+@needs_features
+def test_encoding_a_video_for_a_model_of_pictures_is_refused():
+    handle = METHODS[0].attach(model_of("llava"))
+    try:
+        with pytest.raises(UnsupportedError, match="LlavaModel takes no videos"):
+            handle.encode(pixel_values_videos=torch.zeros(1, 2, 3, 56, 56))
+    finally:
+        handle.detach()

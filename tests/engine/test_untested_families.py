@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from autoprune import AutoPrune
+from autoprune import AutoPrune, Budget
 from autoprune.errors import UnsupportedError
-from tests import zoo
+from tests import oracle, zoo
+from tests.scattered import DEEP, Scattered
 
 METHOD = AutoPrune(budget=8)
 model_of = functools.cache(zoo.build)
@@ -120,3 +121,148 @@ def test_an_argument_that_may_follow_the_sequence_is_refused():
     layer.__class__ = WithInputs
     with pytest.raises(UnsupportedError, match="WithInputs takes per_layer_input"):
         METHOD(model)
+
+
+COMPLEX = {
+    # Their rotary embeddings are one complex tensor.
+    "deepseek_v2": {
+        "head_dim": 8,
+        "num_key_value_heads": zoo.HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "llama4_text": {
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["full_attention"] * zoo.LAYERS,
+        "attn_temperature_tuning": False,
+    },
+}
+
+
+def llava_with(text, **changes):
+    """A tiny LLaVA with another decoder, its weights as the zoo draws them."""
+    config = zoo.FAMILIES["llava"].config()
+    settings = config.text_config.to_dict()
+    own = {
+        name: settings[name]
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "pad_token_id",
+        )
+    }
+    config.text_config = transformers.AutoConfig.for_model(text, **own | changes)
+    model = transformers.LlavaForConditionalGeneration._from_config(config)
+    zoo.randomise(model, 0)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0, bos_token_id=1)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families")
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize("text", COMPLEX)
+def test_rotary_embeddings_in_one_complex_tensor_are_cut(text, batch, positions):
+    model = llava_with(text, **COMPLEX[text])
+    arguments = zoo.inputs("llava", model, batch)
+    method = Scattered(DEEP, positions=positions)
+    with method(model) as trace, torch.no_grad():
+        actual = model(**arguments).logits[:, -1]
+    columns = oracle.columns_from_trace(trace.samples, arguments["attention_mask"], zoo.LAYERS)
+    expected = oracle.oracle_forward(model, arguments, columns, positions)[:, -1]
+    plain = oracle.plain_logits(model, arguments)[:, -1]
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=0)
+    assert (plain - expected).abs().max() > 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families")
+@pytest.mark.parametrize("text", COMPLEX)
+def test_they_decode_as_the_oracle_does(text):
+    model = llava_with(text, **COMPLEX[text])
+    arguments = zoo.inputs("llava", model)
+    result = oracle.compare(model, arguments, AutoPrune(Budget.ratio(0.5)), steps=3)
+    assert result.worst < 3e-4
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention", "indexed_attention", "linear_attention"])
+def test_a_layer_of_an_unknown_type_is_refused(kind):
+    model = zoo.build("llava")
+    model.get_decoder().config.layer_types = ["full_attention", kind] * (zoo.LAYERS // 2)
+    with pytest.raises(UnsupportedError) as caught:
+        METHOD(model)
+    assert str(caught.value) == (
+        f"LlamaModel has layers of type {kind}, but only the masks of full_attention and sliding_attention "
+        "are known; this decoder is not supported: take a model of a family that `autoprune families` "
+        "lists, or see docs/families.md"
+    )
+
+
+def test_a_decoder_that_counts_positions_itself_is_refused():
+    tuned = COMPLEX["llama4_text"] | {"attn_temperature_tuning": True}
+    with pytest.raises(UnsupportedError, match="Llama4TextAttention counts positions itself"):
+        METHOD(llava_with("llama4_text", **tuned))
+
+
+def test_chunked_attention_of_llama_4_is_refused():
+    chunked = COMPLEX["llama4_text"] | {"layer_types": None}
+    with pytest.raises(UnsupportedError, match="has layers of type chunked_attention"):
+        METHOD(llava_with("llama4_text", **chunked))
+
+
+def llama4():
+    tower = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    return transformers.Llama4Config(
+        text_config=TEXT | {"num_local_experts": 2, "intermediate_size_mlp": 64},
+        vision_config=TOWER | tower | {"num_hidden_layers": 1, "image_size": 56, "patch_size": 14},
+    )
+
+
+def test_a_decoder_without_a_list_of_layers_of_its_own_is_refused():
+    with pytest.raises(UnsupportedError) as caught:
+        METHOD(skeleton(llama4()))
+    assert str(caught.value).startswith(
+        "Llama4ForCausalLM does not hold the list of its 4 layers itself, by which a decoder is known; this "
+        "decoder is not supported: take a model of a family that `autoprune families` lists"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("UnlimitedOcrConfig", "has layers of type reference_sliding_attention"),
+        ("Dots3NoteConfig", "has layers of type indexed_attention"),
+    ],
+)
+def test_newer_kinds_of_attention_are_refused(name, reason):
+    config = getattr(transformers, name, None)
+    if config is None:
+        pytest.skip(f"this transformers has no {name}")
+    with pytest.raises(UnsupportedError, match=reason):
+        METHOD(skeleton(config()))
+
+
+def test_layers_that_are_configured_one_by_one_are_refused():
+    model = llava_with("mistral", per_layer_config={1: {"sliding_window": 4}})
+    with pytest.raises(UnsupportedError) as caught:
+        METHOD(model)
+    assert str(caught.value).startswith(
+        "the layers of MistralModel are configured one by one, but pruning needs them alike ('sliding_window' "
+        "is a per-layer attribute"
+    )

@@ -348,6 +348,29 @@ def test_a_method_may_merge_and_see_nothing_else():
     assert counts == [17, 14, 11, 9, 7, 17]
 
 
+@pytest.mark.parametrize(
+    ("joining", "message"),
+    [
+        (lambda into: into.tolist(), r"a LongTensor \[1, 16\], .* got list"),
+        (lambda into: into.float(), r"got torch.float32 \[1, 16\]"),
+        (lambda into: into[:, :-1], r"got torch.int64 \[1, 15\]"),
+        # Nobody goes; all go to the first; two go round in a circle; one goes nowhere.
+        (lambda into: torch.arange(16)[None], r"exactly 3 of 16 tokens .* it let \[0\] join"),
+        (lambda into: torch.zeros_like(into), r"it let \[15\] join"),
+        (lambda into: torch.tensor([[1, 0, 3, *range(3, 16)]]), "join one that leaves"),
+        (lambda into: torch.tensor([[16, 16, 16, *range(3, 16)]]), "or does not exist"),
+    ],
+)
+def test_what_a_methods_merge_returns_is_checked(joining, message):
+    class Wrong(ToMe):
+        def merge(self, seen, leaving):
+            return joining(super().merge(seen, leaving))
+
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        run(model, Wrong(4), zoo.inputs("llava", model))
+
+
 def test_a_cls_token_among_the_visual_tokens_is_a_group_of_its_own():
     model = build(vision_feature_select_strategy="full")
     arguments = zoo.inputs("llava", model)
