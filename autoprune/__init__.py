@@ -5,10 +5,19 @@ with autoprune.AutoPrune(budget=64)(model) as trace:
 """
 
 from .budget import Budget
+from .method import detach
 from .methods import create, list_methods
 from .methods.autoprune import AutoPrune
 from .methods.autoprune_reference import AutoPruneReference
 from .methods.per_prompt import per_prompt
 
 __version__ = "0.1.0"
-__all__ = ["AutoPrune", "AutoPruneReference", "Budget", "create", "list_methods", "per_prompt"]
+__all__ = [
+    "AutoPrune",
+    "AutoPruneReference",
+    "Budget",
+    "create",
+    "detach",
+    "list_methods",
+    "per_prompt",
+]
