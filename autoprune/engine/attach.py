@@ -13,8 +13,8 @@ from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
 from ..trace import Trace
+from .contexts import Context, close_all
 from .forwards import Forwards
-from .hooks import Context, close_all
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache

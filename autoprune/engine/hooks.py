@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,66 +26,8 @@ from .refusals import refuse_compiled_growth, refuse_compiled_prefill
 from .vision import MEDIA, VisionTap
 from .vision_merging import watch_encoding
 
-# By decoder. One lock for all models: contexts open and close seldom.
-_lock = threading.RLock()
-_hooked: dict[nn.Module, Hooks] = {}
-
-
-@dataclass(eq=False)
-class Context:
-    """One method at work on a model.
-
-    thread: that opened it.
-    for_all: whether it serves every thread that opened none of its own; if not, it does so only as long as
-        no other is open.
-    """
-
-    forwards: Forwards
-    thread: threading.Thread
-    for_all: bool
-    is_open: bool = False
-
-    def open(self) -> None:
-        """Install the hooks, or share those of the contexts that are open.
-
-        Raises:
-            UnsupportedError: this thread has an open one already.
-        """
-        text = self.forwards.located.text
-        with _lock:
-            hooks = _hooked.get(text) or Hooks(self.forwards.located)
-            hooks.refuse_another(self)
-            try:
-                hooks.add(self)
-            except BaseException:
-                hooks.discard(self)
-                raise
-            _hooked[text] = hooks
-
-    def close(self) -> None:
-        """Take the hooks out, unless others need them; harmless if it is not open."""
-        text = self.forwards.located.text
-        with _lock:
-            if self.is_open:
-                hooks = _hooked[text]
-                hooks.discard(self)
-                if not hooks.contexts:
-                    del _hooked[text]
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """In this, the thread is served by this context."""
-        with _hooked[self.forwards.located.text].bound(self):
-            yield
-
-
-def close_all(model: nn.Module) -> None:
-    """Close every context that is open on `model`, or on a part of it that holds the decoder."""
-    with _lock:
-        for module in model.modules():
-            if (hooks := _hooked.get(module)) is not None:
-                for context in hooks.contexts:
-                    context.close()
+if TYPE_CHECKING:
+    from .contexts import Context
 
 
 class _Thread(threading.local):
@@ -122,8 +63,10 @@ class Hooks:
 
     def refuse_another(self, new: Context) -> None:
         """Raise UnsupportedError if `new` would stand beside a context of its thread."""
-        mine = self._local.bound, *(c for c in self.contexts if c.thread is new.thread)
-        if any(context is not None and context.is_open for context in mine):
+        mine = [c for c in self.contexts if c.thread is new.thread or c.forwards is new.forwards]
+        if self._local.bound is not None:
+            mine.append(self._local.bound)
+        if any(context.is_open for context in mine):
             raise UnsupportedError(
                 "this model is being pruned already; leave the first context (or detach its handle; "
                 "autoprune.detach(model) ends them all) before entering another one"
@@ -217,11 +160,11 @@ class Hooks:
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._cover(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _context(self) -> Context | None:
-        """The context that serves this thread; None if several could."""
+    def _context(self, contexts: Sequence[Context]) -> Context | None:
+        """Which of these serves this thread; None if several could."""
         if self._local.bound is not None:
             return self._local.bound
-        contexts, thread = self.contexts, threading.current_thread()
+        thread = threading.current_thread()
         for context in contexts:
             if context.thread is thread and not context.for_all:
                 return context
@@ -236,11 +179,13 @@ class Hooks:
         Raises:
             UnsupportedError: several could.
         """
-        context, number = self._context(), len(self.contexts)
-        if context is None and number > 1:
+        # Read once: other threads open and close contexts meanwhile.
+        contexts = self.contexts
+        context = self._context(contexts)
+        if context is None and contexts:
             raise UnsupportedError(
-                f"{number} contexts prune this model in other threads, and none is this thread's; enter one "
-                "here (`with method(model):`), or attach one for all threads (method.attach(model))"
+                f"{len(contexts)} contexts prune this model in other threads, and none is this thread's; enter "
+                "one here (`with method(model):`), or attach one for all threads (method.attach(model))"
             )
         return context if context is not None and context.is_open else None
 
@@ -260,7 +205,7 @@ class Hooks:
         def watched(*args, **kwargs):
             local = self._local
             # A video may be computed by way of the images.
-            context = None if local.watching else self._context() or local.serving
+            context = None if local.watching else self._context(self.contexts) or local.serving
             if (
                 context is None
                 or not context.is_open
