@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .budget import Budget, InfeasibleBudget
     from .cost import DecoderCost
     from .errors import UnsupportedError
-    from .method import Method
+    from .method import Method, detach
     from .methods import create, list_methods
     from .methods.autoprune import AutoPrune
     from .methods.autoprune_reference import AutoPruneReference
@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "UnsupportedError",
     "create",
+    "detach",
     "list_methods",
     "per_prompt",
 ]
@@ -44,6 +45,7 @@ _HOMES = {
     "Method": "method",
     "UnsupportedError": "errors",
     "create": "methods",
+    "detach": "method",
     "list_methods": "methods",
     "per_prompt": "methods.per_prompt",
 }

@@ -378,6 +378,19 @@ class Method(abc.ABC):
         return self(model, keep=keep, **options).attach()
 
 
+def detach(model: torch.nn.Module) -> None:
+    """Switch off all pruning of `model`, by whichever handles and contexts: it is as it was.
+
+    For a handle that was lost. Harmless when nothing is attached.
+
+    Raises:
+        ValueError: this is no model.
+    """
+    from .engine.attach import detach
+
+    detach(model)
+
+
 _KINDS: dict[str, tuple[type, str]] = {
     "int": (Integral, "a whole number"),
     "float": (Real, "a finite number"),

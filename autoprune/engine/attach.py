@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import weakref
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,15 @@ from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
 from ..trace import Sample, Trace
-from . import tap
-from .cover import Cover
+from .contexts import Context, close_all
 from .forwards import Forwards
-from .generation import WATCHED
 from .given import checked_mask, checked_scores, model_of
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache
-from .vision_merging import watch_encoding
 
 if TYPE_CHECKING:
     from ..method import Method
-
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
@@ -34,7 +29,8 @@ class Attachment:
 
     `with method(model) as trace:` or `handle = method.attach(model); ...; handle.detach()`.
     The method holds settings only; what belongs to a prompt lives on the forward that runs it (one per
-    thread) and on its cache, so threads and interleaved generations do not see each other.
+    thread) and on its cache, so threads and interleaved generations do not see each other. Several threads
+    may each enter a context of their own on one model; see `Hooks` for which of them serves a thread.
     """
 
     def __init__(
@@ -55,79 +51,60 @@ class Attachment:
         self.shape = self.forwards.shape
         refuse_positions(method, self.located)
         method.check(self.shape)
-        self._handles: list[Any] = []
+        self._context: Context | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether pruning is switched on."""
+        return self._context is not None and self._context.is_open
 
     def __enter__(self) -> Trace:
-        self.attach()
+        self.attach(for_all=False)
         return self.trace
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def attach(self) -> Attachment:
-        """Install the hooks; see `Method.attach`.
+    def attach(self, for_all: bool = True) -> Attachment:
+        """Switch pruning on; see `Method.attach`. After `detach` it may be done again, with the same trace.
+
+        Args:
+            for_all: serve every thread that enters no context of its own. If not, as in a `with` block, this
+                thread is served, and others as long as no other context is open.
 
         Raises:
             UnsupportedError: the model is being pruned already, or is in training mode.
         """
-        if self._handles or self.located.text in _attached:
+        if self.is_attached:
             raise UnsupportedError(
-                "this model is being pruned already; leave the first context (or detach its handle) "
-                "before entering another one"
+                "this model is being pruned already, by this very handle; it is at work without `with`, until "
+                "detach()"
             )
         refuse_mode(self.model)
-        located = self.located
-        warn_if_untested(located)
-        hook = {"with_kwargs": True}
-        try:
-            _attached.add(located.text)
-            if located.outer is not located.base:
-                self._handles.append(
-                    located.outer.register_forward_pre_hook(self.forwards.before_model, **hook)
-                )
-            self._handles.append(
-                located.base.register_forward_pre_hook(self.forwards.before_base, **hook)
-            )
-            self._handles.append(
-                located.text.register_forward_pre_hook(self.forwards.before_text, **hook)
-            )
-            self._handles.append(located.text.register_forward_hook(self.forwards.after_text))
-            for index, layer in enumerate(located.layers):
-                self._handles.append(
-                    layer.register_forward_pre_hook(self.forwards.layer_hook(index), **hook)
-                )
-            self.vision.install()
-            watched = WATCHED | self.forwards.repeats.watch()
-            if (merging := self.vision.merging).blocks:
-                watched = watched | watch_encoding(self.forwards.read_and_expect, merging.forget)
-            self._handles.append(Cover(located.outer, watched))
-            tagged = dict.fromkeys(located.attentions, self.forwards.attend)
-            tagged |= dict.fromkeys(self.vision.tapped, self.vision.attend)
-            names = {module.config._attn_implementation for module in self.vision.tapped}
-            names.add(located.implementation)
-            self.forwards.implementation = located.implementation
-            tap.tag(tagged, names)
-            self._tagged, self._implementations = tagged, names
-        except BaseException:
-            self.detach()
-            _attached.discard(located.text)
-            raise
+        warn_if_untested(self.located)
+        context = Context(self.forwards, threading.current_thread(), for_all)
+        context.open()
+        self._context = context
         return self
 
     def detach(self) -> None:
-        """Remove every hook; the model is as it was. Harmless when nothing is attached."""
-        if not self._handles:
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.vision.remove()
-        if hasattr(self, "_tagged"):
-            tap.untag(self._tagged, self._implementations)
-            del self._tagged
-        _attached.discard(self.located.text)
-        self.forwards.forget()
-        self.trace.flush()
+        """Switch pruning off. With the last context of a model all hooks are gone: it is as it was.
+
+        Harmless when nothing is attached.
+        """
+        if self._context is not None:
+            self._context.close()
+            self.trace.flush()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "not attached"
+        return f"<{self.method!r} on {type(self.model).__name__}, {state}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a handle cannot be copied or pickled, as it belongs to the hooks of its model; copy the model, "
+            "the method or handle.trace, and attach the method to the copy"
+        )
 
     def encode(self, **inputs: Any) -> dict[str, Any]:
         """The features of pictures and videos, to be asked about many times.
@@ -148,11 +125,12 @@ class Attachment:
                 f"{type(self.located.outer).__name__} takes no features in place of pictures in this "
                 "release of transformers; pass the pixel values each time"
             )
-        if not self._handles:
+        if self._context is None or not self.is_attached:
             raise UnsupportedError(
                 "pruning is not switched on; call encode between attach and detach"
             )
-        return self.vision.encode(inputs)
+        with self._context.serving():
+            return self.vision.encode(inputs)
 
     def static_cache(
         self, num_visual: int | Sequence[int], num_text: int, max_new_tokens: int
@@ -177,3 +155,15 @@ class Attachment:
         return PrunedStaticCache(
             self.located, self.method, self.shape, num_visual, num_text, max_new_tokens
         )
+
+
+def detach(model: Any) -> None:
+    """See `autoprune.detach`."""
+    is_handle = isinstance(model, Attachment)
+    inner = model_of(model)
+    if is_handle or not isinstance(inner, nn.Module):
+        way_out = "call its own detach()" if is_handle else "pass the model"
+        raise ValueError(
+            f"detach takes the model that is pruned, got {type(model).__name__}; {way_out}"
+        )
+    close_all(inner)

@@ -1,4 +1,4 @@
-"""What a forward of a pruned model does at each of its hooks."""
+"""What a context does with the forwards that it serves."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from torch import nn
 
 from ..method import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
-from .cache import PrunedCache, is_static, narrowed, static_step
+from .cache import PrunedCache, is_static
 from .cache_argument import cache_of
 from .decode import Decode
-from .generation import Repeats, take_drafts
+from .generation import take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
     refuse_cache,
-    refuse_compiled_growth,
     refuse_compiled_parts,
-    refuse_compiled_prefill,
     refuse_mode,
     refuse_new_images,
 )
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Forwards:
-    """The forwards of one model that is pruned by one method.
+    """One method on one model, and the forwards that it prunes: what `Hooks` hands on to it.
 
     What belongs to a forward lives on its thread from hook to hook, and what outlives it on its cache.
     """
@@ -67,28 +65,19 @@ class Forwards:
             has_cls=self.vision.has_cls,
         )
         self.implementation = located.implementation
-        self.repeats = Repeats()
         self._local = threading.local()
 
     def forget(self) -> None:
         """Drop what is left of forwards that did not come to their end."""
         self._local = threading.local()
 
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_model(self, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
-        if torch.compiler.is_compiling():
-            return
         asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
         self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
 
-    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_base(self, ids: torch.Tensor | None, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if torch.compiler.is_compiling():
-            new = ids if ids is not None else kwargs["inputs_embeds"]
-            if new.shape[1] > 1:
-                refuse_compiled_prefill()
-            return
         if has_pixels(kwargs):
             # The tower runs in this forward; what is left of another one, which failed, is not for it.
             self.vision.forget()
@@ -117,7 +106,8 @@ class Forwards:
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
         """The same as `before_base` for a tower that runs before the model does, in `generate`."""
-        self._expect(*on_host(ids, mask))
+        if self.vision.merging.blocks:
+            self._expect(*on_host(ids, mask))
 
     def _expect(self, ids: torch.Tensor, mask: Any, drafts: int = 0) -> None:
         """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
@@ -132,14 +122,14 @@ class Forwards:
             [(self.method.capacity(depth, *p, cost=cost)[0], p[0]) for p in prompts if p[0]]
         )
 
-    def before_text(
-        self, module: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
-        """Begin a prefill or a decoding step, or leave the decoder alone."""
-        if torch.compiler.is_compiling():
-            return None
+    def before_text(self, kwargs: dict, repeats: int) -> Prefill | Decode | None:
+        """Begin a prefill or a decoding step; None leaves the decoder alone.
+
+        Args:
+            kwargs: the decoder's; what the layers' hooks do in its place is taken out.
+            repeats: copies of each prompt.
+        """
         local = self._local
-        local.run = None
         prompt, local.prompt = getattr(local, "prompt", None), None
         refuse_mode(self.model, kwargs)
         embeds = kwargs.get("inputs_embeds")
@@ -157,18 +147,24 @@ class Forwards:
             refuse_new_images()
         if prompt["filled"] and pruned is not None:
             mask = prompt["attention_mask"]
-            local.run = Decode(self.located, pruned, cache, embeds.shape[:2], mask)
-        elif not prompt["filled"]:
-            PrunedCache.forget(cache)
-            deepstack = kwargs.get("deepstack_visual_embeds") or ()
-            local.run = self._prefill(prompt, embeds, cache, deepstack)
-            if local.run is not None and deepstack:
-                # The model would add these at full length; the layers' hooks add what is left of them.
-                return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
-        return None
+            return Decode(self.located, pruned, cache, embeds.shape[:2], mask)
+        if prompt["filled"]:
+            return None
+        PrunedCache.forget(cache)
+        deepstack = kwargs.get("deepstack_visual_embeds") or ()
+        prefill = self._prefill(prompt, embeds, cache, deepstack, repeats)
+        if prefill is not None and deepstack:
+            # The model would add these at full length; the layers' hooks add what is left of them.
+            kwargs |= {"deepstack_visual_embeds": None, "visual_pos_masks": None}
+        return prefill
 
     def _prefill(
-        self, prompt: dict, embeds: torch.Tensor, cache: Any, deepstack: Sequence[torch.Tensor]
+        self,
+        prompt: dict,
+        embeds: torch.Tensor,
+        cache: Any,
+        deepstack: Sequence[torch.Tensor],
+        repeats: int,
     ) -> Prefill | None:
         ids, mask = prompt["host"]
         layout = read_layout(
@@ -178,7 +174,7 @@ class Forwards:
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, layout)
         required = [int(ends) for ends in layout.ends_visual]
-        prompts = Prompts(layout.num_visual, layout.num_text, required, self.repeats.number)
+        prompts = Prompts(layout.num_visual, layout.num_text, required, repeats)
         state = PromptState(self.shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
@@ -190,46 +186,8 @@ class Forwards:
             self.method, self.located, layout, state, embeds.device, cache, vision, deepstack
         )
 
-    def layer_hook(self, index: int):
-        """What is done before decoder layer `index`."""
-
-        def before_layer(module: nn.Module, args: tuple, kwargs: dict):
-            if torch.compiler.is_compiling():
-                return self._compiled_step(index, args, kwargs)
-            run = getattr(self._local, "run", None)
-            if run is not None:
-                args, kwargs = run.before_layer(index, args, kwargs)
-            layers = getattr(cache_of(kwargs), "layers", ())
-            return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
-
-        return before_layer
-
-    def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
-        cache = cache_of(kwargs)
-        layers = getattr(cache, "layers", ())
-        if index >= len(layers) or not is_static(layers[index]):
-            pruned = PrunedCache.of(cache)
-            has_mask = kwargs.get("attention_mask") is not None
-            if pruned is not None and (has_mask or not pruned.sees_all(self.located.windows)):
-                refuse_compiled_growth()
-            return None
-        return args, static_step(self.located, layers[index], args[0], kwargs)
-
-    def attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
-        """The attention of a decoder layer."""
-        run = getattr(self._local, "run", None)
-        if run is not None:
-            return run.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
-        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-    def after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def after_text(self, run: Prefill, output: Any) -> Any:
         """End a prefill and record it."""
-        if torch.compiler.is_compiling():
-            return None
-        run, self._local.run = getattr(self._local, "run", None), None
-        if not isinstance(run, Prefill):
-            return None
         output = run.finish(output)
         self.trace.record(run.record())
         return output

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from ..errors import UnsupportedError
 from .cache import DRAFTS
 from .cache_argument import cache_of
-from .cover import Around
 from .refusals import refuse_length
 from .vision import same_features
 
@@ -67,21 +67,18 @@ class Repeats(threading.local):
 
     number = 1
 
-    def watch(self) -> dict[str, Around]:
-        return {"generate": self._generating, "_expand_inputs_for_generation": self._expanding}
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """One call of `generate`."""
+        before, self.number = self.number, 1
+        try:
+            yield
+        finally:
+            self.number = before
 
-    def _generating(self, generate: Callable) -> Callable:
-        @wraps(generate)
-        def watched(*args, **kwargs):
-            before, self.number = self.number, 1
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self.number = before
+    def expanding(self, expand: Callable) -> Callable:
+        """`_expand_inputs_for_generation`, which makes the copies."""
 
-        return watched
-
-    def _expanding(self, expand: Callable) -> Callable:
         @wraps(expand)
         def watched(*args, **kwargs):
             self.number = kwargs.get("expand_size", args[0] if args else 1)

@@ -21,12 +21,13 @@ Handler = Callable[..., Any]
 
 _lock = threading.Lock()
 _handlers: dict[nn.Module, Handler] = {}
+_tags: dict[nn.Module, int] = {}
 _users: dict[str, int] = {}
 _covered: dict[str, Any] = {}
 
 
 def tag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
-    """Let each module's handler compute its attention."""
+    """Let each module's handler compute its attention; a module that is tagged again has the same one."""
     with _lock:
         for name in implementations:
             if not _users.get(name):
@@ -34,6 +35,8 @@ def tag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
                 _covered[name] = local.get(name)
                 ALL_ATTENTION_FUNCTIONS[name] = _shadow(name, ALL_ATTENTION_FUNCTIONS.get(name))
             _users[name] = _users.get(name, 0) + 1
+        for module in modules:
+            _tags[module] = _tags.get(module, 0) + 1
         _handlers.update(modules)
 
 
@@ -41,7 +44,9 @@ def untag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
     """Undo `tag`; the last one to leave restores the attention functions."""
     with _lock:
         for module in modules:
-            _handlers.pop(module, None)
+            _tags[module] -= 1
+            if not _tags[module]:
+                del _tags[module], _handlers[module]
         for name in implementations:
             _users[name] -= 1
             if not _users[name]:

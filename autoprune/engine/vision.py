@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError
-from .cover import Cover
 from .locate import tower_attentions, tower_blocks
 from .vision_maps import FAMILIES, as_configured, setting, token_places, tower_depth
 from .vision_merging import Rule, TowerMerging
@@ -64,10 +62,10 @@ class _Call:
 class VisionTap:
     """Collects what was asked for while a model computes its image and video features.
 
-    It wraps `get_image_features` and `get_video_features` on the instance (generation calls them
-    ahead of the forward, a plain forward inside it) and is undone by `remove`. What was collected
-    waits, per thread, for `take`, and stays with the features for when they are used again
-    (`mm_encoder_outputs`). A family that is not in the table gives nothing.
+    It watches `get_image_features` and `get_video_features` (generation calls them ahead of the
+    forward, a plain forward inside it). What was collected waits, per thread, for `take`, and stays
+    with the features for when they are used again (`mm_encoder_outputs`). A family that is not in the
+    table gives nothing.
 
     Keys are those the attention uses: where a tower rotates them by their place (Qwen, Pixtral), a
     token's key is a mean over rotations that differ by a patch or so. Where the middle block looks at
@@ -93,7 +91,6 @@ class VisionTap:
         layer = getattr(base.config, "vision_feature_layer", -1)
         merges = wanted.merge and self.family and self.family.merges and isinstance(layer, int)
         self.merging = TowerMerging(rule, blocks if merges else [], self.has_cls)
-        self._cover: Cover | None = None
         self._local = threading.local()
 
     @property
@@ -111,18 +108,13 @@ class VisionTap:
         watched = (self.attention, self.middle, *self.merging.attentions)
         return [module for module in watched if module is not None]
 
-    def install(self) -> None:
-        self.merging.install()
-        if self.tapped:
-            media = [medium for medium in MEDIA if getattr(self.family, medium) is not None]
-            around = {f"get_{medium}_features": partial(self._around, medium) for medium in media}
-            self._cover = Cover(self.base, around)
+    def watches(self, medium: str) -> bool:
+        """Whether anything is to be seen while features of that medium are computed."""
+        return bool(self.tapped) and getattr(self.family, medium) is not None
 
-    def remove(self) -> None:
-        if self._cover is not None:
-            self._cover.remove()
-            self._cover = None
-        self.merging.remove()
+    def reset(self) -> None:
+        """Drop what is left of computations that did not come to their end."""
+        self.merging.reset()
         self._local = threading.local()
 
     def take(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionView | None:
@@ -243,32 +235,25 @@ class VisionTap:
                 elif self.wanted.attention:
                     call.add("vision_scores", received)
 
-    def _around(self, medium: str, original: Callable) -> Callable:
-        """`get_image_features` or `get_video_features`, with what is seen meanwhile."""
-        signature = inspect.signature(original)
-
-        @wraps(original)
-        def get_features(*args, **kwargs):
-            if getattr(self._local, "call", None) is not None:
-                # A video may be computed by way of the images.
-                return original(*args, **kwargs)
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            # Older releases pass a picture's size on without naming it.
-            arguments |= arguments.pop("kwargs", {})
-            call = self._local.call = _Call(arguments)
-            try:
-                with self.merging.running(as_configured(self.base, arguments)):
-                    features = original(*args, **kwargs)
-            finally:
-                self._local.call = None
-            if call.pictures:
-                view = self._map(medium, call)
-                self._ready()[medium] = view
-                if isinstance(features, ModelOutput):
-                    setattr(features, ATTRIBUTE, view)
-            return features
-
-        return get_features
+    def watch(
+        self, medium: str, get_features: Callable, signature: inspect.Signature, *args, **kwargs
+    ) -> Any:
+        """Call `get_image_features` or `get_video_features`, and keep what is seen meanwhile."""
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        # Older releases pass a picture's size on without naming it.
+        arguments |= arguments.pop("kwargs", {})
+        call = self._local.call = _Call(arguments)
+        try:
+            with self.merging.running(as_configured(self.base, arguments)):
+                features = get_features(*args, **kwargs)
+        finally:
+            self._local.call = None
+        if call.pictures:
+            view = self._map(medium, call)
+            self._ready()[medium] = view
+            if isinstance(features, ModelOutput):
+                setattr(features, ATTRIBUTE, view)
+        return features
 
     @torch.no_grad()
     def _map(self, medium: str, call: _Call) -> VisionView:

@@ -151,7 +151,6 @@ class TowerMerging:
     def __init__(self, rule: Rule, blocks: Sequence[nn.Module], has_cls: bool):
         self.rule, self.blocks, self.has_cls = rule, blocks, has_cls
         self.attentions = tower_attentions(blocks)
-        self._handles: list[Any] = []
         self._local = threading.local()
 
     @property
@@ -159,20 +158,8 @@ class TowerMerging:
         """What the run that is under way in this thread has merged."""
         return getattr(self._local, "merged", None)
 
-    def install(self) -> None:
-        if not self.blocks:
-            return
-        enter = self.blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        self._handles.append(enter)
-        for index, block in enumerate(self.blocks):
-            # In front of transformers' own hooks, which record hidden states.
-            after = block.register_forward_hook(partial(self._after, index), prepend=True)
-            self._handles.append(after)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def reset(self) -> None:
+        """Drop what is left of runs that did not come to their end."""
         self._local = threading.local()
 
     def expect(self, prompts: Sequence[tuple[int, int]]) -> None:
@@ -205,7 +192,8 @@ class TowerMerging:
             return attention_mask
         return merged.log_sizes(query)
 
-    def _enter(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(self, args: tuple, kwargs: dict) -> None:
+        """Before the first block: plan what leaves behind each."""
         self._local.merged = None
         prompts = getattr(self._local, "prompts", ())
         if not prompts or torch.compiler.is_compiling() or not _only_hidden_states(args, kwargs):
@@ -217,7 +205,8 @@ class TowerMerging:
         if any(leaving):
             self._local.merged = Merged(args[0], leaving, self.has_cls)
 
-    def _after(self, index: int, block: nn.Module, args: tuple, output: Any) -> Any:
+    def after(self, index: int, output: Any) -> Any:
+        """What a block's output becomes; None leaves it."""
         merged = self.merged
         if merged is None:
             return None

@@ -12,6 +12,7 @@ import torch
 
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget, per_prompt
+from autoprune.budget import InfeasibleBudget
 from autoprune.errors import UnsupportedError
 from autoprune.method import Tower
 from autoprune.methods.fastv import FastV
@@ -187,6 +188,17 @@ def test_a_batch_of_another_size_is_refused():
         with pytest.raises(ValueError, match="2 methods, but the batch has 4 prompts"):
             model.generate(**four, max_new_tokens=1, num_beams=2)
     assert not trace.samples
+
+
+def test_an_infeasible_budget_names_its_prompts():
+    model = model_of("llava", "sdpa")
+    methods = [FastV(1), None, FastV(1)]
+    with per_prompt(methods)(model), pytest.raises(InfeasibleBudget) as refused:
+        model(**zoo.inputs("llava", model, "padded3"))
+    assert str(refused.value).startswith(
+        "fastv cannot prune prompt 0, 2 of the batch: a budget of 1"
+    )
+    assert refused.value.asked == Budget.tokens(1)
 
 
 class Counted(FastV):
