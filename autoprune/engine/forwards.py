@@ -25,6 +25,7 @@ from .refusals import (
     refuse_compiled_growth,
     refuse_compiled_parts,
     refuse_compiled_prefill,
+    refuse_lost_memory,
     refuse_mode,
     refuse_new_images,
 )
@@ -151,11 +152,13 @@ class Forwards:
         ):
             # The tower has seen them already; the next prompt is not to find them.
             self.vision.forget()
-            refuse_new_images()
+            refuse_new_images(cache)
         if prompt["filled"] and pruned is not None:
             mask = prompt["attention_mask"]
             local.run = Decode(self.located, pruned, cache, embeds.shape[:2], mask)
-        elif not prompt["filled"]:
+        elif prompt["filled"]:
+            refuse_lost_memory(cache, len(embeds))
+        else:
             PrunedCache.forget(cache)
             deepstack = kwargs.get("deepstack_visual_embeds") or ()
             local.run = self._prefill(prompt, embeds, cache, deepstack)
@@ -194,7 +197,10 @@ class Forwards:
                 return self._compiled_step(index, args, kwargs)
             run = getattr(self._local, "run", None)
             if run is not None:
-                args, kwargs = run.before_layer(index, args, kwargs)
+                fitting = run.before_layer(index, args, kwargs)
+                if fitting is None:
+                    return None
+                args, kwargs = fitting
             layers = getattr(cache_of(kwargs), "layers", ())
             return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
 
