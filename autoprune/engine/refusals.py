@@ -73,8 +73,9 @@ def refuse_moved_rows(cache: Any, batch: int) -> None:
         if held is None or len(held.rows) != batch:
             remembered = "nothing" if held is None else f"{len(held.rows)} rows"
             raise UnsupportedError(
-                f"{batch} rows go on with a pruned cache of which a layer remembers {remembered}; move its "
-                "rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the prompts anew"
+                f"{batch} rows go on with a pruned cache of which a layer remembers {remembered}; move "
+                "its rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the "
+                "prompts anew"
             )
 
 
