@@ -34,6 +34,52 @@ FUSED_MLP_MODEL_TYPES = frozenset(
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Attention whose keys and values are made of one latent for all heads (MLA), which the cache holds.
+
+    Attributes:
+        rank: width of the latent.
+        query_rank: that of the queries' own; 0 if they are made of hidden states at once.
+        rotated, unrotated: dimensions of a head's query and key with and without rotary position; what is
+            rotated of a key is one for all heads, and cached beside the latent.
+        value: dimensions of a head's value.
+        indexed: further cached numbers per token, by which sparse attention chooses keys.
+    """
+
+    rank: int
+    query_rank: int
+    rotated: int
+    unrotated: int
+    value: int
+    indexed: int = 0
+
+    @classmethod
+    def from_config(cls, text: Any) -> Latent | None:
+        """Of a text config; None if its attention has no latent."""
+        if not _read(text, "kv_lora_rank", default=0):
+            return None
+        return cls(
+            rank=_read(text, "kv_lora_rank"),
+            query_rank=_read(text, "q_lora_rank", default=0),
+            rotated=_read(text, "qk_rope_head_dim"),
+            unrotated=_read(text, "qk_nope_head_dim"),
+            value=_read(text, "v_head_dim"),
+            indexed=_read(text, "index_head_dim", default=0),
+        )
+
+    def weights(self, hidden: int, heads: int) -> int:
+        """Of the projections of one layer."""
+        query = heads * (self.rotated + self.unrotated)
+        queries = self.query_rank * (hidden + query) if self.query_rank else hidden * query
+        latents = hidden * (self.rank + self.rotated)
+        return queries + latents + self.expansion(heads) + heads * self.value * hidden
+
+    def expansion(self, heads: int) -> int:
+        """Weights that make keys and values of a latent."""
+        return self.rank * heads * (self.unrotated + self.value)
+
+
+@dataclass(frozen=True)
 class DecoderCost:
     """Dimensions of a decoder that decide its FLOPs and KV bytes.
 
@@ -44,6 +90,8 @@ class DecoderCost:
             active experts).
         gated_mlp: True for gate/up/down (SwiGLU and relatives), False for up/down.
         fused_mlp: whether a gated MLP computes gate and up in one piece; matters for memory alone.
+        latent: of attention whose cache holds latents, None where it holds keys and values; head_dim is what
+            is rotated then, and kv_heads does not matter.
         vocab_size: rows of the lm_head.
         dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
             bfloat16).
@@ -59,6 +107,7 @@ class DecoderCost:
     vocab_size: int = 0
     dtype_bytes: int = 2
     fused_mlp: bool = False
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,18 +148,24 @@ class DecoderCost:
             fused_mlp=getattr(text, "model_type", None) in FUSED_MLP_MODEL_TYPES,
             vocab_size=_read(text, "vocab_size", default=0),
             dtype_bytes=dtype_bytes,
+            latent=Latent.from_config(text),
         )
 
     @property
     def linear_flops(self) -> int:
         """FLOPs per token and layer of the projections and the MLP."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        if self.latent is None:
+            attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        else:
+            attention = self.latent.weights(self.hidden, self.heads)
         mlp = (3 if self.gated_mlp else 2) * self.hidden * self.intermediate
         return 2 * (attention + mlp)
 
     @property
     def attention_flops(self) -> int:
         """FLOPs per query-key pair and layer: the scores and the weighted sum of values."""
+        if (latent := self.latent) is not None:
+            return 2 * self.heads * (latent.rotated + latent.unrotated + latent.value)
         return 4 * self.heads * self.head_dim
 
     @property
@@ -121,6 +176,8 @@ class DecoderCost:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token occupies in one layer's cache."""
+        if (latent := self.latent) is not None:
+            return (latent.rank + latent.rotated + latent.indexed) * self.dtype_bytes
         return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
 
     def layer_flops(self, tokens: ArrayLike) -> Any:
@@ -168,11 +225,17 @@ class DecoderCost:
         included.
         """
         keys = self._tokens(visual_per_layer, num_text) + 1
-        flops = (self.linear_flops + self.attention_flops * keys).sum(axis=-1)
+        per_key = self.attention_flops
+        flops = self.linear_flops
+        if self.latent is not None:
+            # transformers makes the keys and values of all cached latents anew at each step.
+            made = 2 * self.latent.expansion(self.heads)
+            per_key, flops = per_key + made, flops - made
+        flops = (flops + per_key * keys).sum(axis=-1)
         return _per_prompt(flops + (self.lm_head_flops if lm_head else 0))
 
     def kv_bytes(self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0) -> Any:
-        """Bytes of keys and values after prefill, text included; arguments as above."""
+        """Bytes of keys and values (or of latents) after prefill, text included; arguments as above."""
         return _per_prompt(
             self._tokens(visual_per_layer, num_text).sum(axis=-1) * self.kv_bytes_per_token
         )

@@ -49,6 +49,7 @@ __all__ = [
     "VIDEO",
     "VOCABULARY",
     "build",
+    "build_family",
     "inputs",
     "randomise",
     "visual_mask",
@@ -63,7 +64,11 @@ SINCE_5_19 = Version(transformers.__version__) >= Version("5.19")
 
 def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:
     """A new model of the family in eval mode and float32; the same seed gives the same weights."""
-    family = FAMILIES[name]
+    return build_family(FAMILIES[name], attn_implementation, seed)
+
+
+def build_family(family: Family, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:
+    """`build` for a family that is none of `FAMILIES`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cls = getattr(transformers, family.model)

@@ -104,7 +104,7 @@ def _config(cls: str, **fields: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, cls)(tie_word_embeddings=False, **fields)
 
 
-def _llava(text: str = "llama", **changes: Any) -> transformers.PretrainedConfig:
+def llava(text: str = "llama", **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         "LlavaConfig",
         text_config=_text(text, **changes),
@@ -260,9 +260,9 @@ def _aya_vision() -> transformers.PretrainedConfig:
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_llava, "LlavaForConditionalGeneration", bare(16)),
+    "llava": Family(llava, "LlavaForConditionalGeneration", bare(16)),
     "llava_sliding": Family(
-        lambda: _llava("mistral", sliding_window=20), "LlavaForConditionalGeneration", bare(16)
+        lambda: llava("mistral", sliding_window=20), "LlavaForConditionalGeneration", bare(16)
     ),
     "llava_next": Family(
         lambda: _anyres("LlavaNextConfig", "llama", "clip_vision_model"),

@@ -23,6 +23,7 @@ from .refusals import (
     refuse_backend,
     refuse_cache,
     refuse_compiled_parts,
+    refuse_lost_memory,
     refuse_mode,
     refuse_new_images,
 )
@@ -144,11 +145,12 @@ class Forwards:
         ):
             # The tower has seen them already; the next prompt is not to find them.
             self.vision.forget()
-            refuse_new_images()
+            refuse_new_images(cache)
         if prompt["filled"] and pruned is not None:
             mask = prompt["attention_mask"]
             return Decode(self.located, pruned, cache, embeds.shape[:2], mask)
         if prompt["filled"]:
+            refuse_lost_memory(cache, len(embeds))
             return None
         PrunedCache.forget(cache)
         deepstack = kwargs.get("deepstack_visual_embeds") or ()

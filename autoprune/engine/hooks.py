@@ -267,7 +267,10 @@ class Hooks:
                 return self._compiled_step(index, args, kwargs)
             run = self._local.run
             if run is not None:
-                args, kwargs = run.before_layer(index, args, kwargs)
+                fitting = run.before_layer(index, args, kwargs)
+                if fitting is None:
+                    return None
+                args, kwargs = fitting
             layers = getattr(cache_of(kwargs), "layers", ())
             return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
 

@@ -43,7 +43,7 @@ class Packing:
         return rows.view(*self.place.shape, *packed.shape[2:])
 
     def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, heads, total, head dim] -> [batch, heads, n, head dim]."""
+        """[1, heads, total, head dim] -> [batch, heads, n, head dim]; of what a cache holds, too."""
         return self.unpack(packed.transpose(1, 2)).transpose(1, 2)
 
 
@@ -56,7 +56,7 @@ def watches_inputs(layers: Sequence[nn.Module]) -> bool:
 
 
 def can_pack(cache: Any, implementation: str, has_windows: bool) -> bool:
-    """Whether keys of a packed row can be put back into a cache's own form after the layer's update.
+    """Whether what a packed row leaves in a cache can be put into its own form after the layer's update.
 
     Args:
         cache: None, or the cache of the prefill.

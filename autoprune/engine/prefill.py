@@ -21,6 +21,7 @@ from .cut import cut, with_last_tokens
 from .layout import Layout
 from .observer import Observer, SeenEnough
 from .packing import WORTH_PACKING, Packing, can_pack, watches_inputs
+from .refusals import refuse_unseen_attention
 from .tap import no_plans
 from .tokens import MERGED, Tokens
 
@@ -69,6 +70,9 @@ class Prefill:
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
         self.looked: dict[int, int] = {}
+        # The layer that runs on a packed row, until its attention was seen and its cache holds the batch.
+        self.unsettled: int | None = None
+        self.attention_seen = False
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
@@ -91,6 +95,7 @@ class Prefill:
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
+        self._settle()
         if self.cache is None:
             # A plain forward makes its cache inside the decoder.
             self.cache = cache_of(kwargs)
@@ -115,6 +120,7 @@ class Prefill:
             self.observed[index] = entering.nbytes
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
+        self.unsettled, self.attention_seen = None if self.packing is None else index, False
         return args, self._fit(index, args[0], kwargs)
 
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
@@ -161,15 +167,33 @@ class Prefill:
         """The attention of one decoder layer, observed, and padded if its tokens came packed."""
         packing = self.packing
         if packing is not None:
-            query, key, value = map(packing.unpack_heads, (query, key, value))
+            packed = key, value
+            query, key, value = map(packing.unpack_heads, (query, *packed))
+            layer = None if self.cache is None else self.cache.layers[module.layer_idx]
+            if layer is not None and layer.keys is packed[0] and layer.values is packed[1]:
+                # What the layer has put into its cache is what its attention sees.
+                layer.keys, layer.values = key, value
+                self.unsettled = None
+            self.attention_seen = True
         self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
-        if packing is not None and self.cache is not None:
-            # The layer has put the packed row into its cache.
-            layer = self.cache.layers[module.layer_idx]
-            layer.keys, layer.values = key, value
         with no_plans if len(self.stages) > 1 else nullcontext():
             output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         return (output if packing is None else packing.pack(output)), weights
+
+    def _settle(self) -> None:
+        """Bring what the last layer has put into its cache from a packed row into the form of a batch.
+
+        It may be other than what attention sees: latents that keys are made of, for one.
+        """
+        index, packing = self.unsettled, self.packing
+        if index is None or packing is None:
+            return
+        if not self.attention_seen:
+            refuse_unseen_attention(self.located)
+        self.unsettled = None
+        if self.cache is not None:
+            layer = self.cache.layers[index]
+            layer.keys, layer.values = map(packing.unpack_heads, (layer.keys, layer.values))
 
     def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
         padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
@@ -257,6 +281,7 @@ class Prefill:
 
     def finish(self, output: Any) -> Any:
         """Put the remaining tokens' states back to their columns and remember the cut on the cache."""
+        self._settle()
         if len(self.stages) == 1 and not self.counts_positions:
             return output
         output["last_hidden_state"] = self._restore(output["last_hidden_state"], -1)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedError
 from .cache import is_static
 from .cache_argument import cache_of, is_paged
+from .held import holding
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
@@ -64,8 +66,40 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
         )
 
 
-def refuse_new_images() -> None:
+def refuse_moved_rows(cache: Any, batch: int) -> None:
+    """A pruned cache whose rows were joined, taken or replaced by other means than its own methods."""
+    for layer in cache.layers:
+        held = holding(layer)
+        if held is None or len(held.rows) != batch:
+            remembered = "nothing" if held is None else f"{len(held.rows)} rows"
+            raise UnsupportedError(
+                f"{batch} rows go on with a pruned cache of which a layer remembers {remembered}; move "
+                "its rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the "
+                "prompts anew"
+            )
+
+
+def refuse_lost_memory(cache: Any, batch: int) -> None:
+    """A batch on a cache that was made anew from the keys of a pruned one, without what it remembered."""
+    if batch == 1:
+        return
+    plain = (
+        layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized
+    )
+    if len({layer.get_seq_length() for layer in plain}) > 1:
+        raise UnsupportedError(
+            "the layers of this cache differ in length, as a pruned one's do, but nothing is remembered of "
+            "where its prompts are padded; go on with the cache itself, or a copy by copy.deepcopy"
+        )
+
+
+def refuse_new_images(cache: Any) -> None:
     """Pictures that arrive when the cache already holds tokens."""
+    if is_static(cache.layers[0]):
+        raise UnsupportedError(
+            f"this static cache still holds {int(cache.get_seq_length())} tokens of an earlier prompt; call "
+            "its reset() before the next one (a later turn of the same conversation cannot bring new images)"
+        )
     raise UnsupportedError(
         "new images on top of a filled cache cannot be pruned (neither a later turn nor a "
         "chunked prefill); run the whole conversation as one prompt"
@@ -133,6 +167,14 @@ def refuse_backend(located: Located, attached: str) -> None:
             f"the attention backend was changed from {attached!r} to {located.implementation!r} while the "
             "model is pruned; leave the context (or detach), change it, and enter again"
         )
+
+
+def refuse_unseen_attention(located: Located) -> None:
+    """Attention that is computed past transformers' interface, where the prompts of a batch are told apart."""
+    raise UnsupportedError(
+        f"{type(located.attentions[0]).__name__} does not call transformers' attention interface, so prompts "
+        "that keep different numbers of tokens cannot run in one batch; prune one prompt at a time"
+    )
 
 
 def refuse_length(cache: Any, prompt: int, total: int) -> None:

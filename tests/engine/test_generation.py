@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine import decode
-from autoprune.engine.cache import PrunedCache
+from autoprune.engine import rows
+from autoprune.engine.held import holding
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
@@ -328,19 +328,19 @@ def assistant():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch):
-    monkeypatch.setattr(decode, "ROOM", 2)
+    monkeypatch.setattr(rows, "ROOM", 2)
     model = model_of("llava", attention)
     inputs = zoo.inputs("llava", model, "padded3")
     tokens = torch.randint(10, 100, (3, 9), generator=torch.Generator().manual_seed(0))
     with METHODS["deep"](model) as trace:
         conversation = oracle.Conversation(model, inputs)
-        rows, made = [conversation.logits[:, -1:]], []
+        logits, made = [conversation.logits[:, -1:]], []
         for step in range(tokens.shape[1]):
-            rows.append(conversation.feed(tokens[:, step : step + 1]))
-            pruned = PrunedCache.of(conversation.cache)
-            made.append({key: id(mask) for key, mask in pruned.masks.items()})
+            logits.append(conversation.feed(tokens[:, step : step + 1]))
+            (held,) = {holding(layer).rows for layer in conversation.cache.layers}
+            made.append({dtype: id(masks) for dtype, masks in held._masks.items()})
     columns = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
-    close(torch.cat(rows, dim=1), oracle.oracle_logits(model, inputs, columns, tokens))
+    close(torch.cat(logits, dim=1), oracle.oracle_logits(model, inputs, columns, tokens))
     assert made[0]
     changes = sum(before != after for before, after in itertools.pairwise(made))
     assert 1 <= changes <= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -297,3 +298,68 @@ def test_compacted_positions_leave_a_prompt_alone_of_which_nothing_is_pruned(nam
         expected = model(**inputs, **options).logits
         with AutoPrune(Budget.ratio(1.0), positions="compacted")(model):
             assert torch.equal(model(**inputs, **options).logits, expected)
+
+
+AWAY = "this cache was pruned, and .*; go on in the context that pruned it, or before its handle"
+
+
+@pytest.mark.parametrize("make", [growing, static])
+def test_a_ragged_batch_outside_of_the_context_says_what_it_is(model, method, make):
+    inputs = zoo.inputs("llava", model, "padded3")
+    mask, said = inputs["attention_mask"], words(3, 1)
+    mask = torch.cat([mask, torch.ones_like(said)], dim=1)
+    for given in ({"attention_mask": mask}, {}):
+        cache = make(model, mask.shape[1] + 4)
+        with method(model):
+            model(**inputs, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match=AWAY):
+            model(input_ids=said, past_key_values=cache, **given)
+
+
+def test_a_handle_that_is_detached_while_a_ragged_batch_is_generated_says_what_it_is(model):
+    inputs, handle = zoo.inputs("llava", model, "padded3"), METHODS["deep"].attach(model)
+    seen = []
+
+    def detach(ids, scores):
+        seen.append(ids.shape[1])
+        if len(seen) == 3:
+            handle.detach()
+        return scores
+
+    with pytest.raises(UnsupportedError, match="prompts have different lengths in it"):
+        model.generate(**inputs, max_new_tokens=8, logits_processor=[detach], do_sample=False)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["autoprune", "deep", "pre_llm"])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_prompts_of_one_length_go_on_outside_of_the_context(model, name, prompts):
+    inputs = zoo.inputs("llava", model)
+    inputs = {key: value.repeat_interleave(prompts, dim=0) for key, value in inputs.items()}
+    said = words(prompts, 1)
+    with METHODS[name](model):
+        cache = model(**inputs, use_cache=True).past_key_values
+        expected = model(input_ids=said, past_key_values=copy.deepcopy(cache)).logits
+    assert torch.equal(model(input_ids=said, past_key_values=cache).logits, expected)
+
+
+def test_several_tokens_on_one_prompt_outside_of_the_context_say_what_they_are(model):
+    inputs = zoo.inputs("llava", model)
+    with METHODS["deep"](model):
+        cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(UnsupportedError, match="several new tokens at once need masks"):
+        model(input_ids=words(1, 2), past_key_values=cache)
+
+
+def test_a_static_cache_that_was_not_reset_says_so(model):
+    first, second = (zoo.inputs("llava", model, seed=seed) for seed in (0, 1))
+    cache = static(model, first["input_ids"].shape[1] + 4)
+    with METHODS["autoprune"](model):
+        model(**first, past_key_values=cache)
+        length = first["input_ids"].shape[1]
+        with pytest.raises(
+            UnsupportedError, match=f"still holds {length} tokens .* call its reset"
+        ):
+            model(**second, past_key_values=cache)
+        cache.reset()
+        model(**second, past_key_values=cache)

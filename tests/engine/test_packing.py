@@ -13,7 +13,8 @@ from autoprune import AutoPrune, Budget
 from autoprune.engine.layout import Layout
 from autoprune.engine.packing import WORTH_PACKING, Packing
 from autoprune.engine.tokens import Tokens
-from tests import oracle, zoo
+from autoprune.errors import UnsupportedError
+from tests import oracle, zoo, zoo_decoders
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
 model_of = functools.cache(zoo.build)
@@ -207,3 +208,40 @@ def test_a_row_of_padding_alone_runs_along():
     with AutoPrune(Budget.ratio(0.5))(model), torch.no_grad():
         expected, actual = (model(**given).logits[[0, 2], -1] for given in (alone, inputs))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", [Scattered(DEEP), Scattered(PRE_LLM)], ids=["deep", "pre_llm"])
+@pytest.mark.parametrize("kind", zoo_decoders.DECODERS)
+def test_caches_that_hold_something_else_than_what_attention_sees(kind, method):
+    """Latents that keys are made of, or values of which attention takes one half and then the other."""
+    model = zoo_decoders.build(kind)
+    inputs = zoo.inputs("llava", model, "padded3")
+    with shapes_of_layers(model) as shapes, torch.no_grad():
+        comparison = oracle.compare(model, inputs, method)
+    assert (1, 3) not in shapes and any(shape[0] == 1 for shape in shapes)
+    assert comparison.worst < 3e-4
+    assert max(comparison.effect) > (0.2 if kind == "minicpm3" else 1.0)
+
+
+def test_attention_that_is_computed_past_the_interface_is_refused_in_a_ragged_batch():
+    model = zoo.build("llava")
+    layer = model.get_decoder().layers[3].self_attn
+
+    def attend(hidden_states, past_key_values, **_):
+        shape = (*hidden_states.shape[:-1], -1, zoo.HEAD_DIM)
+        projections = layer.q_proj, layer.k_proj, layer.v_proj
+        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
+        key, value = past_key_values.update(key, value, 3)
+        scaled = torch.nn.functional.scaled_dot_product_attention
+        out = scaled(query, key, value, is_causal=True, enable_gqa=True)
+        return layer.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    layer.forward = lambda past_key_values=None, cache=None, **kwargs: attend(
+        past_key_values=past_key_values or cache, **kwargs
+    )
+    with Scattered(DEEP)(model), torch.no_grad():
+        model(**zoo.inputs("llava", model))
+        with pytest.raises(
+            UnsupportedError, match="does not call transformers' attention interface"
+        ):
+            model(**zoo.inputs("llava", model, "padded3"))
