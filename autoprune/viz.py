@@ -39,16 +39,18 @@ def kept_patches(
     Args:
         image: the picture as the model saw it: resized, cropped or padded in the same way.
         sample: the prompt's record, `trace.samples[i]`.
-        grid: rows and columns of visual tokens, row-major; default: a square.
+        grid: rows and columns of visual tokens, row-major; default: a square, of a prompt with one picture.
         layers: depths to show; default: `default_layers`.
         size: longer side of one panel, in pixels.
         title: a line above the panels, shortened to their width.
 
     Raises:
-        ValueError: an argument is something else, the grid does not hold the prompt's visual tokens, or there
-            is no such layer.
+        ValueError: an argument is something else, the grid does not hold the prompt's visual tokens, the
+            prompt has several pictures, or there is no such layer.
     """
     _check_kinds(image, sample)
+    if grid is None:
+        _check_single(sample)
     rows, columns = square_grid(sample.num_visual) if grid is None else grid
     if rows * columns != sample.num_visual:
         raise ValueError(
@@ -81,6 +83,22 @@ def _check_kinds(image: Any, sample: Any) -> None:
     if not isinstance(sample, Sample):
         raise ValueError(
             f"kept_patches needs the record of one prompt, got {type(sample).__name__}; pass trace.samples[0]"
+        )
+
+
+def _check_single(sample: Sample) -> None:
+    """Raise ValueError if the prompt's visual tokens are several pictures, with something between them.
+
+    Rows of one picture may stand apart, too: as many of them as each is long.
+    """
+    position = sample.visual_positions.numpy()
+    starts = np.flatnonzero(np.diff(position, prepend=-2) != 1)
+    pieces = np.diff([*starts, len(position)]).tolist()
+    if len(pieces) > 1 and pieces != [len(pieces)] * len(pieces):
+        sizes = ", ".join(map(str, pieces[:6])) + (", ..." if len(pieces) > 6 else "")
+        raise ValueError(
+            f"the prompt's {sample.num_visual} visual tokens stand in {len(pieces)} pieces ({sizes}), such as "
+            "several pictures, and kept_patches draws one; if it is one, pass grid=(rows, columns)"
         )
 
 

@@ -78,6 +78,28 @@ def test_what_cannot_be_drawn(image, arguments, message):
         viz.kept_patches(image, sample([range(16), [1]]), **arguments)
 
 
+def test_several_square_pictures_are_not_drawn_as_one(image):
+    four = sample([range(64)], num_visual=64)
+    four.visual_positions = torch.cat([torch.arange(16) + start for start in (5, 22, 39, 56)])
+    message = (
+        r"64 visual tokens stand in 4 pieces \(16, 16, 16, 16\), .* pass grid=\(rows, columns\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        viz.kept_patches(image, four)
+    whole = sample([range(64)], num_visual=64)
+    sheet = viz.kept_patches(image, four, grid=(8, 8))
+    assert (np.asarray(sheet) == np.asarray(viz.kept_patches(image, whole))).all()
+
+
+def test_rows_of_one_picture_may_stand_apart(image):
+    rows = sample([range(16), [5]])
+    rows.visual_positions = torch.cat([torch.arange(4) + start for start in (1, 6, 11, 16)])
+    sheet = viz.kept_patches(image, rows)
+    assert (
+        np.asarray(sheet) == np.asarray(viz.kept_patches(image, sample([range(16), [5]])))
+    ).all()
+
+
 def test_a_file_name_is_no_picture():
     with pytest.raises(ValueError, match=r"pass what Image.open\('a.png'\) gives"):
         viz.kept_patches("a.png", sample([range(16)]))
