@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,11 @@ from autoprune.conventions import (
     published_schedule,
     readings,
     to_entering,
+)
+from autoprune.reference_math import (
+    first_cut_count,
+    released_keep_fractions,
+    released_runtime_counts,
 )
 from tests.policy.examples import examples
 
@@ -127,3 +133,33 @@ def test_stages_of_unequal_length_cost_more_or_less_than_their_mean():
 def test_what_cannot_be_converted_says_why(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def released(target):
+    """Entering mean of the released AutoPrune at a slope of 0.2."""
+    first = first_cut_count(target, 576)
+    plan = released_keep_fractions(32, 576, target, first, 14.9, 0.2)
+    counts = released_runtime_counts(first, plan.fractions, 576)
+    return sum(counts.entering(576)) / 32
+
+
+def test_the_table_of_published_numbers_is_what_is_computed():
+    page = (Path(__file__).parents[2] / "docs" / "budget.md").read_text(encoding="utf-8")
+    stated = (192, 128, 64)
+    rows = {
+        "FastV": [to_entering("fastv", number) for number in stated],
+        "PyramidDrop": [to_entering("pdrop", 192), None, None],
+        "SparseVLM": [to_entering("sparsevlm", number) for number in stated],
+        "AutoPrune, released": [released(number) for number in stated],
+        "VisionZip": [to_entering("visionzip", number) for number in stated],
+        "this library": [to_entering("entering", number) for number in stated],
+    }
+    for name, prices in rows.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name}"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")[2:]]
+        assert cells == [
+            "-" if price is None else f"{price + 1e-9:.1f}".removesuffix(".0") for price in prices
+        ]
+    for number in (128, 64):
+        with pytest.raises(ValueError, match="a quarter of which is 144"):
+            to_entering("pdrop", number)
