@@ -165,10 +165,22 @@ def plan(
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 32,
     visual: Annotated[int, typer.Option(help="Visual tokens of the prompt.")] = 576,
     budget: Budget = "64",
-    mi: Annotated[float, typer.Option(help="Mutual information of the prompt, in bits.")] = 0.5,
+    mi: Annotated[
+        float,
+        typer.Option(
+            help="Mutual information of the prompt in bits: much in easy ones, little in hard."
+        ),
+    ] = 0.5,
     compare_mi: Annotated[str | None, typer.Option(help="More of them: 0.1,1.0.")] = None,
     curve: Annotated[str, typer.Option(help="Retention over depth.")] = "logistic",
     text: Annotated[int, typer.Option(help="Other tokens of the prompt.")] = 64,
+    convention: Annotated[
+        str | None,
+        typer.Option(
+            help="What the budget counts, as papers state it: fastv, pdrop, sparsevlm, visionzip, "
+            "entering or leaving."
+        ),
+    ] = None,
     x0: X0 = None,
     k0: K0 = None,
     gamma: Gamma = None,
@@ -181,10 +193,14 @@ def plan(
     from .commands.inputs import build_method, parse_budget
 
     options: dict[str, Any] = {"x0": x0, "k0": k0, "gamma": gamma, "curve": curve}
-    built = build_method("autoprune", parse_budget(budget), options, settings or [])
+    asked = command.in_convention(convention, parse_budget(budget), visual, layers)
+    built = build_method("autoprune", asked, options, settings or [])
     information = command.parse_information(mi, compare_mi)
     planner = cast("AutoPrune", built)
-    request = command.PlanRequest(planner, layers, visual, text, information, output, as_json)
+    stated = None if convention is None else command.Stated(convention, parse_budget(budget).value)
+    request = command.PlanRequest(
+        planner, layers, visual, text, information, output, as_json, stated
+    )
     command.plan(request, _console())
 
 

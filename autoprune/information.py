@@ -2,9 +2,9 @@
 
 The text-to-visual attention of one head, `attention[text, visual]`, is taken as an unnormalised
 joint distribution of "which text token asks" and "which visual token answers". Its mutual
-information measures how much the place that is looked at depends on the token that looks: large for
-a prompt that addresses many places, zero when all text tokens look alike. AutoPrune (NeurIPS 2025)
-turns it into the slope of the retention curve.
+information measures how much the place that is looked at depends on the token that looks: large where
+each word knows its place, zero when all text tokens look alike. AutoPrune (NeurIPS 2025) turns it into
+the slope of the retention curve: an easy prompt has much of it, a hard one little.
 """
 
 from __future__ import annotations

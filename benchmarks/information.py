@@ -53,13 +53,16 @@ def describe(records: list[dict], budget: int) -> dict:
 
 
 def separation(kinds: dict[str, list[dict]]) -> float:
-    """Chance that a hard question has more information than an easy one (area under the ROC curve)."""
+    """Chance that an easy question has more information than a hard one (area under the ROC curve).
+
+    Easy and hard are labels of the kinds; what is measured of their difficulty is in difficulty.py.
+    """
     easy, hard = (
         np.concatenate([[r["mutual_information"] for r in kinds[k]] for k in group if k in kinds])
         for group in (tiny.EASY, tiny.HARD)
     )
-    place = np.argsort(np.argsort(np.concatenate([easy, hard])))[len(easy) :] + 1
-    return float((place.sum() - len(hard) * (len(hard) + 1) / 2) / (len(easy) * len(hard)))
+    place = np.argsort(np.argsort(np.concatenate([easy, hard])))[: len(easy)] + 1
+    return float((place.sum() - len(easy) * (len(easy) + 1) / 2) / (len(easy) * len(hard)))
 
 
 def draw(kinds: dict[str, list[dict]], described: dict[str, dict], budget: int):
@@ -113,14 +116,14 @@ def main(
     command = f"python benchmarks/information.py RUN --budget {budget}"
     write_whole(
         output,
-        json.dumps({"command": command, "hard_above_easy": auc, "kinds": described}, indent=1),
+        json.dumps({"command": command, "easy_above_hard": auc, "kinds": described}, indent=1),
     )
     write_whole(picture, to_png(draw(kinds, described, budget)))
     for kind, own in described.items():
         middle = own["quantiles"]["0.5"]
         halves = f"{own['accuracy_lower_half']:.3f} / {own['accuracy_upper_half']:.3f}"
         print(f"{kind:10} median {middle:.3f} bits, accuracy of lower / upper half {halves}")
-    print(f"a hard question has more information than an easy one in {auc:.1%} of pairs")
+    print(f"an easy question has more information than a hard one in {auc:.1%} of pairs")
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def test_tiles_fill_column_by_column():
 
 
 def test_a_plot_has_a_line_per_schedule_and_one_for_the_budget():
-    axes = viz.plot_schedule([[16, 8, 4], [16, 6, 6]], ["easy", "hard"], budget=9).axes[0]
-    assert [line.get_label() for line in axes.lines] == ["easy", "hard", "budget 9"]
+    axes = viz.plot_schedule([[16, 8, 4], [16, 6, 6]], ["hard", "easy"], budget=9).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["hard", "easy", "budget 9"]
     assert list(axes.lines[1].get_ydata()) == [16, 6, 6]
 
 

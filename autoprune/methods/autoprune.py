@@ -46,8 +46,9 @@ class AutoPrune(Method):
 
     After layer `mi_layer` the mutual information I (bits) between text and visual tokens sets the retention
     curve over depth: slope max(k0 - gamma I, 0), midpoint x0 + beta I. The curve is normalised to the
-    budget, which every prompt spends exactly. An easy question (small I) narrows early, a hard one keeps
-    looking longer; both cost the same.
+    budget, which every prompt spends exactly. Easy is a large I, a flat curve: pruned hard from the first
+    layers on, then held. Hard is a small I, a steep curve: nearly everything kept early, narrowed late.
+    Both cost the same.
 
     The first cut, after layer 0, ranks tokens by the vision tower's attention plus the text's attention
     (the text's alone where the tower gives no scores); all later cuts rank by the text's attention in the
@@ -55,13 +56,15 @@ class AutoPrune(Method):
 
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
-        k0, gamma: slope without information, and how much one bit flattens it; stated for 32 layers.
+        k0, gamma: slope without information (the hardest prompt's), and how much one bit flattens it;
+            stated for 32 layers.
         x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
         curve: retention family, see `autoprune.curves.CURVES`.
         mi_layer: index of the layer whose attention is measured.
         prior: what the layers up to `mi_layer` follow, whose cuts are made before I is known: "curve", the
             curve of a prompt without information, or "linear", a straight line over depth that spends the
-            same budget (1 - l/L in layer l).
+            same budget (1 - l/L in layer l). The authors say that layers without an estimate follow "a
+            linear pruning schedule"; that it is this line is our reading.
         cut_every: from the second layer behind the measurement on, cut only every so many layers: the curve
             becomes a staircase of its means, and the budget stays exact. Fewer cuts save time where
             cutting is dear, as on a GPU. The few tokens that rounding leaves over enter the layer before the

@@ -8,6 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
+from autoprune.commands.plan import _label
+
 
 def test_every_schedule_spends_the_budget(call):
     record = call("plan", "--budget", 64, "--mi", 0.5, "--compare-mi", "0.1,1.0", "--json").record
@@ -24,6 +26,19 @@ def test_the_hard_prompt_is_kept_whole_early_and_the_easy_one_deep_down(call):
     hard, easy = (schedule["tokens_per_layer"] for schedule in record["schedules"])
     assert hard[5] > easy[5]
     assert hard[-1] < easy[-1]
+
+
+def test_several_schedules_say_which_one_is_the_hard_prompts(call):
+    words = ("plan", "--layers", 8, "--visual", 100, "--budget", "1/4", "--mi", 0.1)
+    legend = "Much information is an easy prompt: pruned hard early, then held."
+    assert legend in call(*words, "--compare-mi", "1.0").out
+    assert legend not in call(*words).out
+
+
+def test_the_plot_marks_the_hardest_and_the_easiest_prompt():
+    labels = [_label(value, [0.5, 0.1, 1.0]) for value in (0.5, 0.1, 1.0)]
+    assert labels == ["0.5 bits", "0.1 bits (hardest)", "1 bits (easiest)"]
+    assert _label(0.5, [0.5]) == "0.5 bits"
 
 
 def test_the_table_has_a_row_per_layer_and_the_sum(call):
@@ -51,6 +66,44 @@ def test_the_plot_is_written(call, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("convention", "stated", "entering", "back"),
+    [
+        ("fastv", 64, 96, (32 * 64 - 2 * 576) / 30),
+        ("pdrop", 270, 270, 270),
+        ("sparsevlm", 192, 206.5, None),
+        ("visionzip", 64, 64, 64),
+        ("entering", 64, 64, 64),
+    ],
+)
+def test_a_published_setting_is_planned_at_what_it_really_costs(
+    call, convention, stated, entering, back
+):
+    words = ("plan", "--convention", convention, "--budget", stated)
+    record = call(*words, "--json").record
+    converted = record["convention"]
+    assert converted["readings"]["entering"] == pytest.approx(entering)
+    assert record["schedules"][0]["mean_tokens"] == pytest.approx(round(32 * entering) / 32)
+    if back is not None:
+        assert converted["stated_for_as_many_entering"] == pytest.approx(back)
+    assert (
+        f"{stated} tokens by the count of {convention}: {entering:.6g} enter a layer"
+        in call(*words).out
+    )
+
+
+def test_a_mean_of_leaving_tokens_is_read_off_the_schedule(call):
+    record = call("plan", "--convention", "leaving", "--budget", 64, "--json").record
+    counts = record["schedules"][0]["tokens_per_layer"]
+    assert sum(counts[1:]) + counts[-1] == 32 * 64
+    found = record["convention"]
+    assert found["readings"]["leaving"] == 64
+    assert found["readings"]["entering"] == sum(counts) / 32 == 64 + (576 - counts[-1]) / 32
+    # As many entering leave 64 - (576 - n_31) / 32, with the n_31 of that schedule.
+    plain = call("plan", "--budget", 64, "--json").record["schedules"][0]["tokens_per_layer"]
+    assert found["stated_for_as_many_entering"] == 64 - (576 - plain[-1]) / 32
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--layers", 0), "at least 1"),
@@ -60,6 +113,13 @@ def test_the_plot_is_written(call, tmp_path):
         (("--compare-mi", "0.1,much"), "numbers separated by commas"),
         (("--budget", 10), "smallest feasible budget"),
         (("--curve", "zigzag"), "unknown curve"),
+        (("--convention", "dart"), "unknown convention 'dart'; choose one of"),
+        (("--convention", "fastv", "--budget", "1/9"), "converts a number of tokens"),
+        (("--convention", "pdrop", "--budget", 64), "a quarter of which is 144"),
+        (
+            ("--convention", "fastv", "--layers", 0),
+            "num_layers must be a whole number, 1 or more, got 0",
+        ),
         (("--output", "plan.txt"), "PNG"),
         (("--output", "no/plan.png"), "there is no folder"),
     ],

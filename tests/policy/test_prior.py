@@ -96,7 +96,10 @@ def test_the_budget_stays_exact_and_what_comes_before_knows_nothing_of_the_infor
         full = spend([visual] * layers, 20)
         allowed = budget.value * full if budget.kind == "flops" else budget.value
         assert spend(plan, 20) <= allowed
-        price = spend([visual], 20) - spend([visual - 1], 20)
+        of_layer = (
+            cost.layer_flops if budget.kind == "flops" else (lambda n: n * cost.kv_bytes_per_token)
+        )
+        price = of_layer(20 + visual) - of_layer(20 + visual - 1)
         assert spend(plan, 20) > min(allowed, full) - price
     else:
         left = [*plan[1:], plan[-1]] if budget.counted == "leaving" else plan
