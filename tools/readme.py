@@ -39,15 +39,15 @@ its authors' code, and with which of its options it comes closest to it (*as rel
 ## As released
 
 What can be set to the authors' way has a setting, and the section of the method names it under *As released*.
-Positions, order and padding have the default that does better on the embedded model. Figures below are its accuracy on 450 questions, 50 of each
-kind (`autoprune compare --methods all,released --questions 50 --budgets 1/4,1/9`); a difference of two rows has a
-standard error of 1 to 2 points.
+Positions, order and padding have the default that does better on the embedded model. Figures below are its
+accuracy on 450 questions, 50 of each kind (`autoprune compare --methods all,released --questions 50 --budgets
+1/4,1/9`); a difference of two rows has a standard error of 1 to 2 points.
 
-**Positions.** Methods that cut before the decoder hand it a shorter sequence, numbered 0, 1, 2, ...; PyramidDrop and
-SparseVLM number the tokens that are left anew after each cut. Here tokens keep their positions, unless
-`positions="compacted"` is set, which families with positions of several dimensions (Qwen2-VL and later) refuse.
-Numbering anew is worse for all of them but HiPrune, where it makes no difference, mostly in questions about
-where things are:
+**Positions.** Methods that cut before the decoder hand it a shorter sequence, numbered 0, 1, 2, ...;
+PyramidDrop and SparseVLM number the tokens that are left anew after each cut. Here tokens keep their
+positions, unless `positions="compacted"` is set, which families with positions of several dimensions
+(Qwen2-VL and later) refuse. Numbering anew is worse for all of them but HiPrune, where it makes no
+difference, mostly in questions about where things are:
 
 | method | 1/4: kept | 1/4: anew | 1/9: kept | 1/9: anew |
 |---|--:|--:|--:|--:|
@@ -68,21 +68,22 @@ where things are:
 **Order.** With `order="released"` VisionZip and PruMerge+ hand over tokens in their authors' order: on top of
 compacted positions +0.002 and 0.000 for VisionZip, -0.013 and -0.007 for PruMerge+, at 1/4 and 1/9.
 
-**Padding.** Where pictures are padded to a square, patches of padding come last; with `mask_padding=False`, as in the
-authors' code, they are as good as any other. Of pictures of 3 : 2, where 48 of 144 tokens are padding, 36 are kept:
-of them 0.2 (FasterVLM), 1.7 (SCOPE), 3 to 6 (VisionZip, PruMerge+, VisPruner, Turbo, ToMe), 12 (FOLDER) and 14
-(HiPrune) are padding then. On 225 such questions accuracy changes by -0.124 for FOLDER, and by no more than its error
-(-0.013 to +0.013) for the others; HiPrune was not asked.
+**Padding.** Where pictures are padded to a square, patches of padding come last; with `mask_padding=False`,
+as in the authors' code, they are as good as any other. Of pictures of 3 : 2, where 48 of 144 tokens are
+padding, 36 are kept: of them 0.2 (FasterVLM), 1.7 (SCOPE), 3 to 6 (VisionZip, PruMerge+, VisPruner, Turbo,
+ToMe), 12 (FOLDER) and 14 (HiPrune) are padding then. On 225 such questions accuracy changes by -0.124 for
+FOLDER, and by no more than about its error (-0.013 to +0.013) for the others; HiPrune was not asked.
 
-**Weight of attention.** Turbo's 0.26 of the code for BLIP does better here than its 0.87 of the code for LLaVA: 0.904
-against 0.880 at 1/4, 0.809 against 0.778 at 1/9. FOLDER's weight has no effect at these budgets, where every
-second token goes until a half or less is left; of 576 tokens folded into 384 it spares the most attended ones.
+**Weight of attention.** Turbo's 0.26 of the code for BLIP does better here than its 0.87 of the code for
+LLaVA: 0.904 against 0.880 at 1/4, 0.809 against 0.778 at 1/9. FOLDER's weight has no effect at these budgets,
+where every second token goes until a half or less is left; of 576 tokens folded into 384 it spares the most
+attended ones.
 
-**HiPrune's registers** are ranked by what a patch receives from all others, as in the authors' code. By the CLS
-token's attention alone, as FasterVLM ranks, accuracy here was 0.796 at 1/4 and 0.467 at 1/9.
+**HiPrune's registers** are ranked by what a patch receives from all others, as in the authors' code. By the
+CLS token's attention alone, as FasterVLM ranks, accuracy here was 0.796 at 1/4 and 0.467 at 1/9.
 
-**SparseVLM's second version** (`version=2`, positions kept) reaches 0.949 at 1/4 and 0.842 at 1/9, the first one 0.962
-and 0.907.
+**SparseVLM's second version** (`version=2`, positions kept) reaches 0.949 at 1/4 and 0.842 at 1/9, the first
+one 0.962 and 0.907.
 """
 
 
