@@ -30,6 +30,7 @@ def encoder(model: Any, settings: Sequence[Setting]) -> Encode | None:
     tower = Tower(
         attention=any(tower.attention for tower in wanted),
         keys=any(tower.keys for tower in wanted),
+        received=any(tower.received for tower in wanted),
         middle=next(iter(middles), None),
         places=any(tower.places for tower in wanted),
     )

@@ -565,3 +565,23 @@ def test_a_tower_that_merges_runs_for_each_of_its_settings(loaded, tasks):
     takes_features = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
     assert len(runs) == (1 if takes_features else 2)
     assert runs[-1] < 1 + 144 // 2
+
+
+def test_features_computed_once_hold_all_that_the_methods_want_to_see_of_the_tower(loaded, tasks):
+    model, processor = loaded
+    settings = [
+        Setting(name, "1/4", autoprune.create(name, Budget.ratio(1 / 4)))
+        for name in ("fastervlm", "visionzip", "hiprune", "pooling")
+    ]
+    batches = prepare(model, processor, tasks[:2], 2, encode=encoder(model, settings))
+    plain = prepare(model, processor, tasks[:2], 2)
+    for setting in settings:
+        answered, expected = (
+            [
+                record
+                for records in answering.answers(model, processor, setting, some, 2)
+                for record in records
+            ]
+            for some in (batches, plain)
+        )
+        assert [r["prediction"] for r in answered] == [r["prediction"] for r in expected]
