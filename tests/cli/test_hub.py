@@ -64,9 +64,8 @@ def test_weights_that_cannot_be_had_are_a_refusal_of_the_hub_too(
     def refuse(*_, **__):
         raise wrapped(of(errors.GatedRepoError))
 
-    monkeypatch.setattr(
-        transformers.AutoModelForImageTextToText, "from_pretrained", refuse, raising=False
-    )
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", refuse)
     assert_one_line(call("run", picture, "what is this?", "--model", NAME), "is gated")
 
 
