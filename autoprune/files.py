@@ -54,7 +54,7 @@ def check_file(path: Path) -> None:
                 f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; "
                 "create it first"
             )
-    check_folder(path.parent)
+        _try(path.parent)
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -68,7 +68,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{str(folder)!r} is a file; give a folder")
         # What is to be made is made in the nearest folder that is there.
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        _try(there)
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -81,6 +81,10 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     with _named(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
+
+
+def _try(folder: Path) -> None:
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextlib.contextmanager

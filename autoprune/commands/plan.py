@@ -18,6 +18,8 @@ from ..files import check_picture_path, write_whole
 from ..methods.autoprune import AutoPrune
 from .report import bar, can_draw, print_json
 
+_MOST_LAYERS, _MOST_TOKENS = 10_000, 100_000_000
+"""Beyond any model; more would only fill the memory."""
 _BARS = 4
 """Characters below which bars tell nothing."""
 
@@ -95,6 +97,11 @@ def plan(request: PlanRequest, console: Console) -> None:
     if request.layers < 1 or request.visual < 1 or request.text < 0:
         raise ValueError(
             "layers and visual tokens must be at least 1 and text tokens at least 0, got "
+            f"{request.layers}, {request.visual} and {request.text}"
+        )
+    if request.layers > _MOST_LAYERS or max(request.visual, request.text) > _MOST_TOKENS:
+        raise ValueError(
+            f"a plan has at most {_MOST_LAYERS} layers and {_MOST_TOKENS} tokens of a kind, got "
             f"{request.layers}, {request.visual} and {request.text}"
         )
     if request.output is not None:

@@ -102,6 +102,7 @@ def test_a_number_of_tokens_that_was_meant_as_a_share(ask):
         (("--set", "mi_layer=40"), "mi_layer is 40"),
         (("--x0", "nan"), "x0 must be a finite number"),
         (("--device", "abacus"), "device 'abacus' is not available"),
+        (("--device", "meta"), "device 'meta' is not available"),
         (("--dtype", "int3"), "dtype must be one of"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_figures_and_plot_are_written(measure, tmp_path, target):
     assert json.loads(written.read_text()) == outcome.record
     with Image.open(written.with_suffix(".png")) as image:
         assert image.width > 600
+
+
+def test_figures_need_no_matplotlib(measure, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    outcome = measure("--budget", "40", "--output", tmp_path)
+    assert outcome.code == 0
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) >= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert "no plot beside" in outcome.err and "pip install 'autoprune[demo]'" in outcome.err
 
 
 def test_an_interruption_keeps_what_was_measured(measure, tmp_path, monkeypatch):
@@ -166,8 +176,8 @@ def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
         (("--question", " "), "the question is empty"),
         (("--model", "small", "--question", "what?"), "are for a checkpoint"),
         (("--model", "no/such/folder"), "there is no model folder"),
-        (("--output", "no/bench.json"), "cannot write 'no/bench.json'"),
-        (("--output", "/proc/bench.json"), "cannot write into '/proc'"),
+        (("--output", "no/bench.json"), "cannot write 'no/bench.json': there is no folder 'no'"),
+        (("--output", "/proc/bench.json"), "cannot write '/proc"),
         (("--text", 10**9), "a prompt of 1000000000 tokens or more is longer than"),
     ],
 )

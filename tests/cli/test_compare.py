@@ -129,7 +129,7 @@ def test_tasks_of_ones_own(compare, tmp_path):
     rows = compare("--tasks", path, "--methods", "random", "--budgets", "20", "--json").record
     assert rows[1]["questions"] == 1
     assert rows[1]["accuracy_mine"] in (0, 1)
-    path.write_text(json.dumps(task) + "\n" + json.dumps({**task, "answer": 3}))
+    path.write_text(json.dumps(task) + "\n" + json.dumps({**task, "answer": None}))
     outcome = compare("--tasks", path, "--methods", "random", "--budgets", "20")
     assert outcome.code == 2
     assert "tasks.jsonl, line 2, answer: expected a text, a number or a list of them" in outcome.err

@@ -64,9 +64,8 @@ def test_weights_that_cannot_be_had_are_a_refusal_of_the_hub_too(
     def refuse(*_, **__):
         raise wrapped(of(errors.GatedRepoError))
 
-    monkeypatch.setattr(
-        transformers.AutoModelForImageTextToText, "from_pretrained", refuse, raising=False
-    )
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", refuse)
     assert_one_line(call("run", picture, "what is this?", "--model", NAME), "is gated")
 
 
@@ -83,6 +82,18 @@ def test_code_of_a_models_own_is_not_run_and_not_asked_about(call, picture, monk
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     outcome = call("run", picture, "what is this?", "--model", NAME)
     assert_one_line(outcome, "brings code of its own, which is not run", "-hf")
+
+
+def test_a_package_that_the_processor_lacks_is_named_before_the_weights_are_fetched(
+    call, picture, monkeypatch, model_folder
+):
+    def refuse(*_, **__):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", None)
+    outcome = call("run", picture, "what is this?", "--model", model_folder)
+    assert_one_line(outcome, "needs torchvision: pip install torchvision")
 
 
 def test_a_name_of_the_hub_is_downloaded_with_its_bar_and_a_folder_shows_none(
