@@ -23,7 +23,7 @@ from .static_cache import PrunedStaticCache
 from .vision_merging import watch_encoding
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..method import Method, ModelShape
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -47,10 +47,14 @@ class Attachment:
         self.method, self.model, self.located = method, model, locate(model)
         self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores)
         self.vision, self.trace = self.forwards.vision, self.forwards.trace
-        self.shape = self.forwards.shape
         refuse_positions(method, self.located)
         method.check(self.shape)
         self._handles: list[Any] = []
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a method may know of the model as it is now."""
+        return self.forwards.shape
 
     def __enter__(self) -> Trace:
         self.attach()
