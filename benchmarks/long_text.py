@@ -83,7 +83,9 @@ def main(
     model: Annotated[str, typer.Option(help="embedded, small, llava-1.5-7b, ...")] = "embedded",
     method: Annotated[str, typer.Option()] = "autoprune",
     budget: Annotated[float, typer.Option(help="mean visual tokens of a layer")] = 24,
-    text: Annotated[str, typer.Option(help="tokens of text, with commas")] = "50,500,2000,4227,8000",
+    text: Annotated[
+        str, typer.Option(help="tokens of text, with commas")
+    ] = "50,500,2000,4227,8000",
     repeats: Annotated[int, typer.Option(help="rounds")] = 3,
     threads: Annotated[int, typer.Option(help="of torch")] = 1,
     output: Annotated[Path, typer.Option()] = RESULTS / "long_text.json",
@@ -99,7 +101,9 @@ def main(
     command += f" --budget {budget:g} --text {text} --repeats {repeats} --threads {threads}"
     record = {"command": command, **describe(subject, clock), "rows": rows}
     write_whole(output, json.dumps(record, indent=1))
-    table = Table("text", "tokens", "plain s", "pruned s", "pruned / plain", "FLOPs", "peak / trace")
+    table = Table(
+        "text", "tokens", "plain s", "pruned s", "pruned / plain", "FLOPs", "peak / trace"
+    )
     for row in rows:
         table.add_row(
             str(row["text"]),
