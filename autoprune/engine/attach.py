@@ -21,7 +21,7 @@ from .refusals import refuse_mode, refuse_positions
 from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..method import Method, ModelShape
 
 
 class Attachment:
@@ -48,7 +48,6 @@ class Attachment:
         trace = Trace(keep, on_sample)
         self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores, trace)
         self.vision, self.trace = self.forwards.vision, self.forwards.trace
-        self.shape = self.forwards.shape
         refuse_positions(method, self.located)
         method.check(self.shape)
         self._context: Context | None = None
@@ -57,6 +56,11 @@ class Attachment:
     def is_attached(self) -> bool:
         """Whether pruning is switched on."""
         return self._context is not None and self._context.is_open
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a method may know of the model as it is now."""
+        return self.forwards.shape
 
     def __enter__(self) -> Trace:
         self.attach(for_all=False)

@@ -18,6 +18,7 @@ from .decode import Decode
 from .generation import take_drafts
 from .layout import Layout, on_host, read_layout
 from .locate import Located
+from .placeholders import visual_ids
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
@@ -59,14 +60,18 @@ class Forwards:
         self.visual_mask = visual_mask
         self.vision_scores = vision_scores
         self.trace = trace
-        self.shape = ModelShape(
-            num_layers=len(located.layers),
-            cost=located.cost,
-            has_vision_scores=self.vision.available or vision_scores is not None,
-            has_cls=self.vision.has_cls,
-        )
         self.implementation = located.implementation
         self._local = threading.local()
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a method may know of the model as it is now: it may have been cast to another dtype."""
+        return ModelShape(
+            num_layers=len(self.located.layers),
+            cost=self.located.present_cost(),
+            has_vision_scores=self.vision.available or self.vision_scores is not None,
+            has_cls=self.vision.has_cls,
+        )
 
     def forget(self) -> None:
         """Drop what is left of forwards that did not come to their end."""
@@ -77,8 +82,9 @@ class Forwards:
         asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
         self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
 
-    def before_base(self, ids: torch.Tensor | None, kwargs: dict) -> None:
+    def before_base(self, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
         if has_pixels(kwargs):
             # The tower runs in this forward; what is left of another one, which failed, is not for it.
             self.vision.forget()
@@ -94,11 +100,13 @@ class Forwards:
         filled = _is_filled(cache, several)
         is_prompt = ids is not None and several and not (filled and PrunedCache.of(cache))
         host = on_host(ids, mask) if is_prompt else (ids, mask)
+        found = visual_ids(self.located, host[0], args, kwargs) if is_prompt else ()
         self.vision.merging.forget()
         if is_prompt and has_pixels(kwargs):
-            self._expect(*host, drafts)
+            self._expect(*host, found, drafts)
         self._local.prompt = {
             "host": host,
+            "visual_ids": found,
             "attention_mask": mask,
             "has_images": has_images,
             "drafts": drafts,
@@ -108,17 +116,18 @@ class Forwards:
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
         """The same as `before_base` for a tower that runs before the model does, in `generate`."""
         if self.vision.merging.blocks:
-            self._expect(*on_host(ids, mask))
+            self._expect(*on_host(ids, mask), self.located.visual_ids)
 
-    def _expect(self, ids: torch.Tensor, mask: Any, drafts: int = 0) -> None:
+    def _expect(
+        self, ids: torch.Tensor, mask: Any, found: tuple[int, ...], drafts: int = 0
+    ) -> None:
         """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
         if not self.vision.merging.blocks:
             return
-        layout = read_layout(
-            ids, mask, ids.shape, self.located.visual_ids, self.visual_mask, drafts
-        )
+        layout = read_layout(ids, mask, ids.shape, found, self.visual_mask, drafts)
         prompts = set(zip(layout.num_visual, layout.num_text, strict=True))
-        depth, cost = self.shape.num_layers, self.shape.cost
+        shape = self.shape
+        depth, cost = shape.num_layers, shape.cost
         self.vision.merging.expect(
             [(self.method.capacity(depth, *p, cost=cost)[0], p[0]) for p in prompts if p[0]]
         )
@@ -170,16 +179,17 @@ class Forwards:
     ) -> Prefill | None:
         ids, mask = prompt["host"]
         layout = read_layout(
-            ids, mask, embeds.shape, self.located.visual_ids, self.visual_mask, prompt["drafts"]
+            ids, mask, embeds.shape, prompt["visual_ids"], self.visual_mask, prompt["drafts"]
         )
+        shape = self.shape
         vision = self._vision_scores(prompt, layout)
         if isinstance(cache, PrunedStaticCache):
-            cache.admit(self.method, layout)
+            cache.admit(self.method, shape, layout)
         required = [int(ends) for ends in layout.ends_visual]
         prompts = Prompts(layout.num_visual, layout.num_text, required, repeats)
-        state = PromptState(self.shape, prompts)
+        state = PromptState(shape, prompts)
         if not any(prompts.num_visual):
-            state.schedule = [[0] * self.shape.num_layers for _ in prompts.num_visual]
+            state.schedule = [[0] * shape.num_layers for _ in prompts.num_visual]
             self.trace.record(Prefilled(layout, state))
             return None
         refuse_backend(self.located, self.implementation)

@@ -244,7 +244,7 @@ class Hooks:
             return
         self._local.serving = context = self._only_context()
         if context is not None:
-            context.forwards.before_base(ids, kwargs)
+            context.forwards.before_base(args, kwargs)
 
     def _before_text(
         self, module: nn.Module, args: tuple, kwargs: dict

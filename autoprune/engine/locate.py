@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -66,6 +66,11 @@ class Located:
     def implementation(self) -> str:
         """The decoder's attention backend: "sdpa", "eager", ..."""
         return self.text.config._attn_implementation
+
+    def present_cost(self) -> DecoderCost:
+        """`cost` in the decoder's present dtype: the model may have been cast since it was located."""
+        size = _element_size(self.text)
+        return self.cost if size == self.cost.dtype_bytes else replace(self.cost, dtype_bytes=size)
 
 
 def locate(model: nn.Module) -> Located:

@@ -145,7 +145,8 @@ class Observer:
 
     def _count(self, rows: torch.Tensor, attention: torch.Tensor, kept: list[torch.Tensor]) -> None:
         """Note what is held at once: queries, scores, shares of attention and what is kept of them."""
-        copies = sum(part.nbytes for part in kept if part._base is not attention)
+        own = attention.data_ptr(), attention.data_ptr() + attention.nbytes
+        copies = sum(part.nbytes for part in kept if not own[0] <= part.data_ptr() < own[1])
         scores = attention.numel() * rows.element_size()
         held = rows.nbytes + scores + attention.nbytes + copies
         self.looked_bytes = max(self.looked_bytes, held)

@@ -91,17 +91,23 @@ class PrunedStaticCache(StaticCache):
             room = np.maximum(room, counts + text)
         return room
 
-    def admit(self, method: Method, layout: Layout) -> None:
+    def admit(self, method: Method, shape: ModelShape, layout: Layout) -> None:
         """Refuse prompts that do not fit, before anything of them is computed.
 
         Raises:
             ValueError: more visual or other tokens, another batch size or another method than the
-                cache was made for.
+                cache was made for, or a budget of bytes in another dtype.
         """
         if method is not self.method and method != self.method:
             raise ValueError(
                 f"this static cache was made for {self.method}, but the model is pruned by {method}; "
                 "make one with static_cache() of the attached handle"
+            )
+        made, size = self.shape.cost.dtype_bytes, shape.cost.dtype_bytes
+        if method.budget.kind == "kv_bytes" and size != made:
+            raise ValueError(
+                f"this static cache was made for a model of {made} bytes per number, which by now has {size}: "
+                "the budget pays for another number of tokens; make one with static_cache()"
             )
         batch, length = layout.real.shape
         first = self.layers[0]

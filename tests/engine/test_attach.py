@@ -257,6 +257,28 @@ def test_two_models_can_be_pruned_at_once_and_left_in_any_order(inputs):
     assert [len(one.trace.samples), len(two.trace.samples)] == [1, 2]
 
 
+def test_a_users_own_attention_function_is_back_afterwards(inputs, monkeypatch):
+    sdpa, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def counting(*args, **kwargs):
+        calls.append(args[0])
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", counting)
+    first, second = zoo.build("llava", "sdpa"), zoo.build("llava", "sdpa", seed=1)
+    logits_of(first, inputs)
+    each = len(calls)
+    # The last of two models to leave restores it, and while they are pruned it computes their attention.
+    one, two = METHOD.attach(first), METHOD.attach(second)
+    logits_of(first, inputs)
+    one.detach()
+    two.detach()
+    assert len(calls) == 2 * each > 0
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping["sdpa"] is counting
+    logits_of(first, inputs)
+    assert len(calls) == 3 * each
+
+
 def test_a_trace_is_read_by_several_threads_at_once(model, inputs):
     with METHOD(model) as trace, torch.no_grad():
         for _ in range(30):

@@ -167,6 +167,34 @@ def test_prompt_lookup_accepts_drafts_and_changes_nothing(name, model, method):
         accepted, seed = len(lengths) < 8, seed + 1
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_drafts_of_prompt_lookup_are_no_part_of_the_prompt(padded):
+    """The prompt repeats itself, so that drafts come with its first forward."""
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "single")
+    ids = inputs["input_ids"]
+    inputs["input_ids"] = torch.cat([ids, ids[:, -4:], ids[:, -4:-2]], dim=1)
+    if padded:
+        inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (2, 0), value=zoo.PAD)
+    inputs["attention_mask"] = (inputs["input_ids"] != zoo.PAD).long()
+    lengths = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with hook, AutoPrune(Budget.flops(0.8))(model) as trace:
+        drafted = model.generate(**inputs, prompt_lookup_num_tokens=2, **options)
+        first = lengths[0]
+        greedy = model.generate(**inputs, **options)
+    assert first > inputs["input_ids"].shape[1], "drafts came with the prompt"
+    assert torch.equal(drafted, greedy)
+    looked, plain = trace.samples
+    visual = int(zoo.visual_mask(model, inputs["input_ids"]).sum())
+    assert looked.num_text == plain.num_text == int(inputs["attention_mask"].sum()) - visual
+    assert looked.tokens_per_layer == plain.tokens_per_layer
+    assert (looked.flops, looked.kv_bytes) == (plain.flops, plain.kv_bytes)
+
+
 @pytest.mark.skipif(
     not zoo.SINCE_5_19, reason="this transformers hands the pixels to the text-only assistant"
 )
