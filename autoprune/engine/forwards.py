@@ -84,6 +84,7 @@ class Forwards:
 
     def before_base(self, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
+        refuse_mode(self.model, kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if has_pixels(kwargs):
             # The tower runs in this forward; what is left of another one, which failed, is not for it.
@@ -141,7 +142,6 @@ class Forwards:
         """
         local = self._local
         prompt, local.prompt = getattr(local, "prompt", None), None
-        refuse_mode(self.model, kwargs)
         embeds = kwargs.get("inputs_embeds")
         if prompt is None or embeds is None:
             return None

@@ -196,7 +196,7 @@ def test_an_infeasible_budget_names_its_prompts():
     with per_prompt(methods)(model), pytest.raises(InfeasibleBudget) as refused:
         model(**zoo.inputs("llava", model, "padded3"))
     assert str(refused.value).startswith(
-        "fastv cannot prune prompt 0, 2 of the batch: a budget of 1"
+        "fastv cannot prune prompt 0, 2 of the batch: the smallest feasible budget here is"
     )
     assert refused.value.asked == Budget.tokens(1)
 
