@@ -225,7 +225,8 @@ class Merged:
     hidden: [batch, M, hidden size].
     counts: merged tokens of each prompt; the rest of the M is padding.
     place: LongTensor [batch, M], positions (0..V-1, in the current visual order) that the merged tokens
-        take over; None puts them behind the last visual token, as the released AutoPrune does.
+        take over; None puts them behind the last visual token, as the released AutoPrune does (before it,
+        where a prompt ends with it).
     """
 
     hidden: torch.Tensor

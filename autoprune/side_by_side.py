@@ -25,7 +25,8 @@ from .transfer import to_device
 # What a method must have asked of the tower to be shown a field of `Observation`.
 ASKED: dict[str, Callable[[Tower], bool]] = {
     "vision_scores": lambda tower: tower.attention,
-    "vision_padding": lambda tower: tower.attention,
+    "vision_padding": lambda tower: tower.attention or tower.received,
+    "vision_outside": lambda tower: tower.outside,
     "vision_keys": lambda tower: tower.keys,
     "vision_received": lambda tower: tower.received,
     "vision_middle": lambda tower: tower.middle is not None,
@@ -211,7 +212,7 @@ def _join_states(
     position = kept.to(hidden.device)
     states = _at(hidden, position)
     if merged is not None and merged.place is not None:
-        states = _in_order(states, position, counts, merged)
+        states = _in_order(states, position, counts, merged, seen.required)
     for part, own in changed:
         own = own[:, : max(part.counts)].to(states)
         states[part.index(states.device), : own.shape[1]] = own
@@ -225,17 +226,27 @@ def _at(hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def _in_order(
-    states: torch.Tensor, kept: torch.Tensor, counts: Sequence[int], merged: Merged
+    states: torch.Tensor,
+    kept: torch.Tensor,
+    counts: Sequence[int],
+    merged: Merged,
+    required: torch.Tensor | None,
 ) -> torch.Tensor:
-    """States of kept and merged tokens in the order in which they stand."""
+    """States of kept and merged tokens in the order in which they stand.
+
+    required: as `Observation.required`; such a token stays the last, behind merged ones.
+    """
     assert merged.place is not None
     device, behind = states.device, torch.iinfo(torch.long).max
     number = torch.arange(merged.hidden.shape[1], device=device)
     real = number < to_device(list(merged.counts), device)[:, None]
     place = merged.place.to(device)
-    key = torch.cat([kept.masked_fill(kept < 0, behind), place.masked_fill(~real, behind)], dim=1)
+    merged_key = 2 * place
+    if required is not None:
+        merged_key = merged_key - required.to(device).gather(1, place).long()
+    key = [(2 * kept).masked_fill(kept < 0, behind), merged_key.masked_fill(~real, behind)]
     total = [a + b for a, b in zip(counts, merged.counts, strict=True)]
-    order = key.argsort(dim=1, stable=True)[:, : max(total)]
+    order = torch.cat(key, dim=1).argsort(dim=1, stable=True)[:, : max(total)]
     return _at(torch.cat([states, merged.hidden.to(states)], dim=1), order)
 
 

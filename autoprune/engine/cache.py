@@ -100,6 +100,8 @@ class PrunedCache:
             return "the slots of its layers do not hold the columns of the prompt any more"
         if self.padded:
             return "its prompts have different lengths in it, which only pruning makes masks for"
+        if self.compacted and any(self.renumbered):
+            return "its positions were numbered anew, which only pruning goes on with"
         if new > 1 and "flash" not in self.backend:
             return "several new tokens at once need masks of each layer's own"
         return None

@@ -169,7 +169,9 @@ class Prefill:
         if packing is not None:
             packed = key, value
             query, key, value = map(packing.unpack_heads, (query, *packed))
-            layer = None if self.cache is None else self.cache.layers[module.layer_idx]
+            layers = getattr(self.cache, "layers", ())
+            # A layer that is looked at ahead of its turn may not be in the cache yet.
+            layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
             if layer is not None and layer.keys is packed[0] and layer.values is packed[1]:
                 # What the layer has put into its cache is what its attention sees.
                 layer.keys, layer.values = key, value

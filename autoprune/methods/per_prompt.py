@@ -93,6 +93,7 @@ class PerPrompt(Method):
             received=any(tower.received for tower in towers),
             middle=next(iter(middles), None),
             places=any(tower.places for tower in towers),
+            outside=any(tower.outside for tower in towers),
             merge=self._merges_in_the_tower,
         )
 

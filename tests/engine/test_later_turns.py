@@ -363,3 +363,13 @@ def test_a_static_cache_that_was_not_reset_says_so(model):
             model(**second, past_key_values=cache)
         cache.reset()
         model(**second, past_key_values=cache)
+
+
+def test_compacted_positions_outside_of_the_context_say_what_they_are(model):
+    inputs = zoo.inputs("llava", model)
+    handle = AutoPrune(Budget.ratio(0.4), positions="compacted").attach(model)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        handle.detach()
+        with pytest.raises(UnsupportedError, match="positions were numbered anew"):
+            model(input_ids=words(1, 1), past_key_values=cache)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import ClassVar
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget, per_prompt
 from autoprune.budget import InfeasibleBudget
 from autoprune.errors import UnsupportedError
-from autoprune.method import Tower
+from autoprune.method import Observation, Tower
 from autoprune.methods.fastv import FastV
 from autoprune.methods.hiprune import HiPrune
+from autoprune.methods.pact import PACT
 from autoprune.methods.pdrop import PDrop
 from autoprune.methods.sparsevlm import SparseVLM
 from autoprune.methods.tome import ToMe
 from autoprune.methods.visionzip import VisionZip
+from autoprune.side_by_side import ASKED
 from tests import oracle, zoo
+from tests.engine.test_ends_with_picture import ending
 from tests.engine.test_every_method import NAMES, TOLERANCE
 from tests.scattered import Scattered
 from tests.spy import Spy, for_oracle
@@ -328,3 +332,83 @@ def test_each_method_is_checked_against_the_model():
         per_prompt([AutoPrune(4), AutoPrune(4, mi_layer=5)])(model_of("llava", "sdpa"))
     with pytest.raises(UnsupportedError, match="one-dimensional rotary positions"):
         per_prompt([AutoPrune(4, positions="compacted")])(model_of("qwen2_5_vl", "sdpa"))
+
+
+def bordered():
+    """Pictures whose upper and lower thirds are of one colour, as padding is."""
+    inputs = zoo.inputs("llava", model_of("llava", "eager"), "padded3")
+    for rows in (slice(None, 21), slice(-21, None)):
+        inputs["pixel_values"][:, :, rows] = 0.25
+    return inputs
+
+
+@pytest.mark.parametrize("beside", [None, AutoPrune(Budget.ratio(0.5))], ids=["whole", "other"])
+def test_padding_of_pictures_is_shown_beside_other_methods(beside):
+    model, method = model_of("llava", "eager"), HiPrune(Budget.ratio(0.5))
+    with torch.no_grad():
+        with method(model) as alone:
+            model(**bordered())
+        with per_prompt([method, beside, method])(model) as mixed:
+            model(**bordered())
+    for row in (0, 2):
+        kept = [trace.samples[row].kept[0].tolist() for trace in (alone, mixed)]
+        assert kept[0] == kept[1]
+
+
+def test_what_lies_outside_of_a_squared_picture_is_shown_to_a_list_of_methods():
+    model, method = model_of("llava", "eager"), AutoPruneReference(8)
+    with torch.no_grad():
+        with method(model) as alone:
+            model(**bordered())
+        with per_prompt([method] * 3)(model) as listed:
+            model(**bordered())
+    for own, sample in zip(alone.samples, listed.samples, strict=True):
+        assert [k.tolist() for k in own.kept] == [k.tolist() for k in sample.kept]
+
+
+def test_nothing_that_a_method_may_ask_of_the_tower_is_forgotten():
+    everything = {field.name: True for field in fields(Tower)} | {"middle": 0.5, "merge": False}
+
+    class Asks(FastV):
+        def tower(self):
+            return Tower(**everything)
+
+    assert per_prompt([Asks(8), None, FastV(8)]).tower() == Tower(**everything)
+    shown = {field.name for field in fields(Observation) if field.name.startswith("vision_")}
+    assert set(ASKED) == shown | {"places"}
+
+
+@pytest.mark.parametrize("layer", [12, 18])
+def test_states_and_merged_tokens_of_prompts_that_end_with_their_picture(layer):
+    model, ends = model_of("llava", "eager"), (0, 2)
+    released, pact = (
+        AutoPruneReference(6),
+        PACT(Budget.ratio(0.6), layer=layer, positions="compacted"),
+    )
+    methods, inputs = [released, pact, released], ending("llava", model, rows=ends)
+    with per_prompt(methods)(model) as trace:
+        together, _ = oracle.generate_logits(model, inputs, STEPS)
+    pictures = zoo.inputs("llava", model, "padded3")["pixel_values"].split([1, 1, 2])
+    for row, method in enumerate(methods):
+        real = inputs["attention_mask"][row].bool()
+        alone = {name: inputs[name][row, real][None] for name in ("input_ids", "attention_mask")}
+        with method(model) as own:
+            logits, _ = oracle.generate_logits(
+                model, alone | {"pixel_values": pictures[row]}, STEPS
+            )
+        assert own.samples[0].tokens_per_layer == trace.samples[row].tokens_per_layer
+        assert (logits[0] - together[row]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PDrop(Budget.ratio(0.5)), per_prompt([FastV(16), PDrop(16), AutoPrune(16)])],
+    ids=["alone", "mixed"],
+)
+def test_looking_ahead_on_a_cache_that_makes_its_layers_when_they_come(method):
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    with method(model), torch.no_grad():
+        expected = model(**inputs).logits
+        actual = model(**inputs, past_key_values=DynamicCache(), use_cache=True).logits
+    assert torch.equal(actual, expected)
