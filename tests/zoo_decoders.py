@@ -1,4 +1,4 @@
-"""LLaVA with decoders whose cache or attention is of another kind than Llama's."""
+"""Vision-language models with decoders whose cache or attention is of another kind than Llama's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tests import zoo
-from tests.zoo_families import FAMILIES, Family, llava
+from tests.zoo_families import FAMILIES, Family, internvl, llava, mistral3
 
 LATENT = {
     "num_key_value_heads": zoo.HEADS,
@@ -38,13 +38,16 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(kind: str, attn_implementation: str = "sdpa") -> nn.Module:
-    """A tiny random model, for `zoo.inputs("llava", ...)`."""
+AROUND = {"llava": llava, "internvl": internvl, "mistral3": mistral3}
+
+
+def build(kind: str, attn_implementation: str = "sdpa", family: str = "llava") -> nn.Module:
+    """A tiny random model, for `zoo.inputs(family, ...)`."""
     return zoo.build_family(
         Family(
-            lambda: llava(kind, **DECODERS[kind]),
-            FAMILIES["llava"].model,
-            FAMILIES["llava"].image,
+            lambda: AROUND[family](kind, **DECODERS[kind]),
+            FAMILIES[family].model,
+            FAMILIES[family].image,
         ),
         attn_implementation,
     )

@@ -187,10 +187,10 @@ def _glm4v() -> transformers.PretrainedConfig:
     return _qwen("Glm4vConfig", "glm4v_text", [1, 1, 2], vision)
 
 
-def _internvl() -> transformers.PretrainedConfig:
+def internvl(text: str = "qwen2", **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         "InternVLConfig",
-        text_config=_text("qwen2"),
+        text_config=_text(text, **changes),
         vision_config=_tower("internvl_vision", patch_size=7),
         image_token_id=IMAGE,
         image_seq_length=16,
@@ -236,10 +236,10 @@ def _paligemma(text: str, **changes: Any) -> transformers.PretrainedConfig:
     )
 
 
-def _mistral3() -> transformers.PretrainedConfig:
+def mistral3(text: str = "mistral", **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         "Mistral3Config",
-        text_config=_text("mistral", sliding_window=None),
+        text_config=_text(text, sliding_window=None, **changes),
         vision_config=_tower("pixtral", patch_size=7, head_dim=16, image_size=112),
         image_token_index=IMAGE,
     )
@@ -276,7 +276,7 @@ FAMILIES: dict[str, Family] = {
         grid_video,
         token_types="mm_token_type_ids",
     ),
-    "internvl": Family(_internvl, "InternVLForConditionalGeneration", square(16)),
+    "internvl": Family(internvl, "InternVLForConditionalGeneration", square(16)),
     "llava_onevision": Family(
         lambda: _anyres(
             "LlavaOnevisionConfig", "qwen2", "siglip_vision_model", video_token_index=VIDEO
@@ -349,5 +349,5 @@ FAMILIES: dict[str, Family] = {
         image_first=True,
     ),
     "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
-    "mistral3": Family(_mistral3, "Mistral3ForConditionalGeneration", rows_image),
+    "mistral3": Family(mistral3, "Mistral3ForConditionalGeneration", rows_image),
 }

@@ -223,6 +223,18 @@ def test_caches_that_hold_something_else_than_what_attention_sees(kind, method):
     assert max(comparison.effect) > (0.2 if kind == "minicpm3" else 1.0)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"), [("internvl", "deepseek_v3"), ("mistral3", "mistral4")]
+)
+def test_latent_attention_in_the_families_that_come_with_it(family, kind):
+    model = zoo_decoders.build(kind, family=family)
+    inputs = zoo.inputs(family, model, "padded3")
+    with torch.no_grad():
+        comparison = oracle.compare(model, inputs, Scattered(DEEP))
+    assert comparison.worst < 3e-4
+    assert max(comparison.effect) > 1.0
+
+
 def test_attention_that_is_computed_past_the_interface_is_refused_in_a_ragged_batch():
     model = zoo.build("llava")
     layer = model.get_decoder().layers[3].self_attn
