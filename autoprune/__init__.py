@@ -10,14 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget import Budget, InfeasibleBudget
-    from .cost import DecoderCost
+    from .engine.attach import detach
     from .errors import UnsupportedError
-    from .method import Method, detach
     from .methods import create, list_methods
     from .methods.autoprune import AutoPrune
     from .methods.autoprune_reference import AutoPruneReference
+    from .methods.base import Method
     from .methods.per_prompt import per_prompt
+    from .policy.budget import Budget, InfeasibleBudget
+    from .policy.cost import DecoderCost
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,13 +40,13 @@ __all__ = [
 _HOMES = {
     "AutoPrune": "methods.autoprune",
     "AutoPruneReference": "methods.autoprune_reference",
-    "Budget": "budget",
-    "DecoderCost": "cost",
-    "InfeasibleBudget": "budget",
-    "Method": "method",
+    "Budget": "policy.budget",
+    "DecoderCost": "policy.cost",
+    "InfeasibleBudget": "policy.budget",
+    "Method": "methods.base",
     "UnsupportedError": "errors",
     "create": "methods",
-    "detach": "method",
+    "detach": "engine.attach",
     "list_methods": "methods",
     "per_prompt": "methods.per_prompt",
 }

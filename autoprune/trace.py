@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 
+from .engine.record import Record, Totals
 from .files import write_whole
-from .recording import Record, Totals
 
 if TYPE_CHECKING:
-    from .engine.layout import Layout
+    from .contract import PromptState
     from .engine.prefill import CutRecord
-    from .method import PromptState
+    from .engine.tokens.layout import Layout
 
 
 # Prefills whose numbers may be on their way from the device at one time.

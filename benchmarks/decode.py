@@ -28,8 +28,8 @@ from autoprune.bench.clock import Clock
 from autoprune.bench.memory import cache_bytes
 from autoprune.bench.results import describe
 from autoprune.bench.subjects import Subject, build
-from autoprune.commands.models import pick_device
 from autoprune.files import write_whole
+from autoprune.loading import pick_device
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3

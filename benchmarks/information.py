@@ -19,7 +19,7 @@ import typer
 
 from autoprune import AutoPrune, tiny
 from autoprune.files import write_whole
-from autoprune.tiny.architecture import VISUAL_TOKENS
+from autoprune.tiny.recipe.architecture import VISUAL_TOKENS
 from autoprune.viz import COLOURS, matplotlib_parts, to_png
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from autoprune import AutoPrune
-from autoprune.engine.cache_argument import as_argument, cache_of
-from autoprune.method import Method
+from autoprune.engine.cache.argument import as_argument, cache_of
+from autoprune.methods.base import Method
 
 LAYERS, TEXT, PATCHES = 32, 64, 576
 BITS = 0.9  # of a single prompt; those of a batch are spread from 0.1 to 1.7 around it

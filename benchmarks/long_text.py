@@ -25,8 +25,8 @@ from autoprune.bench.clock import Clock
 from autoprune.bench.measure import hold_once, time_once
 from autoprune.bench.results import describe
 from autoprune.bench.subjects import Subject, Tensors, build
-from autoprune.commands.models import pick_device
 from autoprune.files import write_whole
+from autoprune.loading import pick_device
 
 RESULTS = Path(__file__).parent / "results"
 # Ordinary words of the embedded model's vocabulary, and of the random ones'.

@@ -5,7 +5,7 @@
 
 Times the decoder's prefill of a batch whose prompts have spread mutual information, three ways in turns:
 every layer padded to its longest prompt; the batch sorted by information and run as two; and packed, as the
-engine does (`autoprune/engine/packing.py`). Ratios are those within a round. Writes
+engine does (`autoprune/engine/tokens/packing.py`). Ratios are those within a round. Writes
 benchmarks/results/ragged_batches.json.
 """
 
@@ -29,9 +29,9 @@ from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe, padding_waste
 from autoprune.bench.subjects import build
 from autoprune.bench.variants import SpreadAutoPrune
-from autoprune.commands.models import pick_device
 from autoprune.engine import prefill
 from autoprune.files import write_whole
+from autoprune.loading import pick_device
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,14 +25,7 @@ import autoprune
 from autoprune.bench.clock import Clock
 from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe
-from autoprune.bench.subjects import (
-    Configuration,
-    Subject,
-    clip,
-    llava,
-    random_prompts,
-    square,
-)
+from autoprune.bench.subjects import Configuration, Subject, clip, llava, random_prompts, square
 from autoprune.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from autoprune import Budget, tiny
-from autoprune.method import Method, Needs, Observation, PromptState, Selection
-from autoprune.selectors import top_k
-from autoprune.solver import solve_schedule
+from autoprune.contract import Needs, Observation, PromptState, Selection
+from autoprune.methods.base import Method
+from autoprune.parts.selectors import top_k
+from autoprune.policy.solver import solve_schedule
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What AutoPrune would spend on LLaVA-1.5-7B, from the model's dimensions alone."""
 
 from autoprune import AutoPrune
-from autoprune.cost import DecoderCost
+from autoprune.policy.cost import DecoderCost
 
 cost = DecoderCost(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
 num_visual, num_text = 576, 71

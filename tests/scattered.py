@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from autoprune.budget import Budget
-from autoprune.method import Method, Needs, Observation, Positions, Prompts, PromptState, Selection
-from autoprune.selectors import top_k
+from autoprune.contract import Needs, Observation, Positions, Prompts, PromptState, Selection
+from autoprune.methods.base import Method
+from autoprune.parts.selectors import top_k
+from autoprune.policy.budget import Budget
 
 Shares = Mapping[int, float]
 

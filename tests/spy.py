@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from autoprune.method import Method, Observation, Selection
+from autoprune.contract import Observation, Selection
+from autoprune.methods.base import Method
 
 Inputs = dict[str, torch.Tensor]
 States = dict[int, tuple[torch.Tensor, torch.Tensor]]

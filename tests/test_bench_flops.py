@@ -1,4 +1,4 @@
-"""FLOPs of `autoprune.cost` are those that torch's own counter sees in the decoder."""
+"""FLOPs of `autoprune.policy.cost` are those that torch's own counter sees in the decoder."""
 
 from __future__ import annotations
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import families
-from autoprune.commands import hub
-from autoprune.engine import vision_maps
+from autoprune import families, hub
+from autoprune.contract import Tower
 from autoprune.engine.locate import locate
-from autoprune.engine.vision import VisionTap
-from autoprune.method import Tower
+from autoprune.engine.vision import maps as vision_maps
+from autoprune.engine.vision.tower import VisionTap
 from tests import zoo
 from tests.engine import test_backends
 

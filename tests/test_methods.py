@@ -12,8 +12,8 @@ import torch
 
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget
-from autoprune.budget import InfeasibleBudget
 from autoprune.methods import METHODS, create
+from autoprune.policy.budget import InfeasibleBudget
 from tests import zoo
 
 EXACT = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autoprune.engine.cache_argument import without_cache
+from autoprune.engine.cache.argument import without_cache
 from tests import oracle, zoo
 
 CASES = [(name, media) for name, family in zoo.FAMILIES.items() for media in family.media]

@@ -32,7 +32,8 @@ def test_public_names_and_modules_are_found():
     for name in autoprune.__all__:
         assert getattr(autoprune, name).__module__.startswith("autoprune.")
     assert (
-        output_of('import autoprune; print(autoprune.budget.Budget("tokens", 3).value)') == "3.0\n"
+        output_of('import autoprune; print(autoprune.policy.budget.Budget("tokens", 3).value)')
+        == "3.0\n"
     )
     with pytest.raises(AttributeError, match="module 'autoprune' has no attribute 'Autoprune'"):
         autoprune.Autoprune  # noqa: B018

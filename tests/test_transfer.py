@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from autoprune.transfer import all_to_device
+from autoprune.parts.transfer import all_to_device
 
 CPU = torch.device("cpu")
 

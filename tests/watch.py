@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from autoprune.budget import Budget
-from autoprune.method import Method, Needs, Observation, PromptState, Selection, Tower
+from autoprune.contract import Needs, Observation, PromptState, Selection, Tower
+from autoprune.methods.base import Method
+from autoprune.policy.budget import Budget
 
 SCORES = Tower(attention=True)
 # A quarter of the depth is the first block of every tower of the zoo.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..engine.masks import BlockMask, as_mask
+from ..engine.attention.masks import BlockMask, as_mask
 from ..trace import Sample
 
 

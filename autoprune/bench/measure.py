@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..engine.cache_argument import as_argument, cache_of
-from ..method import Method
+from ..engine.cache.argument import as_argument, cache_of
+from ..methods.base import Method
 from ..trace import Sample
 from .clock import Clock
 from .floor import LayersAlone

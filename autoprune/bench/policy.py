@@ -7,9 +7,9 @@ from statistics import median
 
 import numpy as np
 
-from ..budget import Budget
 from ..methods.autoprune import AutoPrune
-from ..solver import solve_schedule
+from ..policy.budget import Budget
+from ..policy.solver import solve_schedule
 
 LAYERS, VISUAL, BATCH = 32, 2880, 64
 REPEATS, BLOCKS = 200, 5

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..method import Method
+from ..methods.base import Method
 from .clock import Clock
 from .floor import LayersAlone
 from .measure import PHASES, Held, hold_once, time_once

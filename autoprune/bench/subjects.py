@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..commands.models import Loaded
+    from ..loading import Loaded
 
 Tensors = dict[str, torch.Tensor]
 
@@ -84,7 +84,7 @@ def from_checkpoint(
     """
     import PIL.Image
 
-    from ..commands.models import prepare
+    from ..loading import prepare
 
     if question is None:
         _check_length(loaded.name, loaded.model.config, text)

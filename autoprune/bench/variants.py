@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..budget import Budget
-from ..cost import DecoderCost
-from ..method import Method, Needs, Observation, Prompts, PromptState, Selection, Tower
+from ..contract import Needs, Observation, Prompts, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
+from ..methods.base import Method
+from ..policy.budget import Budget
+from ..policy.cost import DecoderCost
 
 Kind = Literal["plain", "pruned", "overhead"]
 

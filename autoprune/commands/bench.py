@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..budget import Budget
 from ..files import check_file, make_folder, write_whole
 from ..images import load_image
+from ..loading import DTYPES, load_model, pick_device
 from ..methods import METHODS
+from ..policy.budget import Budget
 from .bench_table import show
 from .inputs import build_method, parse_budget, parse_methods
 from .methods import options
-from .models import DTYPES, load_model, pick_device
 from .report import print_json
 
 if TYPE_CHECKING:

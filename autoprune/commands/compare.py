@@ -18,8 +18,8 @@ from ..evaluation import compare as run_comparison
 from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
 from ..files import check_folder
+from ..loading import load_embedded, load_model
 from .inputs import build_method, parse_budget, parse_methods
-from .models import load_embedded, load_model
 from .report import WIDE, as_options, print_json
 
 QUESTIONS = 200

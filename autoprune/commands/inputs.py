@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ..budget import Budget
-from ..method import Method
 from ..methods import METHODS, as_released, create, list_methods
+from ..methods.base import Method
+from ..policy.budget import Budget
 from .methods import options as defaults
 
 

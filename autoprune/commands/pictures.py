@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .models import Loaded
+from ..loading import Loaded
 
 Grid = tuple[int, int]
 

@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..budget import Budget
-from ..conventions import from_entering, published_schedule, readings, to_entering
 from ..files import check_picture_path, write_whole
 from ..methods.autoprune import AutoPrune
+from ..policy.budget import Budget
+from ..policy.conventions import from_entering, published_schedule, readings, to_entering
 from .report import bar, can_draw, print_json
 
 _MOST_LAYERS, _MOST_TOKENS = 10_000, 100_000_000
@@ -31,7 +31,7 @@ _DIRECTION = (
 
 @dataclass(frozen=True)
 class Stated:
-    """A number of tokens as a paper states it, see `autoprune.conventions`."""
+    """A number of tokens as a paper states it, see `autoprune.policy.conventions`."""
 
     convention: str
     tokens: float

@@ -13,15 +13,15 @@ from transformers.cache_utils import StaticCache
 
 from ..errors import UnsupportedError
 from ..trace import Sample, Trace
+from .cache.static import PrunedStaticCache
 from .contexts import Context, close_all
 from .forwards import Forwards
 from .given import checked_mask, checked_scores, model_of
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
-from .static_cache import PrunedStaticCache
 
 if TYPE_CHECKING:
-    from ..method import Method, ModelShape
+    from ..contract import MethodContract, ModelShape
 
 
 class Attachment:
@@ -35,7 +35,7 @@ class Attachment:
 
     def __init__(
         self,
-        method: Method,
+        method: MethodContract,
         model: nn.Module,
         visual_mask: torch.Tensor | None = None,
         vision_scores: torch.Tensor | None = None,
@@ -162,7 +162,13 @@ class Attachment:
 
 
 def detach(model: Any) -> None:
-    """See `autoprune.detach`."""
+    """Switch off all pruning of `model`, by whichever handles and contexts: it is as it was.
+
+    For a handle that was lost. Harmless when nothing is attached.
+
+    Raises:
+        ValueError: this is no model.
+    """
     is_handle = isinstance(model, Attachment)
     inner = model_of(model)
     if is_handle or not isinstance(inner, nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import UnsupportedError
-from .cache import PrunedCache, is_static, static_step
-from .held import HOLDING, Holding
-from .masks import as_mask, decode_mask, shown_columns
+from .attention.masks import as_mask, decode_mask, shown_columns
+from .attention.tap import no_plans
+from .cache.held import HOLDING, Holding
+from .cache.pruned import PrunedCache, is_static, static_step
 from .refusals import refuse_moved_rows
-from .tap import no_plans
 
 if TYPE_CHECKING:
     from .locate import Located

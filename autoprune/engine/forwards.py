@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..method import ModelShape, Prompts, PromptState
+from ..contract import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
-from .cache import PrunedCache, is_static
-from .cache_argument import cache_of
+from .cache.argument import cache_of
+from .cache.pruned import PrunedCache, is_static
+from .cache.static import PrunedStaticCache
 from .decode import Decode
-from .generation import take_drafts
-from .layout import Layout, on_host, read_layout
+from .generate import take_drafts
 from .locate import Located
-from .placeholders import visual_ids
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
@@ -28,13 +27,14 @@ from .refusals import (
     refuse_mode,
     refuse_new_images,
 )
-from .static_cache import PrunedStaticCache
-from .vision import VisionTap
-from .vision_merging import has_pixels
-from .vision_view import VisionView
+from .tokens.layout import Layout, on_host, read_layout
+from .tokens.placeholders import visual_ids
+from .vision.merging import has_pixels
+from .vision.tower import VisionTap
+from .vision.view import VisionView
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..contract import MethodContract
 
 
 class Forwards:
@@ -45,7 +45,7 @@ class Forwards:
 
     def __init__(
         self,
-        method: Method,
+        method: MethodContract,
         model: nn.Module,
         located: Located,
         visual_mask: torch.Tensor | None,

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedError
-from . import tap
-from .cache import PrunedCache, is_static, narrowed, static_step
-from .cache_argument import cache_of
+from .attention import tap
+from .cache.argument import cache_of
+from .cache.pruned import PrunedCache, is_static, narrowed, static_step
 from .cover import Cover
 from .decode import Decode
 from .forwards import Forwards
-from .generation import WATCHED, Repeats
+from .generate import WATCHED, Repeats
 from .locate import Located
 from .prefill import Prefill
 from .refusals import refuse_compiled_growth, refuse_compiled_prefill
-from .vision import MEDIA, VisionTap
-from .vision_merging import watch_encoding
+from .vision.merging import watch_encoding
+from .vision.tower import MEDIA, VisionTap
 
 if TYPE_CHECKING:
     from .contexts import Context

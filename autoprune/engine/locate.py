@@ -14,10 +14,10 @@ from transformers.integrations.heterogeneity.configuration_utils import (
     AmbiguousGlobalPerLayerAttributeError as DiffersByLayer,
 )
 
-from ..cost import DecoderCost
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
-from . import cache_argument
+from ..policy.cost import DecoderCost
+from .cache import argument as cache_argument
 from .refusals import refuse_compiled
 
 NOT_SUPPORTED = (

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..method import Needs, PromptState, Selection
+from ..contract import Needs, PromptState, Selection
+from ..parts.transfer import to_device
 from ..trace import Prefilled
-from ..transfer import to_device
-from .arguments import LayerArguments
-from .cache import PrunedCache, Stage
-from .cache_argument import cache_of, without_cache
-from .cut import cut, with_last_tokens
-from .layout import Layout
-from .observer import Observer, SeenEnough
-from .packing import WORTH_PACKING, Packing, can_pack, watches_inputs
+from .attention.arguments import LayerArguments
+from .attention.rows import Observer, SeenEnough
+from .attention.tap import no_plans
+from .cache.argument import cache_of, without_cache
+from .cache.pruned import PrunedCache, Stage
 from .refusals import refuse_unseen_attention
-from .tap import no_plans
-from .tokens import MERGED, Tokens
+from .tokens.cut import cut, with_last_tokens
+from .tokens.layout import Layout
+from .tokens.packing import WORTH_PACKING, Packing, can_pack, watches_inputs
+from .tokens.present import MERGED, Tokens
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..contract import MethodContract
     from .locate import Located
-    from .vision_view import VisionView
+    from .vision.view import VisionView
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Prefill:
 
     def __init__(
         self,
-        method: Method,
+        method: MethodContract,
         located: Located,
         layout: Layout,
         state: PromptState,

@@ -12,13 +12,13 @@ from torch._dynamo import OptimizedModule
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedError
-from .cache import is_static
-from .cache_argument import cache_of, is_paged
-from .held import holding
-from .static_cache import PrunedStaticCache
+from .cache.argument import cache_of, is_paged
+from .cache.held import holding
+from .cache.pruned import is_static
+from .cache.static import PrunedStaticCache
 
 if TYPE_CHECKING:
-    from ..method import Method
+    from ..contract import MethodContract
     from .locate import Located
 
 
@@ -32,7 +32,7 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
         )
 
 
-def refuse_positions(method: Method, located: Located) -> None:
+def refuse_positions(method: MethodContract, located: Located) -> None:
     """Compacted positions where rotary positions have more than one dimension, or layers their own."""
     if method.positions == "original":
         return

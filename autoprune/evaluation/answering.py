@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from ..method import Method
+from ..methods.base import Method
 from ..trace import Sample
 from .batches import Batch
 from .settings import Setting

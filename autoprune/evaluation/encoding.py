@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..budget import Budget
-from ..method import Method, Needs, Observation, PromptState, Tower
+from ..contract import Needs, Observation, PromptState, Tower
+from ..methods.base import Method
+from ..policy.budget import Budget
 from .settings import Setting
 
 Encode = Callable[[Any], Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..budget import Budget
+from ..policy.budget import Budget
 from .run_directory import Answers
 from .settings import Setting
 from .statistics import Estimate, Means, Resampled, bootstrap, bootstrap_median

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..budget import Budget
-from ..method import Method, Needs, Observation, PromptState, Tower
+from ..contract import Needs, Observation, PromptState, Tower
+from ..methods.base import Method
+from ..policy.budget import Budget
 
 FULL = "full"
 

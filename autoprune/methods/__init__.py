@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 from typing import Any
 
-from ..budget import Budget
-from ..method import Method
+from ..policy.budget import Budget
 from .autoprune import AutoPrune
 from .autoprune_reference import AutoPruneReference
+from .base import Method
 from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune

@@ -11,27 +11,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..budget import Budget
-from ..cost import DecoderCost
-from ..curves import get_curve, straight
-from ..envelope import envelope
-from ..information import mutual_information
-from ..mergers import get_merger
-from ..method import (
-    Method,
-    ModelShape,
-    Needs,
-    Observation,
-    Positions,
-    Prompts,
-    PromptState,
-    Selection,
-    check_settings,
-)
-from ..schedules import REFERENCE_DEPTH, check_information, check_size
-from ..scorers import as_shares, text_attention, vision_attention
-from ..solver import solve_schedule
-from ..staircase import Staircase
+from ..contract import ModelShape, Needs, Observation, Positions, Prompts, PromptState, Selection
+from ..parts.mergers import get_merger
+from ..parts.scorers import as_shares, text_attention, vision_attention
+from ..policy.adaptive import Staircase
+from ..policy.budget import Budget
+from ..policy.cost import DecoderCost
+from ..policy.curves import get_curve, straight
+from ..policy.envelope import envelope
+from ..policy.information import mutual_information
+from ..policy.shapes import REFERENCE_DEPTH, check_information, check_size
+from ..policy.solver import solve_schedule
+from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
 
 REMEMBERED_PRIORS = 256
@@ -59,7 +50,7 @@ class AutoPrune(Method):
         k0, gamma: slope without information (the hardest prompt's), and how much one bit flattens it;
             stated for 32 layers.
         x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
-        curve: retention family, see `autoprune.curves.CURVES`.
+        curve: retention family, see `autoprune.policy.curves.CURVES`.
         mi_layer: index of the layer whose attention is measured.
         prior: what the layers up to `mi_layer` follow, whose cuts are made before I is known: "curve", the
             curve of a prompt without information, or "linear", a straight line over depth that spends the

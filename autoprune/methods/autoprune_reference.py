@@ -9,21 +9,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..budget import Budget
-from ..information import released_mutual_information
-from ..mergers import recycle
-from ..method import (
-    Method,
-    ModelShape,
-    Needs,
-    Observation,
-    Positions,
-    PromptState,
-    Selection,
-    Tower,
-    check_settings,
-)
-from ..reference_math import (
+from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Selection, Tower
+from ..parts.mergers import recycle
+from ..parts.scorers import text_attention, vision_attention
+from ..parts.selectors import required_first, top_k
+from ..policy.budget import Budget
+from ..policy.information import released_mutual_information
+from ..policy.released import (
     cluster_count,
     dynamic_slope,
     first_cut_count,
@@ -31,8 +23,7 @@ from ..reference_math import (
     released_keep_fractions,
     released_runtime_counts,
 )
-from ..scorers import text_attention, vision_attention
-from ..selectors import required_first, top_k
+from .base import Method, check_settings
 
 TEXT_WEIGHT = 0.3
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..method import Needs, Observation, PromptState, Selection
-from ..planned import PreDecoder
-from ..scorers import text_relevance
-from ..selectors import dpp_map
+from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.scorers import text_relevance
+from ..parts.selectors import dpp_map
+from .base import PreDecoder
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Needs, Observation, PromptState, Selection
-from ..planned import AfterLayer
-from ..scorers import cosine
-from ..selectors import ranks, top_k
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.scorers import cosine
+from ..parts.selectors import ranks, top_k
+from ..parts.transfer import to_device
+from .base import AfterLayer
 
 
 @dataclass(frozen=True)

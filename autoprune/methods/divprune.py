@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..method import Needs, Observation, PromptState, Selection
-from ..planned import PreDecoder
-from ..selectors import max_min_diversity
+from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.selectors import max_min_diversity
+from .base import PreDecoder
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..method import Needs, Observation, PromptState, Tower
-from ..planned import TowerScored
-from ..scorers import required_vision_attention
+from ..contract import Needs, Observation, PromptState, Tower
+from ..parts.scorers import required_vision_attention
+from .base import TowerScored
 
 
 @dataclass(frozen=True)

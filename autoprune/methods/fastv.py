@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Needs, Observation, PromptState
-from ..planned import AfterLayer
-from ..scorers import text_attention
+from ..contract import Needs, Observation, PromptState
+from ..parts.scorers import text_attention
+from .base import AfterLayer
 
 
 @dataclass(frozen=True)

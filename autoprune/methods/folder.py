@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import Tower
+from ..contract import Tower
 from .turbo import Turbo
 
 

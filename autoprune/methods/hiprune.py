@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import TowerScored
-from ..scorers import real_patches, required_vision
-from ..selectors import ranks, top_by_tier, top_k
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.scorers import real_patches, required_vision
+from ..parts.selectors import ranks, top_by_tier, top_k
+from ..parts.transfer import to_device
+from .base import TowerScored
 
 
 @dataclass(frozen=True)

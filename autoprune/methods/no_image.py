@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Observation, PromptState
-from ..planned import Planned
+from ..contract import Observation, PromptState
+from .base import Planned
 
 
 @dataclass(frozen=True)

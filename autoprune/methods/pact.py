@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import normalize
 
-from ..mergers import absorb
-from ..method import Needs, Observation, PromptState, Selection
-from ..planned import AfterLayer
-from ..selectors import top_k
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.mergers import absorb
+from ..parts.selectors import top_k
+from ..parts.transfer import to_device
+from .base import AfterLayer
 
 DENSITY_SCALE = 2.0
 CUTOFFS, ROUNDS = 32, 3

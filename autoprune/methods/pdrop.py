@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..budget import Budget, InfeasibleBudget
-from ..cost import DecoderCost
-from ..method import Needs, Observation, PromptState
-from ..planned import Planned
-from ..schedules import at_depth, check_size, fit_schedule, staircase
-from ..scorers import text_attention
+from ..contract import Needs, Observation, PromptState
+from ..parts.scorers import text_attention
+from ..policy.budget import Budget, InfeasibleBudget
+from ..policy.cost import DecoderCost
+from ..policy.shapes import at_depth, check_size, fit_schedule, staircase
+from .base import Planned
 
 OFFICIAL_LAYERS, EARLY_LAYERS = (8.0, 16.0, 24.0), (2.0, 6.0, 15.0)
 STEPS = 10_000

@@ -8,10 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..budget import Budget, InfeasibleBudget
-from ..cost import DecoderCost
-from ..method import (
-    Method,
+from ..contract import (
     ModelShape,
     Needs,
     Observation,
@@ -21,7 +18,10 @@ from ..method import (
     Selection,
     Tower,
 )
-from ..side_by_side import Part, join, look_of, looks_of, report, union_of
+from ..policy.budget import Budget, InfeasibleBudget
+from ..policy.cost import DecoderCost
+from .base import Method
+from .side_by_side import Part, join, look_of, looks_of, report, union_of
 
 
 def per_prompt(methods: Sequence[Method | None]) -> PerPrompt:

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from ..mergers import absorb
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
-from ..selectors import grid_cells, top_k
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.mergers import absorb
+from ..parts.selectors import grid_cells, top_k
+from .base import PreDecoder
 
 
 @dataclass(frozen=True)

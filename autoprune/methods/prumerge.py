@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import Ordered
-from ..scorers import cosine, real_patches, required_vision, required_vision_attention
-from ..selectors import evenly_spaced, ranks, top_by_tier
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.scorers import cosine, real_patches, required_vision, required_vision_attention
+from ..parts.selectors import evenly_spaced, ranks, top_by_tier
+from ..parts.transfer import to_device
+from .base import Ordered
 
 
 @dataclass(frozen=True)

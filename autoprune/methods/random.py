@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Observation, PromptState
-from ..planned import PreDecoder
-from ..transfer import to_device
+from ..contract import Observation, PromptState
+from ..parts.transfer import to_device
+from .base import PreDecoder
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import TowerScored
-from ..scorers import required_vision_attention
-from ..selectors import weighted_coverage
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.scorers import required_vision_attention
+from ..parts.selectors import weighted_coverage
+from .base import TowerScored
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..mergers import get_merger
-from ..method import Needs, Observation, PromptState, Selection, check_choice
-from ..planned import Planned
-from ..schedules import at_depth, staircase
-from ..scorers import text_attention
+from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.mergers import get_merger
+from ..parts.scorers import text_attention
+from ..policy.shapes import at_depth, staircase
+from .base import Planned, check_choice
 
 CUTS = (3, 7, 16)
 OFFICIAL_TOKENS = 576

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..mergers import absorb, join_similar, merge_similar
-from ..method import Needs, Observation, Patches, PromptState, Selection, Tower
-from ..planned import TowerScored
-from ..scorers import real_patches, required_vision, required_vision_attention
-from ..selectors import ranks, top_k
-from ..transfer import to_device
+from ..contract import Needs, Observation, Patches, PromptState, Selection, Tower
+from ..parts.mergers import absorb, join_similar, merge_similar
+from ..parts.scorers import real_patches, required_vision, required_vision_attention
+from ..parts.selectors import ranks, top_k
+from ..parts.transfer import to_device
+from .base import TowerScored
 
 
 @dataclass(frozen=True)

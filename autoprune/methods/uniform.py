@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import PreDecoder
-from ..selectors import grid_cells, top_k
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.selectors import grid_cells, top_k
+from .base import PreDecoder
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..mergers import absorb
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import Ordered
-from ..scorers import cosine, real_patches, required_vision, required_vision_attention
-from ..selectors import ranks, top_by_tier
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.mergers import absorb
+from ..parts.scorers import cosine, real_patches, required_vision, required_vision_attention
+from ..parts.selectors import ranks, top_by_tier
+from ..parts.transfer import to_device
+from .base import Ordered
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..method import Needs, Observation, PromptState, Selection, Tower
-from ..planned import TowerScored
-from ..scorers import real_patches, required_vision_attention
-from ..selectors import ranks, top_by_tier, without_duplicates
-from ..transfer import to_device
+from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.scorers import real_patches, required_vision_attention
+from ..parts.selectors import ranks, top_by_tier, without_duplicates
+from ..parts.transfer import to_device
+from .base import TowerScored
 
 AT_ONCE = 8
 

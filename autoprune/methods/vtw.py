@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from ..method import Observation, PromptState
-from ..planned import Planned
-from ..schedules import staircase
+from ..contract import Observation, PromptState
+from ..policy.shapes import staircase
+from .base import Planned
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.quiet import quiet_imports
-from autoprune.tiny.questions import (
-    EASY,
-    HARD,
-    KINDS,
-    Question,
-    ask,
-    heldout_questions,
-    is_correct,
-)
+from autoprune.tiny.questions import EASY, HARD, KINDS, Question, ask, heldout_questions, is_correct
 from autoprune.tiny.scenes import Scene, SceneObject, draw_scene
 
 if TYPE_CHECKING:
@@ -72,7 +64,7 @@ def load(
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"the embedded model's weights are missing from {folder}: reinstall autoprune, or "
-            f"train them with `python -m autoprune.tiny.train --export {folder}`"
+            f"train them with `python -m autoprune.tiny.recipe.train --export {folder}`"
         )
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True

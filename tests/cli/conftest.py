@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from autoprune import cli, tiny
-from autoprune.tiny.architecture import build_model
-from autoprune.tiny.chat import make_processor
+from autoprune.tiny.recipe.architecture import build_model
+from autoprune.tiny.recipe.chat import make_processor
 
 LAYERS = 6
 VISUAL = 144

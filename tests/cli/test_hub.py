@@ -8,8 +8,8 @@ import transformers
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
-from autoprune.commands import hub
-from autoprune.commands.models import load_model
+from autoprune import hub
+from autoprune.loading import load_model
 from tests.cli.test_bad_input import assert_one_line
 
 NAME = "some-body/some-model"

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from autoprune import tiny
-from autoprune.commands.models import Loaded, load_model, prepare
 from autoprune.commands.pictures import as_seen
+from autoprune.loading import Loaded, load_model, prepare
 
 IMAGE_TOKEN = 7
 

@@ -11,7 +11,7 @@ import transformers
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from autoprune import AutoPrune, AutoPruneReference, Budget
-from autoprune.engine import tap
+from autoprune.engine.attention import tap
 from autoprune.errors import UnsupportedError
 from tests import kernels, oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from autoprune.engine import cache_argument
+from autoprune.engine.cache import argument as cache_argument
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
 

@@ -392,7 +392,7 @@ def test_a_model_may_be_moved_between_attaching_and_running(model, inputs):
 
 def test_failing_to_attach_leaves_nothing(model, inputs, monkeypatch):
     before = everything_in(model)
-    monkeypatch.setattr("autoprune.engine.tap.tag", lambda *_: 1 / 0)
+    monkeypatch.setattr("autoprune.engine.attention.tap.tag", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         HALF.attach(model)
     monkeypatch.undo()

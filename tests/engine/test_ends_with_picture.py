@@ -10,12 +10,12 @@ import torch
 
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget
-from autoprune.budget import InfeasibleBudget
-from autoprune.engine.cut import cut, with_last_tokens
-from autoprune.engine.layout import Layout
-from autoprune.engine.tokens import MERGED, Tokens
-from autoprune.method import Merged, Selection
+from autoprune.contract import Merged, Selection
+from autoprune.engine.tokens.cut import cut, with_last_tokens
+from autoprune.engine.tokens.layout import Layout
+from autoprune.engine.tokens.present import MERGED, Tokens
 from autoprune.methods import METHODS
+from autoprune.policy.budget import InfeasibleBudget
 from tests import oracle, zoo
 from tests.scattered import Scattered
 from tests.spy import Spy, for_oracle

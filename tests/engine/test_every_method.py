@@ -9,9 +9,9 @@ import torch
 
 import autoprune
 from autoprune import Budget
-from autoprune.budget import InfeasibleBudget
 from autoprune.errors import UnsupportedError
 from autoprune.methods import METHODS
+from autoprune.policy.budget import InfeasibleBudget
 from tests import oracle, zoo
 from tests.spy import Spy, for_oracle
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine import rows
-from autoprune.engine.held import holding
+from autoprune.engine.cache import rows
+from autoprune.engine.cache.held import holding
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from autoprune import AutoPruneReference, mergers
+from autoprune import AutoPruneReference
+from autoprune.parts import mergers
 from tests.golden_data import golden_root
 
 IMAGE_TOKEN = 511

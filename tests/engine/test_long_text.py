@@ -11,9 +11,10 @@ import torch
 
 from autoprune import AutoPruneReference, Budget, create
 from autoprune.bench.measure import hold_once
-from autoprune.engine import layout, observer
-from autoprune.engine.layout import sample_rows
-from autoprune.method import LAST_ROWS, MOST_ROWS, Needs
+from autoprune.contract import LAST_ROWS, MOST_ROWS, Needs
+from autoprune.engine.attention import rows as observer
+from autoprune.engine.tokens import layout
+from autoprune.engine.tokens.layout import sample_rows
 from tests import oracle, zoo
 from tests.engine.test_observations import places, watch
 from tests.scattered import Scattered

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import autoprune
 from autoprune import AutoPrune, Budget
-from autoprune.engine.cache import PrunedCache
+from autoprune.engine.cache.pruned import PrunedCache
 from autoprune.errors import UnsupportedError
 from tests import oracle, zoo
 from tests.counting import launches

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine import observer
-from autoprune.method import Needs
-from autoprune.scorers import text_attention
+from autoprune.contract import Needs
+from autoprune.engine.attention import rows as observer
+from autoprune.parts.scorers import text_attention
 from tests import oracle, zoo
 from tests.scattered import DEEP, Scattered
 

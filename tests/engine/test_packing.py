@@ -10,9 +10,9 @@ import torch
 from transformers import StaticCache
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine.layout import Layout
-from autoprune.engine.packing import WORTH_PACKING, Packing
-from autoprune.engine.tokens import Tokens
+from autoprune.engine.tokens.layout import Layout
+from autoprune.engine.tokens.packing import WORTH_PACKING, Packing
+from autoprune.engine.tokens.present import Tokens
 from autoprune.errors import UnsupportedError
 from tests import oracle, zoo, zoo_decoders
 from tests.scattered import DEEP, PRE_LLM, Scattered

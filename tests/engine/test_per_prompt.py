@@ -13,17 +13,17 @@ from transformers import DynamicCache
 
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget, per_prompt
-from autoprune.budget import InfeasibleBudget
+from autoprune.contract import Observation, Tower
 from autoprune.errors import UnsupportedError
-from autoprune.method import Observation, Tower
 from autoprune.methods.fastv import FastV
 from autoprune.methods.hiprune import HiPrune
 from autoprune.methods.pact import PACT
 from autoprune.methods.pdrop import PDrop
+from autoprune.methods.side_by_side import ASKED
 from autoprune.methods.sparsevlm import SparseVLM
 from autoprune.methods.tome import ToMe
 from autoprune.methods.visionzip import VisionZip
-from autoprune.side_by_side import ASKED
+from autoprune.policy.budget import InfeasibleBudget
 from tests import oracle, zoo
 from tests.engine.test_ends_with_picture import ending
 from tests.engine.test_every_method import NAMES, TOLERANCE

@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from autoprune import AutoPruneReference
-from autoprune.engine.vision_patches import patches_outside
-from autoprune.method import Tower
+from autoprune.contract import Tower
+from autoprune.engine.vision.patches import patches_outside
 from tests import zoo
 from tests.golden_data import golden_root
 from tests.watch import Watch, observe

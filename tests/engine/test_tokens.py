@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.engine.cut import cut
-from autoprune.engine.layout import Layout
-from autoprune.engine.tokens import MERGED, Tokens
-from autoprune.method import Merged, Selection
+from autoprune.contract import Merged, Selection
+from autoprune.engine.tokens.cut import cut
+from autoprune.engine.tokens.layout import Layout
+from autoprune.engine.tokens.present import MERGED, Tokens
 
 CPU = torch.device("cpu")
 TEXT = "text"

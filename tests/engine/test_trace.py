@@ -11,7 +11,8 @@ import pickle
 import pytest
 import torch
 
-from autoprune import AutoPrune, Budget, create, recording
+from autoprune import AutoPrune, Budget, create
+from autoprune.engine import record as recording
 from autoprune.trace import WAITING, Trace
 from tests import zoo
 

@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import autoprune
 from autoprune import Budget
-from autoprune.engine.vision_maps import FAMILIES
-from autoprune.method import Selection, Tower
+from autoprune.contract import Selection, Tower
+from autoprune.engine.vision.maps import FAMILIES
 from autoprune.methods.folder import Folder
 from autoprune.methods.tome import ToMe
 from autoprune.methods.turbo import Turbo

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from autoprune import scorers
-from autoprune.engine import vision_patches
-from autoprune.engine.vision_patches import received_attention
-from autoprune.engine.vision_view import VisionView, in_prompt_order
+from autoprune.engine.vision import patches as vision_patches
+from autoprune.engine.vision.patches import received_attention
+from autoprune.engine.vision.view import VisionView, in_prompt_order
+from autoprune.parts import scorers
 from tests import zoo
 from tests.kernels import flash_attention
 from tests.watch import observe, renumbered, tower_values, vision_scores

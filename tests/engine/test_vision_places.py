@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from autoprune.engine.vision_maps import FAMILIES, token_places
-from autoprune.method import Tower
+from autoprune.contract import Tower
+from autoprune.engine.vision.maps import FAMILIES, token_places
 from tests import zoo
 from tests.engine.test_vision_scores import (
     SETTINGS,

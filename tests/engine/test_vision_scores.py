@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 
 from autoprune import AutoPrune
-from autoprune.engine import vision
-from autoprune.engine.vision_maps import FAMILIES
+from autoprune.engine.vision import tower as vision
+from autoprune.engine.vision.maps import FAMILIES
 from tests import zoo
 from tests.watch import observe, tower_values, vision_scores
 

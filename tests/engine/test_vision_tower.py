@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from autoprune.engine.vision import VisionTap
-from autoprune.engine.vision_maps import FAMILIES
-from autoprune.method import Tower
+from autoprune.contract import Tower
+from autoprune.engine.vision.maps import FAMILIES
+from autoprune.engine.vision.tower import VisionTap
 from tests import zoo
 from tests.engine.test_vision_scores import (
     SETTINGS,

@@ -302,7 +302,7 @@ def test_an_interrupted_run_keeps_what_it_has(loaded, tasks, tmp_path, monkeypat
 OWN_METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
-from autoprune.planned import PreDecoder
+from autoprune.methods.base import PreDecoder
 
 @dataclass(frozen=True)
 class Own(PreDecoder):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from autoprune.method import ModelShape, Observation, Prompts, PromptState, Selection
-from autoprune.planned import PreDecoder
+from autoprune.contract import ModelShape, Observation, Prompts, PromptState, Selection
+from autoprune.methods.base import PreDecoder
 
 Grid = tuple[int, int]
 

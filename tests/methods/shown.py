@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from autoprune.engine.tokens import length_mask
-from autoprune.method import Observation
+from autoprune.contract import Observation
+from autoprune.engine.tokens.present import length_mask
 
 HIDDEN, HEADS, KEY_HEADS, HEAD_DIM = 12, 4, 2, 6
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from autoprune.methods.cdpruner import CDPruner
-from autoprune.scorers import text_relevance
-from autoprune.selectors import dpp_map
+from autoprune.parts.scorers import text_relevance
+from autoprune.parts.selectors import dpp_map
 from tests.methods.prompts import choices, cosines, mixed
 
 

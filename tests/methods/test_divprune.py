@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoprune.methods.divprune import DivPrune
-from autoprune.selectors import max_min_diversity
+from autoprune.parts.selectors import max_min_diversity
 from tests.methods.prompts import choices, cosines, mixed
 
 

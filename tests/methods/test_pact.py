@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from autoprune import Budget
 from autoprune.methods.pact import PACT, _centres, clusters, importance
-from autoprune.selectors import top_k
+from autoprune.parts.selectors import top_k
 from tests import zoo
 from tests.methods.shown import HEAD_DIM, HEADS, KEY_HEADS, kept_of, shown
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from autoprune import Budget
-from autoprune.budget import InfeasibleBudget
-from autoprune.cost import DecoderCost
 from autoprune.methods.pdrop import PDrop
+from autoprune.policy.budget import InfeasibleBudget
+from autoprune.policy.cost import DecoderCost
 from tests import zoo
 
 

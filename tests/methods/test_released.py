@@ -7,9 +7,9 @@ import pytest
 
 from autoprune import create
 from autoprune.methods import METHODS
+from autoprune.methods.base import Planned, TowerScored
 from autoprune.methods.prumerge import PruMerge
 from autoprune.methods.visionzip import VisionZip
-from autoprune.planned import Planned, TowerScored
 from tests.methods.prompts import choices, mixed, observation, prompt, state
 
 PLANNED = [name for name, method in METHODS.items() if issubclass(method, Planned)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoprune.methods.scope import SCOPE
-from autoprune.selectors import weighted_coverage
+from autoprune.parts.selectors import weighted_coverage
 from tests.methods.prompts import choices, cosines, mixed, observation, prompt
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autoprune import Budget
-from autoprune.method import Observation, PromptState
+from autoprune.contract import Observation, PromptState
 from autoprune.methods.sparsevlm import SparseVLM, priority_heads, raters
 from tests import zoo
 from tests.methods.shown import kept_of, shown

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.mergers import absorb
-from autoprune.method import Patches
+from autoprune.contract import Patches
 from autoprune.methods.folder import Folder
 from autoprune.methods.tome import ToMe
 from autoprune.methods.turbo import Turbo
+from autoprune.parts.mergers import absorb
 from tests.methods.prompts import choices, cosines, mixed, observation, prompt, state
 
 

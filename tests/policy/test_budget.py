@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from autoprune.budget import Budget
+from autoprune.policy.budget import Budget
 
 
 @pytest.mark.parametrize("make", [Budget.tokens, Budget.ratio, Budget.flops, Budget.kv_bytes])

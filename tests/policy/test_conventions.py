@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune import AutoPrune, Budget, create
-from autoprune.conventions import (
+from autoprune.policy.conventions import (
     CONVENTIONS,
     entering_from_leaving,
     entering_to_leaving,
@@ -20,7 +20,7 @@ from autoprune.conventions import (
     readings,
     to_entering,
 )
-from autoprune.reference_math import (
+from autoprune.policy.released import (
     first_cut_count,
     released_keep_fractions,
     released_runtime_counts,

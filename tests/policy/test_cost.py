@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import AutoPrune, Budget
-from autoprune.cost import DecoderCost, released_prefill_macs
-from autoprune.reference_math import (
+from autoprune.policy.cost import DecoderCost, released_prefill_macs
+from autoprune.policy.released import (
     first_cut_count,
     released_keep_fractions,
     released_runtime_counts,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.curves import CURVES, FLOOR, get_curve
+from autoprune.policy.curves import CURVES, FLOOR, get_curve
 from tests.policy.examples import examples
 
 FALLING = [name for name in CURVES if name != "constant"]

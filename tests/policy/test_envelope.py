@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import autoprune
 from autoprune import AutoPrune, Budget
-from autoprune.budget import InfeasibleBudget
-from autoprune.cost import DecoderCost
-from autoprune.curves import CURVES
-from autoprune.method import Prompts
+from autoprune.contract import Prompts
 from autoprune.methods import METHODS
+from autoprune.policy.budget import InfeasibleBudget
+from autoprune.policy.cost import DecoderCost
+from autoprune.policy.curves import CURVES
 from tests.policy.examples import examples
 
 SEEN = 64

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune import Budget, create
-from autoprune.budget import InfeasibleBudget
-from autoprune.cost import DecoderCost
 from autoprune.methods import METHODS
-from autoprune.planned import Planned
-from autoprune.schedules import fit_schedule
+from autoprune.methods.base import Planned
+from autoprune.policy.budget import InfeasibleBudget
+from autoprune.policy.cost import DecoderCost
+from autoprune.policy.shapes import fit_schedule
 from tests.policy.examples import examples
 
 PLANNED = [name for name, cls in METHODS.items() if issubclass(cls, Planned)]

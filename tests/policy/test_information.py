@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.information import mutual_information, released_mutual_information
+from autoprune.policy.information import mutual_information, released_mutual_information
 from tests.golden_data import golden_functions
 from tests.policy.examples import examples
 

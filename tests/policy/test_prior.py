@@ -10,8 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autoprune import AutoPrune, Budget
-from autoprune.budget import InfeasibleBudget
-from autoprune.cost import DecoderCost
+from autoprune.policy.budget import InfeasibleBudget
+from autoprune.policy.cost import DecoderCost
 from tests.policy.examples import examples
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoprune.cost import released_prefill_macs
-from autoprune.reference_math import (
+from autoprune.policy.cost import released_prefill_macs
+from autoprune.policy.released import (
     attention_rank,
     cluster_and_merge,
     cluster_count,

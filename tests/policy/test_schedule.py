@@ -11,10 +11,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autoprune.budget import Budget, InfeasibleBudget
-from autoprune.cost import DecoderCost
-from autoprune.curves import CURVES
-from autoprune.solver import smallest_feasible, solve_schedule
+from autoprune.policy.budget import Budget, InfeasibleBudget
+from autoprune.policy.cost import DecoderCost
+from autoprune.policy.curves import CURVES
+from autoprune.policy.solver import smallest_feasible, solve_schedule
 from tests.policy.examples import examples
 
 LLAVA_7B = DecoderCost(32, 4096, 32, 32, 128, 11008)

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoProcessor
 
 from autoprune import tiny
-from autoprune.tiny.chat import make_processor
+from autoprune.tiny.recipe.chat import make_processor
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from autoprune import tiny
-from autoprune.tiny.evaluate import accuracy
+from autoprune.tiny.recipe.evaluate import accuracy
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from autoprune.tiny.pool import IGNORE, PATCH_TARGETS, label_patches, label_presence
+from autoprune.tiny.recipe.pool import IGNORE, PATCH_TARGETS, label_patches, label_presence
 from autoprune.tiny.scenes import FIRST_HELDOUT_DIGIT, digit_samples, draw_scene
 from autoprune.tiny.vocabulary import CHARACTERS, COLOUR_NAMES, IMAGE_SIZE, PATCH_SIZE, SHAPES
 

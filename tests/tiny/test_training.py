@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from autoprune.tiny.architecture import build_model
-from autoprune.tiny.chat import make_processor
-from autoprune.tiny.decoder_training import PREFIX, DecoderTrainer
-from autoprune.tiny.lessons import (
+from autoprune.tiny.questions import ask
+from autoprune.tiny.recipe.architecture import build_model
+from autoprune.tiny.recipe.chat import make_processor
+from autoprune.tiny.recipe.decoder_training import PREFIX, DecoderTrainer
+from autoprune.tiny.recipe.lessons import (
     IGNORE,
     KIND_WEIGHTS,
     LONG_LENGTH,
@@ -19,12 +20,11 @@ from autoprune.tiny.lessons import (
     Layout,
     Teacher,
 )
-from autoprune.tiny.optimiser import orthogonalise
-from autoprune.tiny.questions import ask
+from autoprune.tiny.recipe.optimiser import orthogonalise
+from autoprune.tiny.recipe.train import main
+from autoprune.tiny.recipe.training import Plan, Stage, train_stage
+from autoprune.tiny.recipe.vision_training import encode, to_pixels
 from autoprune.tiny.scenes import draw_scene
-from autoprune.tiny.train import main
-from autoprune.tiny.training import Plan, Stage, train_stage
-from autoprune.tiny.vision_training import encode, to_pixels
 
 
 @pytest.fixture(scope="module")
