@@ -1,8 +1,8 @@
 """The contract between a pruning method and the engine.
 
 A method is a frozen dataclass of settings. It says which cuts it may make and what it needs to see for
-each (`needs`), and answers each cut with a `Selection` (`select`). It never touches a hook, a mask or a
-cache: the engine does the locating, tapping, gathering, batching and recording for every method alike.
+each (`needs`), and answers each cut with a `Selection` or a `Ranking` (`select`). It never touches a hook, a
+mask or a cache: the engine does the locating, tapping, gathering, batching and recording for every method.
 """
 
 from __future__ import annotations
@@ -243,6 +243,20 @@ class Selection:
     states: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """How much each visual token matters, from which cuts follow: each keeps the best as `PromptState.schedule`
+    says. The prompt's order stays.
+
+    scores: float [batch, V]; ties go to the lower position.
+    until: the cuts before all layers up to, but without, this one follow from these scores. The next cut
+        alone has `until = cut + 1`. Cuts of one ranking are planned together, so each is nearly free.
+    """
+
+    scores: torch.Tensor
+    until: int
+
+
 @dataclass
 class PromptState:
     """What one prefill carries from cut to cut; a method may keep its own things in `notes`.
@@ -316,5 +330,5 @@ class MethodContract(abc.ABC):
         """What must be seen for this cut; None if nothing is cut here. Asked once per cut, in order."""
 
     @abc.abstractmethod
-    def select(self, seen: Observation, state: PromptState) -> Selection | None:
-        """Decide the cut; None keeps everything."""
+    def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
+        """Decide the cut, or with a `Ranking` several; None keeps everything."""

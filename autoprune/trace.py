@@ -6,24 +6,18 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, reduce
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import reduce
 from numbers import Integral
 from operator import add
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
 
-from .engine.record import Record, Totals
 from .files import write_whole
-
-if TYPE_CHECKING:
-    from .contract import PromptState
-    from .engine.prefill import CutRecord
-    from .engine.tokens.layout import Layout
-
 
 # Prefills whose numbers may be on their way from the device at one time.
 WAITING = 16
@@ -137,20 +131,50 @@ class Summary:
         return text
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """What one prefill of a batch left for the trace.
+@dataclass
+class Totals:
+    """Sums over prompts, exact however many they are.
 
-    observed: bytes that were kept of a layer's attention, or beside its hidden states, by layer. looked: bytes
-        that the look at it took, by layer. sharing: see `DecoderCost.peak_bytes`.
+    tokens: mean visual tokens per layer. information, measured: bits, of so many prompts. Both, like
+    `visual`, over the prompts that hold a picture.
     """
 
-    layout: Layout
-    state: PromptState
-    cuts: Sequence[CutRecord] = ()
-    observed: Mapping[int, int] = field(default_factory=dict)
-    sharing: int = 1
-    looked: Mapping[int, int] = field(default_factory=dict)
+    prompts: int = 0
+    with_images: int = 0
+    visual: int = 0
+    tokens: Fraction = Fraction(0)
+    information: Fraction = Fraction(0)
+    measured: int = 0
+    flops: int = 0
+    flops_full: int = 0
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        names = [field.name for field in fields(self)]
+        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class Batch(Protocol):
+    """The prompts of one prefill, whose numbers may still be on their way from the device."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `settle` waits for nothing."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """One for each prompt."""
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the prompts."""
+
+    def __len__(self) -> int:
+        """How many prompts there are."""
+
+    def settle(self) -> None:
+        """Have everything on the host."""
 
 
 class Trace:
@@ -181,17 +205,16 @@ class Trace:
             )
         self.keep, self._on_sample = keep, on_sample
         self._lock = threading.Lock()
-        self._waiting: deque[_Batch] = deque()
-        self._batches: deque[_Batch] = deque()
+        self._waiting: deque[Batch] = deque()
+        self._batches: deque[Batch] = deque()
         # Prompts of the batches that are kept, and sums over those that are not.
         self._kept, self._gone = 0, Totals()
 
-    def record(self, prefilled: Prefilled) -> None:
+    def record(self, batch: Batch) -> None:
         """Called by the engine at the end of each prefill."""
-        batch = _Batch(Record(prefilled))
         with self._lock:
             self._waiting.append(batch)
-            arrived = self._take(everything=False)
+            arrived = self._take_in(everything=False)
         self._tell(arrived)
 
     def flush(self) -> None:
@@ -249,86 +272,39 @@ class Trace:
     def _read(self) -> tuple[list[Sample], Totals]:
         """The samples that are kept, and sums over all prompts, as of one moment."""
         with self._lock:
-            arrived = self._take(everything=True)
+            arrived = self._take_in(everything=True)
             samples = [sample for batch in self._batches for sample in batch.samples]
             totals = reduce(add, (batch.totals for batch in self._batches), self._gone)
         self._tell(arrived)
         return samples if self.keep is None else samples[max(len(samples) - self.keep, 0) :], totals
 
-    def _take(self, everything: bool) -> list[_Batch]:
+    def _take_in(self, everything: bool) -> list[Batch]:
         """Take in, in order, the batches that have arrived from the device; wait for everything, or for
         what there is too much of.
         """
         arrived = []
         while self._waiting and (
-            everything or len(self._waiting) > WAITING or self._waiting[0].record.is_here
+            everything or len(self._waiting) > WAITING or self._waiting[0].is_here
         ):
             batch = self._waiting.popleft()
-            batch.record.settle()
+            batch.settle()
             arrived.append(batch)
             self._batches.append(batch)
-            self._kept += len(batch.record)
+            self._kept += len(batch)
         while self.keep is not None and self._batches:
-            fewer = self._kept - len(self._batches[0].record)
+            fewer = self._kept - len(self._batches[0])
             if fewer < self.keep:
                 break
             self._kept = fewer
             self._gone += self._batches.popleft().totals
         return arrived
 
-    def _tell(self, arrived: Sequence[_Batch]) -> None:
+    def _tell(self, arrived: Sequence[Batch]) -> None:
         """Not under the lock: whoever is told may read the trace."""
         if self._on_sample is not None:
             for batch in arrived:
                 for sample in batch.samples:
                     self._on_sample(sample)
-
-
-class _Batch:
-    """The prompts of one prefill; samples and sums are made when they are first asked for."""
-
-    def __init__(self, record: Record):
-        self.record = record
-
-    @cached_property
-    def samples(self) -> list[Sample]:
-        return _samples(self.record)
-
-    @cached_property
-    def totals(self) -> Totals:
-        return Totals.of(self.record)
-
-
-def _samples(record: Record) -> list[Sample]:
-    depths, counts, information = record.depths(), record.counts.tolist(), record.information
-    (flops, kv_bytes), (flops_full, kv_bytes_full) = record.spent, record.plain
-    held, (peaks, peak_full) = record.held_bytes(), record.peaks()
-    samples = []
-    for prompt, (total, text) in enumerate(zip(record.num_visual, record.num_text, strict=True)):
-        seen = record.visual[prompt][record.real[prompt]]
-        # In a batch of several methods some plan and others do not.
-        schedule = record.schedule[prompt] if record.schedule is not None else None
-        samples.append(
-            Sample(
-                num_visual=total,
-                num_text=text,
-                visual_positions=torch.from_numpy(np.flatnonzero(seen)),
-                tokens_per_layer=counts[prompt],
-                kept=Kept(depths[prompt, :total].copy(), record.layers),
-                mutual_information=(
-                    information[prompt] if information is not None and total else None
-                ),
-                schedule=list(schedule) if schedule is not None else None,
-                flops=float(flops[prompt]),
-                flops_full=float(flops_full[prompt]),
-                kv_bytes=int(kv_bytes[prompt]),
-                kv_bytes_full=int(kv_bytes_full[prompt]),
-                kv_bytes_held=held,
-                peak_bytes=int(peaks[prompt]),
-                peak_bytes_full=peak_full,
-            )
-        )
-    return samples
 
 
 def _summary(totals: Totals) -> Summary:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..contract import ModelShape, Prompts, PromptState
-from ..trace import Prefilled, Trace
+from ..trace import Trace
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache, is_static
 from .cache.static import PrunedStaticCache
@@ -19,6 +19,7 @@ from .decode import Decode
 from .generate import take_drafts
 from .locate import Located
 from .prefill import Prefill
+from .record import Record
 from .refusals import (
     refuse_backend,
     refuse_cache,
@@ -190,7 +191,7 @@ class Forwards:
         state = PromptState(shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * shape.num_layers for _ in prompts.num_visual]
-            self.trace.record(Prefilled(layout, state))
+            self.trace.record(Record(layout, state))
             return None
         refuse_backend(self.located, self.implementation)
         refuse_cache(self.located, cache, embeds.shape[1])

@@ -4,45 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..contract import Needs, PromptState, Selection
+from ..contract import MethodContract, Needs, PromptState, Ranking, Selection
 from ..parts.transfer import to_device
-from ..trace import Prefilled
 from .attention.arguments import LayerArguments
 from .attention.rows import Observer, SeenEnough
 from .attention.tap import no_plans
 from .cache.argument import cache_of, without_cache
-from .cache.pruned import PrunedCache, Stage
+from .cache.pruned import PrunedCache
+from .locate import Located
+from .record import Record
 from .refusals import refuse_unseen_attention
-from .tokens.cut import cut, with_last_tokens
+from .tokens.cut import Columns, Cut, Plan, Sizes, Stage
 from .tokens.layout import Layout
+from .tokens.merged import cut_and_merge, with_last_tokens
 from .tokens.packing import WORTH_PACKING, Packing, can_pack, watches_inputs
-from .tokens.present import MERGED, Tokens
-
-if TYPE_CHECKING:
-    from ..contract import MethodContract
-    from .locate import Located
-    from .vision.view import VisionView
-
-
-@dataclass
-class CutRecord:
-    """What one cut left, for the trace: device tensors, read later.
-
-    visual, counts, width: of the `Tokens`. packed: whether the layers behind it compute no padding.
-    """
-
-    layer: int
-    visual: torch.Tensor
-    counts: list[int]
-    width: int
-    packed: bool
+from .tokens.present import NEW, Tokens
+from .vision.view import VisionView
 
 
 class Prefill:
@@ -62,10 +45,10 @@ class Prefill:
         self.method, self.located = method, located
         self.implementation = located.implementation
         self.layout, self.state, self.cache = layout, state, cache
-        self.tokens = Tokens.of(layout, device)
-        self.stages = [Stage(0, self.tokens)]
-        self.packings: list[Packing | None] = [None]
-        self.records: list[CutRecord] = []
+        self.stages = [Stage(0, Tokens.of(layout, device))]
+        # Cuts that are decided and still to be made, by layer.
+        self.decided: dict[int, Cut] = {}
+        self._schedule: tuple[list[list[int]], list[int], Sizes] | None = None
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
@@ -80,48 +63,55 @@ class Prefill:
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
         length = layout.real.shape[1]
-        self.arguments = LayerArguments(self.located, self.method.positions, self.tokens, length)
+        self.arguments = LayerArguments(located, method.positions, self.stages[0], length)
         self.method.begin(state)
 
-    @cached_property
-    def is_watched(self) -> bool:
-        """Whether something hooked into the layers may count on the batch dimension."""
-        return watches_inputs(self.located.layers)
+    @property
+    def tokens(self) -> Tokens:
+        """Those that are present."""
+        return self.stages[-1].tokens
 
     @property
     def packing(self) -> Packing | None:
         """How hidden states are packed at present; None where they are [batch, n, hidden size]."""
-        return self.packings[-1]
+        return self.stages[-1].packing
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
         self._settle()
-        if self.cache is None:
-            # A plain forward makes its cache inside the decoder.
-            self.cache = cache_of(kwargs)
-        if index == 0 and (embeddings := kwargs.get("position_embeddings")) is not None:
-            one = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
-            self.sharing = len(self.layout.real) // one.shape[-3]
-        if 0 < index <= len(self.deepstack):
-            args = (self._add_deepstack(args[0], self.deepstack[index - 1]), *args[1:])
-        if kept := self.observer.kept_bytes:
-            self.observed[index - 1] = self.observed.get(index - 1, 0) + kept
-        if looked := self.observer.looked_bytes:
-            self.looked[index - 1] = looked
+        if index == 0:
+            self._begin(kwargs)
+        self._note_bytes(index)
         entering = args[0]
+        hidden = self._add_deepstack(index, entering)
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
             if needs.each(ahead=True):
-                self._peek(index, needs, args, kwargs)
-            hidden = self._cut(index, needs, entering)
-            args = (hidden, *args[1:])
-        if args[0] is entering and 0 < index <= len(self.deepstack):
+                self._peek(index, needs, hidden, args, kwargs)
+            hidden = self._decide(index, needs, hidden)
+        if (due := self.decided.pop(index, None)) is not None:
+            hidden = self._cut(due, hidden)
+        if hidden is entering and 0 < index <= len(self.deepstack):
             # The model holds the states without the features.
             self.observed[index] = entering.nbytes
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
         self.unsettled, self.attention_seen = None if self.packing is None else index, False
-        return args, self._fit(index, args[0], kwargs)
+        return (hidden, *args[1:]), self._fit(index, hidden, kwargs)
+
+    def _begin(self, kwargs: dict) -> None:
+        if self.cache is None:
+            # A plain forward makes its cache inside the decoder.
+            self.cache = cache_of(kwargs)
+        if (embeddings := kwargs.get("position_embeddings")) is not None:
+            one = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
+            self.sharing = len(self.layout.real) // one.shape[-3]
+
+    def _note_bytes(self, index: int) -> None:
+        if kept := self.observer.kept_bytes:
+            self.observed[index - 1] = self.observed.get(index - 1, 0) + kept
+        if looked := self.observer.looked_bytes:
+            self.looked[index - 1] = looked
 
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
         """The layer's keyword arguments for the tokens that are present."""
@@ -134,24 +124,29 @@ class Prefill:
             return {**kwargs, "position_embeddings": self.arguments.compacted(hidden)}
         return kwargs
 
-    def _peek(self, index: int, needs: Needs, args: tuple, kwargs: dict) -> None:
+    def _peek(
+        self, index: int, needs: Needs, hidden: torch.Tensor, args: tuple, kwargs: dict
+    ) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
-        kwargs = without_cache(self._fit(index, args[0], kwargs))
+        kwargs = without_cache(self._fit(index, hidden, kwargs))
         # What was seen of the layer before stays.
         self.observer.needs, self.observer.peeking = needs, True
         try:
-            self.located.layers[index].forward(*args, **kwargs)
+            self.located.layers[index].forward(hidden, *args[1:], **kwargs)
         except SeenEnough:
             pass
         finally:
             self.observer.peeking = False
 
-    def _add_deepstack(self, hidden: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Add one level of deepstack features (flat over all visual tokens) to those still present.
+    def _add_deepstack(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Add the features of one level (flat over all visual tokens) to the visual tokens still present.
 
         The models do this at full length after a layer; here it waits for the next layer's hook.
         """
-        tokens, first = self.tokens, np.cumsum([0, *self.layout.num_visual[:-1]])
+        if not 0 < index <= len(self.deepstack):
+            return hidden
+        tokens, features = self.tokens, self.deepstack[index - 1]
+        first = np.cumsum([0, *self.layout.num_visual[:-1]])
         row = tokens.index.clamp(min=0) + to_device(first, tokens.index.device)[:, None]
         row = tokens.spread(row, torch.zeros_like(tokens.column)).to(hidden.device)
         original = torch.zeros_like(tokens.column, dtype=torch.bool)
@@ -197,71 +192,157 @@ class Prefill:
             layer = self.cache.layers[index]
             layer.keys, layer.values = map(packing.unpack_heads, (layer.keys, layer.values))
 
-    def _cut(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
+    def _decide(self, index: int, needs: Needs, hidden: torch.Tensor) -> torch.Tensor:
+        """Ask the method about a cut; hidden states as they are, or behind a cut that makes new ones."""
         padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
         seen = self.observer.observation(index, needs, self.tokens, padded)
-        selection = self.method.select(seen, self.state)
-        if selection is None or self._keeps_all(selection):
-            return hidden
-        self._check(index, selection)
-        selection, forced = with_last_tokens(self.tokens, selection, self.layout.ends_visual)
-        if self._keeps_all(selection):
-            return hidden
-        hidden = self._apply(selection, forced, hidden)
-        self.stages.append(Stage(index, self.tokens))
-        self.arguments.follow(self.tokens, self.packing)
-        tokens = self.tokens
-        packed = self.packing is not None
-        self.records.append(CutRecord(index, tokens.index, tokens.counts, tokens.width, packed))
+        answer = self.method.select(seen, self.state)
+        if isinstance(answer, Ranking):
+            self._follow(index, answer, seen.required)
+        elif answer is not None and not self._keeps_all(answer):
+            self._check(index, answer)
+            selection, forced = with_last_tokens(self.tokens, answer, self.layout.ends_visual)
+            if not self._keeps_all(selection):
+                return self._select(index, selection, forced, hidden)
         return hidden
 
-    def _apply(
-        self, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Hidden states of the tokens that stay: rows of the old ones, and of those that are new.
+    def _follow(self, index: int, ranking: Ranking, required: torch.Tensor | None) -> None:
+        """Plan all cuts that follow from a ranking."""
+        tokens, scores = self.tokens, ranking.scores
+        layers, sizes = self._sizes(index)
+        due = [i for i, layer in enumerate(layers) if index <= layer < ranking.until]
+        if not due:
+            return
+        if required is not None:
+            scores = scores.masked_fill(required.to(scores.device), float("inf"))
+        if tokens.ragged:
+            scores = scores.where(tokens.slot_mask, float("-inf"))
+        order = scores.sort(dim=1, descending=True, stable=True).indices
+        depths = range(due[0], due[-1] + 1)
+        plan = Plan(tokens, self.packing, tokens.ranks(order), sizes, depths)
+        self.decided = {cut.stage.first_layer: cut for cut in plan.cuts([layers[i] for i in due])}
 
-        forced: as `with_last_tokens` gives it.
-        """
-        rows, before, width = [hidden.flatten(0, 1)], self.packing, self.tokens.width
-        self.tokens, source = cut(
-            self.tokens, selection, None if forced is None else self.layout.ends_visual
-        )
-        batch, device, merged = len(source), source.device, selection.merged
-        if merged is not None:
-            rows.append(merged.hidden.flatten(0, 1))
-        if batch > 1:
-            # From places in each prompt to rows of all of them.
-            place = before.place if before else _count(batch, width, 0, device)
-            if merged is not None:
-                new = _count(batch, merged.hidden.shape[1], len(rows[0]), device)
-                place = torch.cat([place, new], dim=1)
-            source = place.gather(1, source)
+    def _sizes(self, index: int) -> tuple[list[int], Sizes]:
+        """The layers before which the schedule falls, and what is left there."""
+        schedule = self.state.schedule
+        if self._schedule is None or self._schedule[0] is not schedule:
+            counts = self._checked(schedule, index)
+            before = np.concatenate([np.array(self.tokens.counts)[None], counts[index:-1]])
+            layers = (index + np.flatnonzero((counts[index:] < before).any(axis=1))).tolist()
+            sizes = Sizes(self.tokens, self.packing, counts[layers], self._may_pack)
+            self._schedule = schedule, layers, sizes
+        return self._schedule[1:]
+
+    def _checked(self, schedule: list[list[int]] | None, index: int) -> np.ndarray:
+        """The schedule as int [layers, batch], from layer `index` on no more than is present."""
+        tokens, depth = self.tokens, len(self.located.layers)
+        shape = () if schedule is None else np.shape(schedule)
+        if shape != (tokens.batch, depth):
+            raise ValueError(
+                f"{type(self.method).__name__} ranks at cut {index}, so state.schedule must hold "
+                f"[{tokens.batch} prompts, {depth} layers], got {list(shape) or schedule}"
+            )
+        counts = np.array(schedule).T
+        counts[index:] = np.maximum(counts[index:], self.state.prompts.required or 0)
+        before = np.concatenate([np.array(tokens.counts)[None], counts[index:-1]])
+        if (counts[index:] > before).any() or counts.min() < 0:
+            raise ValueError(
+                f"{type(self.method).__name__} ranks at cut {index}, so state.schedule must not rise from "
+                f"{tokens.counts} tokens on, got {schedule}"
+            )
+        return counts
+
+    def _cut(self, due: Cut, hidden: torch.Tensor) -> torch.Tensor:
+        """Make a cut that only drops tokens."""
+        self._enter(due.stage)
+        source = due.source.to(hidden.device)
+        if len(hidden) == 1 and self.tokens.batch == 1:
+            return hidden.index_select(1, source)
+        return self._in_form(hidden.flatten(0, 1).index_select(0, source))
+
+    def _select(
+        self, index: int, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Make a cut that a method has decided by itself; `forced` is as `with_last_tokens` gives it."""
+        if selection.merged is not None:
+            return self._merge(index, selection, forced, hidden)
+        tokens, packing = self.tokens, self.packing
+        kept, counts = selection.kept[:, : max(selection.counts)], list(selection.counts)
+        sizes = Sizes(tokens, packing, np.array([counts]), self._may_pack)
+        plan = Plan(tokens, packing, tokens.ranks_of(kept), sizes, range(1))
+        (due,) = plan.cuts([index])
+        new = self._cut(due, hidden)
+        if selection.states is None:
+            return new
+        # Rows of the kept tokens, old and new.
+        width = kept.shape[1]
+        real = np.arange(width) < np.array(counts)[:, None]
+        real = to_device(np.flatnonzero(real), kept.device)
+        place = tokens.slots.gather(1, kept.clamp(min=0))
+        row = plan.place[0].gather(1, place).flatten().index_select(0, real).to(new.device)
+        states = selection.states[:, :width].flatten(0, 1).to(new)
+        states = states.index_select(0, real.to(new.device))
+        rows = new.flatten(0, 1)
+        if forced is not None:
+            stays = forced[:, :width].flatten().index_select(0, real)[:, None].to(new.device)
+            states = torch.where(stays, rows.index_select(0, row), states)
+        return rows.index_copy(0, row, states).view(new.shape)
+
+    def _merge(
+        self, index: int, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Make a cut that puts new tokens in the place of dropped ones."""
+        merged, before, width = selection.merged, self.packing, self.tokens.width
+        assert merged is not None
+        ends = None if forced is None else self.layout.ends_visual
+        tokens, source = cut_and_merge(self.tokens, selection, ends)
+        batch, device = tokens.batch, source.device
+        rows = [hidden.flatten(0, 1), merged.hidden.flatten(0, 1)]
+        # From places in each prompt to rows of all of them.
+        place = before.place if before else _count(batch, width, 0, device)
+        new = _count(batch, merged.hidden.shape[1], len(rows[0]), device)
+        source = torch.cat([place, new], dim=1).gather(1, source)
         if selection.states is not None:
-            states = selection.states[:, : max(self.tokens.counts)]
+            states = selection.states[:, : max(tokens.counts)]
             changed = _count(batch, states.shape[1], sum(map(len, rows)), device)
             if forced is not None:
-                # Such a token is the last visual one of its prompt, behind merged ones, too.
-                last = to_device([n - 1 for n in self.tokens.counts], device)[:, None]
+                # Such a token is the last visual one of its prompt, behind new ones, too.
+                last = to_device([n - 1 for n in tokens.counts], device)[:, None]
                 place = torch.arange(changed.shape[1], device=device)
                 stays = (place == last) & forced.any(dim=1, keepdim=True)
-                changed = torch.where(stays, source.gather(1, self.tokens.slots), changed)
-            source = self.tokens.spread(changed, source)
+                changed = torch.where(stays, source.gather(1, tokens.slots), changed)
+            source = tokens.spread(changed, source)
             rows.append(states.flatten(0, 1))
-        self.packings.append(self._pack_if_worth_it())
-        if batch == 1 and len(rows) == 1:
-            return hidden.index_select(1, source[0].to(hidden.device))
-        if self.packing is not None:
-            source = self.packing.pack(source)
-        pool = torch.cat([r.to(hidden) for r in rows]) if len(rows) > 1 else rows[0]
-        return pool.index_select(0, source.flatten().to(pool.device)).unflatten(0, source.shape)
+        packing, columns = None, tokens.column.flatten()
+        if self._may_pack and tokens.waste >= WORTH_PACKING:
+            packing = Packing.of(tokens.lengths, tokens.width, device)
+            source, columns = packing.pack(source)[0], packing.pack(tokens.column)[0]
+        prompt = torch.arange(batch, device=device)[:, None].expand(-1, tokens.width)
+        shared = Columns(
+            columns,
+            lambda: prompt.flatten() if packing is None else packing.pack(prompt)[0],
+            padded=packing is None and tokens.padded,
+        )
+        self._enter(Stage(index, tokens, packing, shared, slice(0, len(columns))))
+        pool = torch.cat([r.to(hidden) for r in rows])
+        return self._in_form(pool.index_select(0, source.flatten().to(pool.device)))
 
-    def _pack_if_worth_it(self) -> Packing | None:
-        tokens, has_windows = self.tokens, any(self.located.windows)
-        if tokens.waste < WORTH_PACKING:
-            return None
-        if not can_pack(self.cache, self.implementation, has_windows) or self.is_watched:
-            return None
-        return Packing(tokens)
+    def _enter(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        self.arguments.follow(stage)
+
+    def _in_form(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of hidden states as the layers take them."""
+        return rows.view(1 if self.packing is not None else self.tokens.batch, -1, rows.shape[-1])
+
+    @cached_property
+    def _may_pack(self) -> bool:
+        """Whether ragged batches may be packed into one row."""
+        has_windows = any(self.located.windows)
+        # Something hooked into the layers may count on the batch dimension.
+        return can_pack(self.cache, self.implementation, has_windows) and not watches_inputs(
+            self.located.layers
+        )
 
     def _keeps_all(self, selection: Selection) -> bool:
         return selection.merged is None and list(selection.counts) == self.tokens.counts
@@ -286,42 +367,42 @@ class Prefill:
         self._settle()
         if len(self.stages) == 1 and not self.counts_positions:
             return output
-        output["last_hidden_state"] = self._restore(output["last_hidden_state"], -1)
+        output["last_hidden_state"] = self._restore(output["last_hidden_state"], self.stages[-1])
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
-                states
-                if states is None
-                else self._restore(states, self.stages.index(self.stage_of(max(i - 1, 0))))
+                states if states is None else self._restore(states, self.stage_of(max(i - 1, 0)))
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:
             PrunedCache.remember(self)
         return output
 
-    def record(self) -> Prefilled:
-        return Prefilled(
-            self.layout, self.state, self.records, self.observed, self.sharing, self.looked
+    def record(self) -> Record:
+        """What the trace gets."""
+        return Record(
+            self.layout, self.state, self.stages, self.observed, self.looked, self.sharing
         )
 
     def stage_of(self, layer: int) -> Stage:
         """The tokens that layer `layer` ran on."""
         return next(stage for stage in reversed(self.stages) if stage.first_layer <= layer)
 
-    def _restore(self, states: torch.Tensor, stage: int) -> torch.Tensor:
+    def _restore(self, states: torch.Tensor, stage: Stage) -> torch.Tensor:
         """Hidden states of a stage in the prompt's own columns, [batch, S, hidden size]."""
-        length = self.layout.real.shape[1]
-        tokens, packing = self.stages[stage].tokens, self.packings[stage]
-        if tokens is self.stages[0].tokens:
+        tokens, length = stage.tokens, self.layout.real.shape[1]
+        if stage is self.stages[0]:
             return states
-        if packing is not None:
-            states = packing.unpack(states)
-        merged = torch.zeros_like(tokens.column, dtype=torch.bool)
-        merged = tokens.spread(tokens.index == MERGED, merged)
+        if stage.packing is not None:
+            states = stage.packing.unpack(states)
+        column, beyond = tokens.column, tokens.column < 0
+        if tokens.index_with_new is not None:
+            beyond = beyond | (tokens.index_with_new == NEW)
         # A column more takes what has none.
-        column = tokens.column.masked_fill(merged | (tokens.column < 0), length).to(states.device)
+        if tokens.padded or tokens.has_new:
+            column = column.masked_fill(beyond, length)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         first = torch.arange(0, len(full) * (length + 1), length + 1, device=states.device)
-        row = (column + first[:, None]).flatten()
+        row = (column.to(states.device) + first[:, None]).flatten()
         full.flatten(0, 1).index_copy_(0, row, states.flatten(0, 1))
         return full[:, :length]
 

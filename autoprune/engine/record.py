@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from ..trace import Prefilled
+from ..contract import PromptState
+from ..trace import Kept, Sample, Totals
+from .tokens.cut import Stage
+from .tokens.layout import Layout
+from .tokens.present import NEW, Tokens
 
 Ints = NDArray[np.int64]
 
@@ -63,22 +65,37 @@ class Record:
     """One prefill, with nothing of it left on the device once `settle` was called.
 
     What follows from the numbers is worked out when somebody asks.
+
+    Args:
+        stages: what layers ran on, from the beginning.
+        observed, looked: bytes that were kept of a layer's attention, or beside its hidden states, and bytes
+            that the look at it took, by layer.
+        sharing: see `DecoderCost.peak_bytes`.
     """
 
-    def __init__(self, prefilled: Prefilled):
-        layout, state, cuts = prefilled.layout, prefilled.state, prefilled.cuts
+    def __init__(
+        self,
+        layout: Layout,
+        state: PromptState,
+        stages: Sequence[Stage] = (),
+        observed: Mapping[int, int] | None = None,
+        looked: Mapping[int, int] | None = None,
+        sharing: int = 1,
+    ):
         self.real = layout.real[:, : layout.length]
         self.visual = layout.visual[:, : layout.length] & self.real
         self.num_visual, self.num_text = layout.num_visual, layout.num_text
         self.columns = layout.real.shape[1]
         self.cost, self.layers = state.shape.cost, state.shape.num_layers
         self.schedule, self.information = state.schedule, state.mutual_information
-        self.cuts = [(cut.layer, list(cut.counts), cut.width, cut.packed) for cut in cuts]
-        self.observed, self.looked = dict(prefilled.observed), dict(prefilled.looked)
-        self.sharing = prefilled.sharing
-        self._widths = [cut.visual.shape[1] for cut in cuts]
-        self._copy: Copy | None = Copy([cut.visual for cut in cuts], max(self.num_visual))
-        self._indices: np.ndarray | None = None
+        self.observed, self.looked = dict(observed or {}), dict(looked or {})
+        self.sharing, cuts = sharing, stages[1:]
+        self.cuts = [
+            (cut.first_layer, cut.tokens.counts, cut.tokens.width, cut.packing is not None)
+            for cut in cuts
+        ]
+        self._copy: Copy | None = Copy([_old_columns(cut.tokens) for cut in cuts], self.columns)
+        self._columns: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.num_visual)
@@ -91,7 +108,7 @@ class Record:
     def settle(self) -> None:
         """Have everything on the host."""
         if self._copy is not None:
-            self._indices, self._copy = self._copy.read(), None
+            self._columns, self._copy = self._copy.read(), None
 
     @cached_property
     def counts(self) -> Ints:
@@ -107,17 +124,20 @@ class Record:
         It says all about who was kept where: a token that was cut does not come back.
         """
         self.settle()
-        assert self._indices is not None
+        assert self._columns is not None
         most, ends = max(self.num_visual), [*(layer for layer, *_ in self.cuts), self.layers]
-        # A column more takes what padding and merged tokens hold.
+        # A place more takes what holds no visual token of the prompt: text, padding, new tokens.
+        index = np.where(self.visual, self.visual.cumsum(axis=1) - 1, most)
+        index = np.pad(
+            index, ((0, 0), (0, self.columns - index.shape[1] + 1)), constant_values=most
+        )
         depths = np.zeros((len(self), most + 1), dtype=np.int16)
         depths[:] = ends[0]
-        sizes = [len(self) * width for width in self._widths]
-        parts = np.split(self._indices, np.cumsum(sizes)[:-1]) if sizes else []
-        for part, width, end in zip(parts, self._widths, ends[1:], strict=True):
-            index = part.reshape(len(self), width)
-            index = np.where(index < 0, most, index).astype(np.int64)
-            np.put_along_axis(depths, index, end, axis=1)
+        sizes = [len(self) * width for _, _, width, _ in self.cuts]
+        parts = np.split(self._columns, np.cumsum(sizes)[:-1]) if sizes else []
+        for part, end in zip(parts, ends[1:], strict=True):
+            present = np.take_along_axis(index, part.reshape(len(self), -1).astype(np.int64), 1)
+            np.put_along_axis(depths, present, end, axis=1)
         return depths[:, :most]
 
     @cached_property
@@ -169,41 +189,55 @@ class Record:
             columns[:, layer:] = lengths[:, layer:] if packed else width
         return columns
 
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """One for each prompt."""
+        depths, counts, information = self.depths(), self.counts.tolist(), self.information
+        (flops, kv_bytes), (flops_full, kv_bytes_full) = self.spent, self.plain
+        held, (peaks, peak_full) = self.held_bytes(), self.peaks()
+        samples = []
+        for prompt, (total, text) in enumerate(zip(self.num_visual, self.num_text, strict=True)):
+            seen = self.visual[prompt][self.real[prompt]]
+            # In a batch of several methods some plan and others do not.
+            schedule = self.schedule[prompt] if self.schedule is not None else None
+            samples.append(
+                Sample(
+                    num_visual=total,
+                    num_text=text,
+                    visual_positions=torch.from_numpy(np.flatnonzero(seen)),
+                    tokens_per_layer=counts[prompt],
+                    kept=Kept(depths[prompt, :total].copy(), self.layers),
+                    mutual_information=(
+                        information[prompt] if information is not None and total else None
+                    ),
+                    schedule=list(schedule) if schedule is not None else None,
+                    flops=float(flops[prompt]),
+                    flops_full=float(flops_full[prompt]),
+                    kv_bytes=int(kv_bytes[prompt]),
+                    kv_bytes_full=int(kv_bytes_full[prompt]),
+                    kv_bytes_held=held,
+                    peak_bytes=int(peaks[prompt]),
+                    peak_bytes_full=peak_full,
+                )
+            )
+        return samples
 
-@dataclass
-class Totals:
-    """Sums over prompts, exact however many they are.
-
-    tokens: mean visual tokens per layer. information, measured: bits, of so many prompts. Both, like
-    `visual`, over the prompts that hold a picture.
-    """
-
-    prompts: int = 0
-    with_images: int = 0
-    visual: int = 0
-    tokens: Fraction = Fraction(0)
-    information: Fraction = Fraction(0)
-    measured: int = 0
-    flops: int = 0
-    flops_full: int = 0
-    kv_bytes: int = 0
-    kv_bytes_full: int = 0
-
-    @classmethod
-    def of(cls, record: Record) -> Totals:
-        bits = record.information if record.information is not None else []
+    @cached_property
+    def totals(self) -> Totals:
+        """Sums over the prompts."""
+        bits = self.information if self.information is not None else []
         measured = [
             Fraction(b)
-            for b, n in zip(bits, record.num_visual, strict=False)
+            for b, n in zip(bits, self.num_visual, strict=False)
             if n and b is not None and math.isfinite(b)
         ]
-        pictures = np.array(record.num_visual) > 0
-        (flops, kv_bytes), (flops_full, kv_bytes_full) = record.spent, record.plain
-        return cls(
-            prompts=len(record),
+        pictures = np.array(self.num_visual) > 0
+        (flops, kv_bytes), (flops_full, kv_bytes_full) = self.spent, self.plain
+        return Totals(
+            prompts=len(self),
             with_images=int(pictures.sum()),
-            visual=sum(record.num_visual),
-            tokens=Fraction(int(record.counts[pictures].sum()), record.layers),
+            visual=sum(self.num_visual),
+            tokens=Fraction(int(self.counts[pictures].sum()), self.layers),
             information=sum(measured, Fraction(0)),
             measured=len(measured),
             flops=_sum(flops),
@@ -212,9 +246,12 @@ class Totals:
             kv_bytes_full=_sum(kv_bytes_full),
         )
 
-    def __add__(self, other: Totals) -> Totals:
-        names = [part.name for part in fields(self)]
-        return Totals(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+def _old_columns(tokens: Tokens) -> torch.Tensor:
+    """The columns of the tokens that the prompt had, [batch, n]; -1 for padding and for new ones."""
+    if tokens.index_with_new is None:
+        return tokens.column
+    return tokens.column.masked_fill(tokens.index_with_new == NEW, -1)
 
 
 def _sum(values: Ints) -> int:

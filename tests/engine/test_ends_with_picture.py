@@ -11,9 +11,9 @@ import torch
 import autoprune
 from autoprune import AutoPrune, AutoPruneReference, Budget
 from autoprune.contract import Merged, Selection
-from autoprune.engine.tokens.cut import cut, with_last_tokens
 from autoprune.engine.tokens.layout import Layout
-from autoprune.engine.tokens.present import MERGED, Tokens
+from autoprune.engine.tokens.merged import cut_and_merge, with_last_tokens
+from autoprune.engine.tokens.present import NEW, Tokens
 from autoprune.methods import METHODS
 from autoprune.policy.budget import InfeasibleBudget
 from tests import oracle, zoo
@@ -194,8 +194,8 @@ def test_what_is_merged_stands_before_the_last_token():
     selection = Selection(torch.tensor([[0]]), [1], merged)
     selection, forced = with_last_tokens(tokens, selection, layout.ends_visual)
     assert selection.kept.tolist() == [[3]] and forced.tolist() == [[True]]
-    left, source = cut(tokens, selection, layout.ends_visual)
-    assert left.index.tolist() == [[MERGED, MERGED, 3]]
+    left, source = cut_and_merge(tokens, selection, layout.ends_visual)
+    assert left.index.tolist() == [[NEW, NEW, 3]]
     assert source.tolist() == [[0, 5, 6, 4]]
 
 

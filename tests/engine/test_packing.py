@@ -10,9 +10,7 @@ import torch
 from transformers import StaticCache
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine.tokens.layout import Layout
 from autoprune.engine.tokens.packing import WORTH_PACKING, Packing
-from autoprune.engine.tokens.present import Tokens
 from autoprune.errors import UnsupportedError
 from tests import oracle, zoo, zoo_decoders
 from tests.scattered import DEEP, PRE_LLM, Scattered
@@ -46,8 +44,7 @@ def ragged_forward(model, name="llava", schedules=DEEP, **options):
 
 def test_packing_and_unpacking_are_inverse():
     real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
-    layout = Layout(real.numpy(), torch.zeros_like(real).numpy())
-    packing = Packing(Tokens.of(layout, real.device))
+    packing = Packing.of([2, 4, 3], 4, real.device)
     padded = torch.arange(24.0).view(3, 4, 2)
     row = packing.pack(padded)
     assert row.shape == (1, 9, 2)

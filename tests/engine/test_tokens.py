@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.contract import Merged, Selection
-from autoprune.engine.tokens.cut import cut
+from autoprune.engine.tokens.cut import Plan, Sizes
 from autoprune.engine.tokens.layout import Layout
-from autoprune.engine.tokens.present import MERGED, Tokens
+from autoprune.engine.tokens.merged import cut_and_merge
+from autoprune.engine.tokens.present import NEW, Tokens
 
 CPU = torch.device("cpu")
 TEXT = "text"
@@ -54,9 +55,9 @@ def draw_cut(data, prompts):
             if token[1] == TEXT or i in survivors:
                 result.append((token, i))
             elif not behind and visual.index(i) in heirs:
-                result.append(((token[0], MERGED), ("new", heirs.index(visual.index(i)))))
+                result.append(((token[0], NEW), ("new", heirs.index(visual.index(i)))))
             if behind and visual and i == visual[-1]:
-                result += [((token[0], MERGED), ("new", n)) for n in range(len(heirs))]
+                result += [((token[0], NEW), ("new", n)) for n in range(len(heirs))]
         kept.append(chosen)
         places.append(heirs)
         results.append(result)
@@ -102,7 +103,19 @@ def check(tokens, prompts):
     assert ((tokens.slots >= 0) & (tokens.slots < max(tokens.width, 1))).all()
 
 
-@settings(max_examples=300, deadline=None)
+def cut(tokens, selection):
+    """One cut, not packed; sources are places in each prompt."""
+    if selection.merged is not None:
+        return cut_and_merge(tokens, selection)
+    sizes = Sizes(tokens, None, np.array([selection.counts]), may_pack=False)
+    (made,) = Plan(tokens, None, tokens.ranks_of(selection.kept), sizes, range(1)).cuts([1])
+    source = made.source.view(tokens.batch, -1)
+    prompt, place = source // max(tokens.width, 1), source % max(tokens.width, 1)
+    assert (prompt == torch.arange(tokens.batch)[:, None]).all()
+    return made.tokens, place
+
+
+@settings(max_examples=100, deadline=None)
 @given(layouts(), st.data())
 def test_cuts_leave_what_they_say(layout, data):
     tokens, prompts = Tokens.of(layout, CPU), as_lists(layout)
@@ -127,6 +140,62 @@ def test_cuts_leave_what_they_say(layout, data):
         spread = tokens.spread(values, torch.zeros_like(tokens.column))
         for row, count in enumerate(tokens.counts):
             assert spread[row][spread[row] > 0].tolist() == values[row, :count].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.booleans(), st.data())
+def test_cuts_of_one_ranking_are_those_made_one_by_one(layout, may_pack, data):
+    """Two rankings of up to three cuts each; hidden states are the columns, 100 more for each prompt."""
+    tokens, packing, prompts = Tokens.of(layout, CPU), None, as_lists(layout)
+    batch = len(prompts)
+    hidden = (torch.arange(tokens.width) + 100 * torch.arange(batch)[:, None]).flatten()
+    rotary = torch.arange(batch * tokens.width).view(batch, -1)
+    shared = torch.arange(tokens.width)[None]
+    for _ in range(2):
+        falls = st.integers(0, 3)
+        counts = [
+            list(np.maximum(n - np.cumsum([data.draw(falls) for _ in range(3)]), 0))
+            for n in tokens.counts
+        ]
+        order = torch.zeros(batch, max(tokens.counts), dtype=torch.long)
+        ranked = []
+        for row, n in enumerate(tokens.counts):
+            ranked.append(data.draw(st.permutations(range(n))))
+            order[row] = torch.tensor([*ranked[-1], *range(n, max(tokens.counts))])
+        sizes = Sizes(tokens, packing, np.array(counts).T, may_pack)
+        plan = Plan(tokens, packing, tokens.ranks(order), sizes, range(3))
+        visual = [[i for i, (_, kind) in enumerate(p) if kind != TEXT] for p in prompts]
+        for depth, made in enumerate(plan.cuts([4, 5, 6])):
+            kept = [
+                {v[i] for i in ranks[: own[depth]]}
+                for v, ranks, own in zip(visual, ranked, counts, strict=True)
+            ]
+            left = [
+                [token for i, token in enumerate(p) if token[1] == TEXT or i in stay]
+                for p, stay in zip(prompts, kept, strict=True)
+            ]
+            check(made.tokens, left)
+            hidden, tokens, packing = hidden[made.source], made.tokens, made.packing
+            shown = hidden[None] if packing else hidden.view(batch, -1)
+            wanted = [torch.tensor([c + 100 * i for c, _ in p]) for i, p in enumerate(left)]
+            own = made.columns.take(rotary, rotary, -1)[made.rows]
+            same = made.columns.take(shared, shared, -1)[made.rows]
+            if packing:
+                assert shown[0].tolist() == torch.cat(wanted).tolist()
+                padded = packing.unpack(shown)
+                assert packing.pack(padded).tolist() == shown.tolist()
+                assert own.tolist() == [
+                    int(h) // 100 * rotary.shape[1] + int(h) % 100 for h in hidden
+                ]
+                assert same.tolist() == [int(h) % 100 for h in hidden]
+            else:
+                padded = shown
+            for row, values in enumerate(wanted):
+                first = tokens.width - len(values)
+                assert padded[row, first:].tolist() == values.tolist()
+                # Padding holds a token of the same prompt.
+                assert not len(values) or (padded[row, :first] // 100 == row).all()
+        prompts = left
 
 
 def test_one_picture_at_the_same_place_is_one_block():

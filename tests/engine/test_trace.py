@@ -13,7 +13,7 @@ import torch
 
 from autoprune import AutoPrune, Budget, create
 from autoprune.engine import record as recording
-from autoprune.trace import WAITING, Trace
+from autoprune.trace import WAITING, Totals, Trace
 from tests import zoo
 
 METHOD = AutoPrune(Budget.ratio(0.5))
@@ -82,7 +82,7 @@ def test_the_summary_counts_what_is_no_longer_kept_to_the_last_bit():
 
 
 def test_sums_stay_exact_where_floats_do_not():
-    half = recording.Totals(prompts=1, flops=2**53 + 1, flops_full=2**54 + 2)
+    half = Totals(prompts=1, flops=2**53 + 1, flops_full=2**54 + 2)
     assert (half + half).flops == 2**54 + 2
 
 

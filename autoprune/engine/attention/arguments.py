@@ -12,14 +12,12 @@ from ...errors import UnsupportedError
 from ..cache import argument as cache_argument
 from ..cache.pruned import is_static
 from ..locate import Located
-from ..tokens.packing import Packing
+from ..tokens.cut import Stage
 from ..tokens.present import Tokens
-from .masks import BlockMask, causal_mask, gather_block_mask, gather_mask
-from .positions import compacted_positions, take_columns
+from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask
 
 # Arguments that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
-
 
 # Cosine and sine, or both as one complex tensor (DeepSeek-V2): each [batch or 1, S, size], or [3, ...].
 Rotary = tuple[torch.Tensor, ...] | torch.Tensor
@@ -29,20 +27,22 @@ class LayerArguments:
     """Keyword arguments of the layers of one prefill; what the layers between two cuts share is made once.
 
     Args:
-        tokens: those present at first.
+        stage: the first one.
         length: columns of the whole prompt.
     """
 
-    def __init__(self, located: Located, positions: Positions, tokens: Tokens, length: int):
+    def __init__(self, located: Located, positions: Positions, stage: Stage, length: int):
         self.located, self.positions, self.length = located, positions, length
         self.implementation = located.implementation
-        # The whole prompt's, for all cuts.
-        self._rotations: dict[int, tuple[Any, torch.Tensor]] = {}
-        self.follow(tokens, None)
+        self._masks = CausalMasks()
+        # Cosine and sine of the whole prompt as one tensor, for all cuts.
+        self._rotations: dict[int, tuple[Rotary, torch.Tensor]] = {}
+        self._known: set[str] = set()
+        self.follow(stage)
 
-    def follow(self, tokens: Tokens, packing: Packing | None) -> None:
-        """Go on with the tokens that a cut left, and with how hidden states hold them."""
-        self.tokens, self.packing = tokens, packing
+    def follow(self, stage: Stage) -> None:
+        """Go on with the layers behind a cut."""
+        self.stage, self.tokens = stage, stage.tokens
         self._made: dict[Any, tuple[Any, Any]] = {}
 
     def fit(self, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
@@ -51,27 +51,28 @@ class LayerArguments:
         Raises:
             UnsupportedError: a mask or an argument that cannot be cut.
         """
-        kwargs = dict(kwargs)
-        self._guard(kwargs)
+        self._refuse_unknown(kwargs)
         keys = layer.max_cache_len if is_static(layer) else self.tokens.width
-        mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = self._once(("mask", keys), mask, lambda: self._mask(mask, keys))
-        embeddings = kwargs.get("position_embeddings")
+        mask, embeddings = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        fitting = {
+            "attention_mask": self._once(
+                ("mask", keys), mask, lambda: self._mask(mask, keys, hidden.dtype)
+            )
+        }
         if embeddings is not None:
-            kwargs["position_embeddings"] = self._once(
+            fitting["position_embeddings"] = self._once(
                 "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
             )
-        ids = kwargs.get("position_ids")
-        if ids is not None:
-            kwargs["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
-        return kwargs
+        if (ids := kwargs.get("position_ids")) is not None:
+            fitting["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
+        return {**kwargs, **fitting}
 
     def compacted(self, hidden: torch.Tensor) -> Rotary:
         """Rotary embeddings of compacted positions."""
 
-        def rotate():
+        def rotate() -> Rotary:
             embeddings = self.located.text.rotary_emb(hidden, compacted_positions(self.tokens))
-            return _like(embeddings, self._packed(_parts(embeddings), dim=-3))
+            return _like(embeddings, [self._packed(part, -3) for part in _parts(embeddings)])
 
         return self._once("compacted", None, rotate)
 
@@ -82,16 +83,16 @@ class LayerArguments:
             self._made[key] = source, make()
         return self._made[key][1]
 
-    def _mask(self, mask: Any, keys: int) -> Any:
-        tokens, implementation = self.tokens, self.implementation
+    def _mask(self, mask: Any, keys: int, dtype: torch.dtype) -> Any:
+        tokens = self.tokens
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             return (tokens.column >= 0).to(mask.dtype) if tokens.padded else None
-        if mask is None and "flash" in implementation:
+        if mask is None and "flash" in self.implementation:
             return (tokens.column >= 0).to(torch.long) if tokens.padded else None
         if mask is None and not tokens.padded:
             return None
         if mask is None:
-            return causal_mask(tokens, keys)
+            return self._masks.of(tokens, keys, dtype)
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
             return gather_mask(mask, tokens, keys)
         if isinstance(mask, BlockMask):
@@ -107,7 +108,7 @@ class LayerArguments:
         if id(embeddings) not in self._rotations:
             # Cosine and sine in one tensor are taken from in one go; the source is held, as above.
             self._rotations[id(embeddings)] = embeddings, torch.stack(_parts(embeddings))
-        taken = self._take(self._rotations[id(embeddings)][1], dim=-2)
+        taken = self._take(self._rotations[id(embeddings)][1], embeddings, dim=-2)
         return _like(embeddings, taken.unbind(0))
 
     def _position_ids(self, ids: torch.Tensor) -> torch.Tensor:
@@ -116,39 +117,31 @@ class LayerArguments:
             # Gaps in the positions would look like several packed sequences to flash attention.
             return torch.arange(width, device=ids.device)[None].expand_as(ids[..., :width])
         if self.positions == "compacted":
-            return self._packed([compacted_positions(self.tokens)], dim=-2)[0]
-        return self._take(ids, dim=-1)
+            return self._packed(compacted_positions(self.tokens), -2)
+        return self._take(ids, ids, dim=-1)
 
-    def _take(self, values: torch.Tensor, dim: int) -> torch.Tensor:
-        """`take_columns` of the tokens present, in the form of hidden states."""
-        if self.packing is None:
-            return take_columns(values, self.tokens.some_column, dim)
-        own, length = values.shape[dim - 1 :][:2]
-        if own > 1:
-            # What the prompts do not share, in one row.
-            values = values.flatten(dim - 1, dim).unsqueeze(dim - 1)
-        column = self._once(("column", own, length), None, lambda: self._packed_column(own, length))
-        return take_columns(values, column, dim)
+    def _take(self, values: torch.Tensor, source: Any, dim: int) -> torch.Tensor:
+        """Those of the tokens present, in the form of hidden states.
 
-    def _packed_column(self, own: int, length: int) -> torch.Tensor:
-        """LongTensor [1, total], where the packed tokens come from: columns if `own` is 1, and else places
-        in the columns of all prompts, joined.
+        Args:
+            values: [..., batch or 1, S], or with features behind it.
+            source: what they were made of.
+            dim: where S is: -1, or -2 with features.
         """
-        assert self.packing is not None
-        column = self.tokens.column
-        if own > 1:
-            first = torch.arange(0, own * length, length, device=column.device)
-            column = column + first[:, None]
-        return self.packing.pack(column)
+        columns, rows = self.stage.columns, self.stage.rows
+        assert columns is not None and rows is not None
+        taken = columns.take(values, source, dim).narrow(dim, rows.start, rows.stop - rows.start)
+        batch = 1 if self.stage.packing is not None else self.tokens.batch
+        return taken.unflatten(dim, (batch, -1))
 
-    def _packed(self, values: Sequence[torch.Tensor], dim: int) -> tuple[torch.Tensor, ...]:
-        """Tensors [..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""
-        packing = self.packing
-        if packing is None:
-            return tuple(values)
-        return tuple(packing.pack(value, value.ndim + dim) for value in values)
+    def _packed(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """[..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""
+        packing = self.stage.packing
+        return values if packing is None else packing.pack(values, values.ndim + dim)
 
-    def _guard(self, kwargs: dict) -> None:
+    def _refuse_unknown(self, kwargs: dict) -> None:
+        if self._known.issuperset(kwargs):
+            return
         for name, value in kwargs.items():
             if name in HANDLED or not isinstance(value, torch.Tensor):
                 continue
@@ -158,12 +151,18 @@ class LayerArguments:
                     f"{list(value.shape)}, which follows the sequence and cannot be cut; "
                     "this decoder is not supported"
                 )
+        self._known = set(kwargs)
+
+
+def compacted_positions(tokens: Tokens) -> torch.Tensor:
+    """Positions 0, 1, ... over the real tokens of each prompt, [batch, n]."""
+    return ((tokens.column >= 0).cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _parts(embeddings: Rotary) -> tuple[torch.Tensor, ...]:
     return (embeddings,) if isinstance(embeddings, torch.Tensor) else tuple(embeddings)
 
 
-def _like(embeddings: Rotary, parts: tuple[torch.Tensor, ...]) -> Rotary:
+def _like(embeddings: Rotary, parts: Sequence[torch.Tensor]) -> Rotary:
     """`parts` in the form that `embeddings` came in."""
-    return parts[0] if isinstance(embeddings, torch.Tensor) else parts
+    return parts[0] if isinstance(embeddings, torch.Tensor) else tuple(parts)

@@ -39,7 +39,7 @@ def gather_mask(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Te
     mask = mask.gather(2, rows)
     columns = column[:, None, None, :].expand(-1, mask.shape[1], width, -1)
     mask = mask.gather(3, columns)
-    if tokens.merged:
+    if tokens.has_new:
         later = (column[:, None] == column[..., None]).triu(1)
         mask = mask.masked_fill(later[:, None], blocked_value(mask))
     return _finish(mask, tokens, key_length)
@@ -54,23 +54,39 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
         inside = key < width
         key = key.clamp(max=width - 1)
         seen = old(b, h, column[b, query], column[b, key]) & real[b, key] & inside
-        if tokens.merged:
+        if tokens.has_new:
             seen = seen & ((key <= query) | (column[b, query] != column[b, key]))
         return seen | (~real[b, query] & (query == key))
 
     return create_block_mask(kept_only, batch, None, width, key_length, device=column.device)
 
 
-def causal_mask(tokens: Tokens, key_length: int) -> torch.Tensor:
-    """bool [batch, 1, n, keys]: each token sees those before it, of the tokens that a cut left."""
-    order = tokens.ascending[:, : tokens.width]
-    allowed = order <= order[..., None]
-    if tokens.padded:
-        allowed = allowed & (order >= tokens.arrangement.first_seen[..., None])
-    allowed = allowed[:, None].expand(len(tokens.column), -1, -1, -1)
-    if key_length > tokens.width:
-        allowed = pad(allowed, (0, key_length - tokens.width), value=False)
-    return allowed
+class CausalMasks:
+    """Masks of tokens that see those before them, for all depths of a prefill; made from one triangle.
+
+    They are additive, as attention would turn a bool mask into one in every layer.
+    """
+
+    def __init__(self) -> None:
+        self._triangle: torch.Tensor | None = None
+
+    def of(self, tokens: Tokens, key_length: int, dtype: torch.dtype) -> torch.Tensor:
+        """[batch or 1, 1, n, keys], for what a cut left, with padding on the left."""
+        # Two of these added are still finite, so that no row of padding is without weight.
+        blocked, width = torch.finfo(dtype).min / 2, tokens.width
+        device = tokens.column.device
+        if self._triangle is None or self._triangle.shape[0] < width:
+            full = torch.full((width, width), blocked, dtype=dtype, device=device)
+            self._triangle = full.triu_(1)
+        mask = self._triangle[None, None, :width, :width]
+        # Kernels read masks whose rows begin at multiples of 8 as they are.
+        shape = tokens.batch if tokens.padded else 1, 1, width, -(-key_length // 8) * 8
+        if tokens.padded:
+            padding = torch.where(tokens.column < 0, blocked, 0.0).to(dtype)[:, None, None]
+            mask = torch.add(mask, padding, out=mask.new_empty(shape)[..., :width])
+        if key_length > width:
+            mask = pad(mask, (0, key_length - width), value=blocked)
+        return mask
 
 
 def row_mask(

@@ -182,7 +182,7 @@ class Observer:
             seen.keys, seen.text_keys = partial(take, key, slots), partial(take, key, text)
             seen.queries = partial(take, query, slots)
         if needs.vision:
-            self._add_vision(seen, tokens.index)
+            self._add_vision(seen, tokens)
         if self._ends is not None:
             place = np.array(tokens.counts)[:, None] - 1
             required = self._ends & (np.arange(tokens.index.shape[1]) == place)
@@ -191,7 +191,12 @@ class Observer:
             seen.beside = self.observation(cut, needs.beside, tokens, hidden)
         return seen
 
-    def _add_vision(self, seen: Observation, visual: torch.Tensor) -> None:
+    def _add_vision(self, seen: Observation, tokens: Tokens) -> None:
+        if not tokens.was_cut:
+            for name, values in self._vision.items():
+                setattr(seen, name, values)
+            return
+        visual = tokens.index
         original = visual.clamp(min=0)
         for name, values in self._vision.items():
             index = original.view(*original.shape, *[1] * (values.ndim - 2))

@@ -23,14 +23,6 @@ DRAFTS = "_autoprune_drafts"
 
 
 @dataclass(eq=False)
-class Stage:
-    """The tokens entering `first_layer` and the layers behind it up to the next cut."""
-
-    first_layer: int
-    tokens: Tokens
-
-
-@dataclass(eq=False)
 class PrunedCache:
     """What was cut from a cache at prefill; it lives on the cache's layers, so generations never share it.
 

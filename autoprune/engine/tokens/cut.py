@@ -1,204 +1,290 @@
-"""What a cut leaves of the tokens that were present."""
+"""What cuts leave of the tokens that are present: decided once, applied everywhere.
+
+A cut that only drops tokens follows from a rank for each token and the number that each prompt keeps. All
+cuts that one ranking decides are planned together, so that each of them is one `index_select` later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...contract import Merged, Selection
 from ...parts.transfer import all_to_device, to_device
-from .present import MERGED, Arrangement, Tokens, length_mask
+from .packing import WORTH_PACKING, Packing
+from .present import Tokens
 
 
-def with_last_tokens(
-    tokens: Tokens, selection: Selection, ends_visual: Sequence[bool]
-) -> tuple[Selection, torch.Tensor | None]:
-    """The same selection with the last token of every prompt that ends with its picture.
+@dataclass(eq=False)
+class Stage:
+    """The layers between two cuts.
 
-    It takes the place of the kept token that stands last, or is kept where none is.
-
-    Returns:
-        The selection, and bool [batch, K]: which kept tokens stay as they are, whatever `states` says; None
-        if the selection is as it was.
+    tokens: those that enter them; packing: how hidden states hold these.
+    columns, rows: their columns are these rows of it; None before the first cut.
     """
-    rows = [row for row, ends in enumerate(ends_visual) if ends]
-    if not rows:
-        return selection, None
-    counts = [max(n, int(ends)) for n, ends in zip(selection.counts, ends_visual, strict=True)]
-    kept, states = selection.kept, selection.states
-    if (missing := max(counts) - kept.shape[1]) > 0:
-        kept = torch.nn.functional.pad(kept, (0, missing), value=-1)
-    if states is not None and states.shape[1] < kept.shape[1]:
-        states = torch.nn.functional.pad(states, (0, 0, 0, kept.shape[1] - states.shape[1]))
-    # Kept positions ascend, so that the last token can only be the last of them.
-    place = [counts[row] - 1 for row in rows]
-    last = [tokens.counts[row] - 1 for row in rows]
-    row, place, last = all_to_device([np.array(n) for n in (rows, place, last)], kept.device)
-    forced = torch.zeros_like(kept, dtype=torch.bool)
-    forced = forced.index_put((row, place), kept[row, place] != last)
-    kept = kept.index_put((row, place), last)
-    return replace(selection, kept=kept, counts=counts, states=states), forced
+
+    first_layer: int
+    tokens: Tokens
+    packing: Packing | None = None
+    columns: Columns | None = None
+    rows: slice | None = None
 
 
-def cut(
-    tokens: Tokens, selection: Selection, ends_visual: Sequence[bool] | None = None
-) -> tuple[Tokens, torch.Tensor]:
-    """The tokens after a cut, and where each comes from.
+@dataclass(frozen=True)
+class Cut:
+    """What is done before the first layer of a stage.
+
+    source: LongTensor [rows]: for each row of the new hidden states which row of the old ones it is. Rows are
+        those of [batch, n] or of a packed [1, total], flattened.
+    """
+
+    stage: Stage
+    source: torch.Tensor
+
+
+class Columns:
+    """The columns of tokens in the form of hidden states, for several depths behind each other.
+
+    What follows the columns, such as rotary embeddings, is taken for all of these depths at once.
 
     Args:
-        ends_visual: which prompts end with a visual token, behind which nothing is put; None for none.
-
-    Returns:
-        The new tokens, and LongTensor [batch, n'] of sources: places in the old sequence, or
-        width + i for merged token i. Sources of padding point anywhere.
+        columns: LongTensor [rows]; -1 for padding, if there is any.
+        prompt: gives LongTensor [rows], which prompt each belongs to.
     """
-    counts = list(selection.counts)
-    kept = selection.kept
-    if kept.shape[1] > max(counts):
-        kept = kept[:, : max(counts)]
-    if selection.merged is None and tokens.places is None:
-        if tokens.block is not None and min(counts) == max(counts):
-            return _cut_block(tokens, kept, counts)
-        return _cut_pieces(tokens, kept, counts)
-    if min(counts) < max(counts):
-        mask = kept >= 0
-        kept = kept.clamp(min=0)
-        visual = tokens.slots.gather(1, kept).where(mask, -1)
-        index = tokens.index.gather(1, kept).where(mask, -1)
-    else:
-        visual, index = tokens.slots.gather(1, kept), tokens.index.gather(1, kept)
-    # Each token's place is its key: sorting puts padding in front and the rest in order.
-    keys, sources, column = torch.cat([tokens.text, visual], dim=1), None, tokens.column
-    if (merged := selection.merged) is not None:
-        counts = [a + b for a, b in zip(counts, merged.counts, strict=True)]
-        keys, sources, index, column = _with_merged(
-            tokens, merged, max(counts), visual, index, ends_visual
+
+    def __init__(self, columns: torch.Tensor, prompt: Callable[[], torch.Tensor], padded: bool):
+        self._columns = columns.clamp(min=0) if padded else columns
+        self._prompt = prompt
+        self._taken: dict[int, tuple[Any, torch.Tensor]] = {}
+
+    def take(self, values: torch.Tensor, source: Any, dim: int) -> torch.Tensor:
+        """From [..., batch or 1, S, ...] to [..., rows, ...].
+
+        Args:
+            source: what the values were made of. They are taken once for it.
+            dim: where S is, from behind: -1, or -2 with features.
+        """
+        if id(source) not in self._taken:
+            batch, length = values.shape[dim - 1], values.shape[dim]
+            index = self._columns
+            if batch > 1:
+                index, values = index + self._prompt() * length, values.flatten(dim - 1, dim)
+            else:
+                values = values.squeeze(dim - 1)
+            # The source is held, so that its id stays its own.
+            self._taken[id(source)] = source, values.index_select(dim, index.to(values.device))
+        return self._taken[id(source)][1]
+
+
+class Sizes:
+    """How many tokens the prompts have at depths that follow each other, each of them behind a cut.
+
+    Args:
+        tokens, packing: present before the first of these cuts.
+        counts: int [depths, batch], visual tokens.
+        may_pack: whether depths may be packed.
+    """
+
+    def __init__(self, tokens: Tokens, packing: Packing | None, counts: np.ndarray, may_pack: bool):
+        self.device, self.batch = tokens.column.device, tokens.batch
+        self.counts = counts
+        self.lengths = counts + np.array(tokens.lengths) - np.array(tokens.counts)
+        self.widths, real = self.lengths.max(axis=1), self.lengths.sum(axis=1)
+        every = self.batch * self.widths
+        self.packed = (every - real >= WORTH_PACKING * np.maximum(real, 1)) & may_pack
+        self.padded = bool(((every > real) & ~self.packed).any())
+        # Hidden states of all depths behind each other, and those that are packed once more with padding.
+        self.ends = np.where(self.packed, real, every).cumsum()
+        self.padded_ends = np.where(self.packed, every, 0).cumsum()
+        number = np.arange(1, self.batch + 1)
+        last = np.cumsum(tokens.lengths) if packing else number * tokens.width
+        self._last_rows_now = last - 1
+
+    def rows(self, depth: int) -> slice:
+        """Those of a depth among all hidden states."""
+        return _span(self.ends, depth)
+
+    def padded_rows(self, depth: int) -> slice:
+        """The same in padded form, of a depth that is packed."""
+        return _span(self.padded_ends, depth)
+
+    @cached_property
+    def _before_first(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row before each prompt's first token, [depths, batch]: packed, and with padding in front."""
+        width = self.widths[:, None]
+        padded = np.arange(1, self.batch + 1) * width - self.lengths - 1
+        return self.lengths.cumsum(axis=1) - self.lengths - 1, padded
+
+    @cached_property
+    def _before_first_as_held(self) -> np.ndarray:
+        return np.where(self.packed[:, None], *self._before_first)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """LongTensor [5, depths, batch]: what each prompt keeps, and the row before its first one: in its own
+        depth and among all depths, and the same two with padding.
+        """
+        held, padded = self._before_first_as_held, self._before_first[1]
+        starts, padded_starts = (
+            np.concatenate([[0], ends[:-1]])[:, None] for ends in (self.ends, self.padded_ends)
         )
-    lengths = [
-        n - old + new for n, old, new in zip(tokens.lengths, tokens.counts, counts, strict=True)
-    ]
-    width = max(lengths)
-    padded, surplus = min(lengths) < width, keys.shape[1] - width
-    source, ranked = keys.sort(dim=1, stable=True)
-    # Where each went: the inverse of the ranking.
-    order = torch.arange(keys.shape[1], device=keys.device)
-    went = torch.empty_like(ranked).scatter_(1, ranked, order.expand_as(ranked))
-    if sources is not None:
-        source = sources.gather(1, ranked)
-    if surplus:
-        source, went = source[:, surplus:], went - surplus
-    text, slots = went.split([went.shape[1] - index.shape[1], index.shape[1]], dim=1)
-    if padded:
-        real = source >= 0
-        source = source.clamp(min=0)
-        column = column.gather(1, source).where(real, -1)
-        text = text.where(tokens.text >= 0, -1)
-    else:
-        column = column.gather(1, source)
-    heads, places = tokens.heads, None
-    if heads is None:
-        places = text, slots.clamp(min=0) if min(counts) < max(counts) else slots
-    has_merged = tokens.merged or merged is not None
-    new = Tokens(column, index, order[None], lengths, counts, heads, places, True, has_merged)
-    return new, source
+        table = [self.counts, held, held + starts, padded, padded + padded_starts]
+        return to_device(np.stack(table), self.device)
+
+    # What is not finite in one prompt must reach no other: padding holds a token of its own prompt.
+
+    def rows_for_padding(self) -> torch.Tensor:
+        """LongTensor [rows of all depths + 1]: a row of the same prompt in the depth before."""
+        last = self._before_first_as_held + self.lengths
+        before = np.concatenate([self._last_rows_now[None], last[:-1]])
+        number = np.where(self.packed[:, None], self.lengths, self.widths[:, None])
+        return self._repeated(before, number)
+
+    def packed_rows_for_padding(self) -> torch.Tensor:
+        """LongTensor [padded rows of all depths + 1]: a packed row of the same prompt and depth."""
+        number = np.where(self.packed, self.widths, 0)[:, None].repeat(self.batch, axis=1)
+        last = self.lengths.sum(axis=1, keepdims=True) - 1
+        first = np.minimum(self._before_first[0] + 1, np.maximum(last, 0))
+        return self._repeated(first, number)
+
+    def _repeated(self, values: np.ndarray, number: np.ndarray) -> torch.Tensor:
+        number[-1, -1] += 1
+        one, several = all_to_device([values.ravel(), number.ravel()], self.device)
+        return one.repeat_interleave(several, output_size=int(number.sum()))
 
 
-def _cut_block(
-    tokens: Tokens, kept: torch.Tensor, counts: list[int]
-) -> tuple[Tokens, torch.Tensor]:
-    """`cut`, where only places of one block are dropped, equally many in all prompts."""
-    assert tokens.block is not None
-    start, stop = tokens.block.start, tokens.block.stop
-    head, tail = tokens.ascending[:, :start], tokens.ascending[:, stop : tokens.width]
-    if (batch := len(tokens.column)) > 1:
-        head, tail = head.expand(batch, -1), tail.expand(batch, -1)
-    source = torch.cat([head, kept + start, tail], dim=1)
-    dropped = tokens.counts[0] - counts[0]
-    new = Tokens(
-        column=tokens.column.gather(1, source),
-        index=tokens.index.gather(1, kept),
-        ascending=tokens.ascending,
-        lengths=[n - dropped for n in tokens.lengths],
-        counts=counts,
-        heads=tokens.heads,
-        was_cut=True,
-        merged=tokens.merged,
-    )
-    return new, source
+def _span(ends: np.ndarray, depth: int) -> slice:
+    return slice(int(ends[depth - 1]) if depth else 0, int(ends[depth]))
 
 
-def _cut_pieces(
-    tokens: Tokens, kept: torch.Tensor, counts: list[int]
-) -> tuple[Tokens, torch.Tensor]:
-    """`cut`, where the visual tokens of every prompt are in one piece and nothing is merged.
+class Plan:
+    """The cuts that one ranking decides.
 
-    All but the kept places is known on the host.
+    Args:
+        tokens, packing: what is present.
+        ranks: LongTensor [batch, n]: a cut that keeps k visual tokens of a prompt keeps ranks below k.
+        sizes: of these cuts, and of others.
+        depths: which of the sizes are these cuts'.
     """
-    heads, lengths, old = tokens.geometry
-    number = np.array(counts)[:, None]
-    left = lengths - old + number
-    width = int(left.max())
-    arrangement = Arrangement.on_host(width, heads, left, number)
-    slots, slot_mask = arrangement[:2]
-    place = np.arange(width) - (width - left)
-    before = np.where(place < heads, place, place + (old - number)) + (tokens.width - lengths)
-    before[place < 0] = 0
-    # Of a visual token, where its piece begins: the kept place is added to it.
-    rows = (slots + width * np.arange(len(old))[:, None])[slot_mask]
-    before.flat[rows] = np.repeat(tokens.width - lengths + heads, counts)
-    arrays = [before.ravel(), rows, np.flatnonzero(slot_mask), place < 0, *arrangement]
-    source, rows, chosen, padding, *arranged = all_to_device(arrays, tokens.column.device)
-    source.index_add_(0, rows, kept.flatten().index_select(0, chosen))
-    source = source.view(padding.shape)
-    column = tokens.column.gather(1, source)
-    index = tokens.index.gather(1, kept.clamp(min=0))
-    new = Tokens(
-        column=column.masked_fill(padding, -1) if left.min() < width else column,
-        index=index.where(arranged[1], -1) if number.min() < number.max() else index,
-        ascending=tokens.ascending,
-        lengths=left[:, 0].tolist(),
-        counts=counts,
-        heads=tokens.heads,
-        was_cut=True,
-        merged=tokens.merged,
-        arranged=Arrangement(*arranged),
-    )
-    return new, source
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        packing: Packing | None,
+        ranks: torch.Tensor,
+        sizes: Sizes,
+        depths: range,
+    ):
+        self.tokens, self.packing, self.sizes, self.depths = tokens, packing, sizes, depths
+        self._numbers = sizes.numbers[:, depths.start : depths.stop, :, None]
+        # All of these are [cuts, batch, n], for each token that is present.
+        self._kept = ranks < self._numbers[0]
+        self._order = self._kept.cumsum(dim=2)
+        self.place, goes = (self._order + self._numbers[1:3]).unbind(0)
+        self._goes = goes.where(self._kept, int(sizes.ends[-1]))
+
+    def cuts(self, layers: Sequence[int]) -> list[Cut]:
+        """The cuts, one before each of these layers."""
+        sizes, padded = self.sizes, self.sizes.padded
+        before = self._now if len(layers) == 1 else torch.cat([self._now, self.place[:-1]])
+        source = self._put(before, sizes.rows_for_padding() if padded else None)
+        columns = self._put(self.tokens.column, -1 if padded else None)
+        span = slice(sizes.rows(self.depths[0]).start, sizes.rows(self.depths[-1]).stop)
+        shared = Columns(columns[span], partial(self._prompt, span), padded)
+        cuts = []
+        for layer, depth in zip(layers, self.depths, strict=True):
+            rows = sizes.rows(depth)
+            packing = self._packing(depth) if sizes.packed[depth] else None
+            within = slice(rows.start - span.start, rows.stop - span.start)
+            stage = Stage(layer, self._left(depth, columns), packing, shared, within)
+            cuts.append(Cut(stage, source[rows]))
+        return cuts
+
+    def _left(self, depth: int, columns: torch.Tensor) -> Tokens:
+        sizes, tokens, index = self.sizes, self.tokens, self._index_with_new
+        rows = sizes.rows(depth)
+        if sizes.packed[depth]:
+            columns, rows = self._padded_columns, sizes.padded_rows(depth)
+            index = self._padded_index_with_new
+        shape = sizes.batch, int(sizes.widths[depth])
+        return Tokens(
+            tokens.prompts,
+            sizes.lengths[depth].tolist(),
+            sizes.counts[depth].tolist(),
+            columns[rows].view(shape),
+            tokens.heads,
+            was_cut=True,
+            index_with_new=None if index is None else index[rows].view(shape),
+        )
+
+    @property
+    def _now(self) -> torch.Tensor:
+        """LongTensor [1, batch, n], the row of each token that is present."""
+        if self.packing is not None:
+            return self.packing.place[None]
+        batch, width = self.tokens.column.shape
+        if batch == 1:
+            return self.tokens.prompts.ascending[None, None, :width]
+        return torch.arange(batch * width, device=self._goes.device).view(1, batch, width)
+
+    def _put(self, values: torch.Tensor, padding: torch.Tensor | int | None) -> torch.Tensor:
+        """Values of the tokens present, [batch, n] or [cuts, batch, n], where they go in hidden states."""
+        # One row more takes what is dropped.
+        rows = int(self.sizes.ends[-1]) + 1
+        return _filled(padding, rows, values.device).index_put_((self._goes,), values)
+
+    def _prompt(self, span: slice) -> torch.Tensor:
+        batch = torch.arange(self.sizes.batch, device=self._goes.device)[:, None]
+        return self._put(batch, 0 if self.sizes.padded else None)[span]
+
+    @cached_property
+    def _goes_padded(self) -> torch.Tensor:
+        goes = self._order + self._numbers[4]
+        packed = self.sizes.packed[self.depths.start : self.depths.stop]
+        kept = self._kept
+        if not packed.all():
+            kept = kept & to_device(packed, kept.device)[:, None, None]
+        return goes.where(kept, int(self.sizes.padded_ends[-1]))
+
+    @cached_property
+    def _padded_columns(self) -> torch.Tensor:
+        return self._put_padded(self.tokens.column, -1)
+
+    @cached_property
+    def _index_with_new(self) -> torch.Tensor | None:
+        index = self.tokens.index_with_new
+        return None if index is None else self._put(index, -1)
+
+    @cached_property
+    def _padded_index_with_new(self) -> torch.Tensor | None:
+        index = self.tokens.index_with_new
+        return None if index is None else self._put_padded(index, -1)
+
+    def _put_padded(self, values: torch.Tensor, padding: Any) -> torch.Tensor:
+        rows = int(self.sizes.padded_ends[-1]) + 1
+        held = _filled(padding, rows, values.device)
+        return held.index_put_((self._goes_padded,), values)
+
+    @cached_property
+    def _maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For all depths: the packed row of each padded one, and the padded row of each packed one."""
+        unpack = self._put_padded(self.place, self.sizes.packed_rows_for_padding())
+        return unpack, self._put(self._order + self._numbers[3], None)
+
+    def _packing(self, depth: int) -> Packing:
+        unpack, pack = self._maps
+        place = unpack[self.sizes.padded_rows(depth)].view(self.sizes.batch, -1)
+        return Packing(place, pack[self.sizes.rows(depth)])
 
 
-def _with_merged(
-    tokens: Tokens, merged: Merged, most: int, visual, index, ends_visual: Sequence[bool] | None
-):
-    """Sort keys, sources, visual index and columns once merged tokens join the kept ones.
-
-    Keys are twice the places: the odd ones are for merged tokens that go between two tokens.
-    """
-    slots, device = tokens.slots, tokens.slots.device
-    number = merged.hidden.shape[1]
-    real = length_mask(merged.counts, number, device)
-    last = to_device([max(n - 1, 0) for n in tokens.counts], device)
-    last = slots.gather(1, last[:, None]).expand(-1, number)
-    if merged.place is None:
-        slot, behind = last, 1
-    else:
-        slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
-    if ends_visual is not None:
-        # The last token of such a prompt stays the last.
-        ends = to_device(list(ends_visual), device)[:, None]
-        behind = torch.where(ends & (slot == last), -1, behind)
-    extra = torch.arange(tokens.width, tokens.width + number, device=device).expand_as(slot)
-    # Kept and merged tokens in their order, padding last.
-    key = torch.cat([visual * 2, (slot * 2 + behind).where(real, -1)], dim=1)
-    order = key.where(key >= 0, 2 * tokens.width + 2).argsort(dim=1, stable=True)[:, :most]
-    key = key.gather(1, order)
-    joined = torch.cat([index, torch.full_like(slot, MERGED).where(real, -1)], dim=1)
-    source = torch.cat([visual, extra], dim=1).gather(1, order).where(key >= 0, -1)
-    return (
-        torch.cat([tokens.text * 2, key], dim=1),
-        torch.cat([tokens.text, source], dim=1),
-        joined.gather(1, order),
-        torch.cat([tokens.column, tokens.column.gather(1, slot)], dim=1),
-    )
+def _filled(padding: torch.Tensor | int | None, rows: int, device: torch.device) -> torch.Tensor:
+    """LongTensor [rows] of what padding holds; of anything where there is no padding."""
+    if isinstance(padding, torch.Tensor):
+        return padding
+    if padding is None:
+        return torch.empty(rows, dtype=torch.long, device=device)
+    return torch.full((rows,), padding, device=device)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .present import Tokens
+from ...parts.transfer import all_to_device
 
 # Below this share of padding the copies around attention cost more than the padding they save.
 WORTH_PACKING = 0.04
@@ -25,12 +26,21 @@ class Packing:
     """Where the tokens of a padded batch are in the packed row, and back.
 
     Args:
-        tokens: what is packed, padded on the left.
+        place: LongTensor [batch, n], each token's place in the row; for padding that of its prompt's first
+            one, so that what is not finite in one prompt reaches no other.
+        slots: LongTensor [total], the places of the row's tokens among the batch * n padded ones.
     """
 
-    def __init__(self, tokens: Tokens):
-        self.place, self.slots = tokens.arrangement.packed, tokens.arrangement.real
-        self._places = self.place.flatten()
+    def __init__(self, place: torch.Tensor, slots: torch.Tensor):
+        self.place, self.slots = place, slots
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> Packing:
+        """Of prompts of these lengths, padded on the left to `width`."""
+        number = np.array(lengths)[:, None]
+        first, place = number.cumsum(axis=0) - number, np.arange(width) - (width - number)
+        row = np.minimum(first + np.maximum(place, 0), max(int(number.sum()) - 1, 0))
+        return cls(*all_to_device([row, np.flatnonzero(place >= 0)], device))
 
     def pack(self, padded: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """[..., batch, n, ...], the batch in dimension `dim`, -> [..., 1, total, ...]."""
@@ -39,7 +49,7 @@ class Packing:
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, total, ...] -> [batch, n, ...]; padding holds some other token."""
-        rows = packed.index_select(1, self._places.to(packed.device))
+        rows = packed.index_select(1, self.place.flatten().to(packed.device))
         return rows.view(*self.place.shape, *packed.shape[2:])
 
     def unpack_heads(self, packed: torch.Tensor) -> torch.Tensor:

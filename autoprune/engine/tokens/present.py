@@ -9,71 +9,96 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ...parts.transfer import all_to_device, to_device
+from ...parts.transfer import to_device
 from .layout import Layout
 
-MERGED = -2
+NEW = -2
 """The index of a token that was made from dropped ones."""
+
+NEVER = 2**40
+"""The rank of a token that no cut keeps."""
+
+
+class OnDevice:
+    """What is known of the prompts of a prefill, as tensors that all depths share."""
+
+    def __init__(self, layout: Layout, device: torch.device):
+        self.layout, self.device = layout, device
+        self.batch, self.columns = layout.real.shape
+        seen = np.flatnonzero(layout.visual[0])
+        start, stop = (int(seen[0]), int(seen[-1]) + 1) if seen.size else (0, 0)
+        same_place = bool((layout.visual == layout.visual[:1]).all() and layout.real.all())
+        # The columns of the visual tokens, where they are one block at the same place in all prompts.
+        self.block = slice(start, stop) if same_place and stop - start == seen.size else None
+
+    @cached_property
+    def ascending(self) -> torch.Tensor:
+        """LongTensor [S]: 0, 1, ..."""
+        return torch.arange(self.columns, device=self.device)
+
+    @cached_property
+    def kept_always(self) -> torch.Tensor:
+        """LongTensor [batch, S], the rank of text: -1."""
+        return torch.full((self.batch, self.columns), -1, device=self.device)
+
+    @cached_property
+    def all_true(self) -> torch.Tensor:
+        """bool [batch, S]."""
+        return torch.ones(self.batch, self.columns, dtype=torch.bool, device=self.device)
+
+    @cached_property
+    def visual_index(self) -> torch.Tensor:
+        """LongTensor [batch, S]: which of the prompt's visual tokens a column holds; -1 for others."""
+        visual = self.layout.visual
+        return to_device(np.where(visual, visual.cumsum(axis=1) - 1, -1), self.device)
+
+    @cached_property
+    def column(self) -> torch.Tensor:
+        """LongTensor [batch, S]: each token's column, which is its place; -1 for padding."""
+        if self.layout.real.all():
+            return self.ascending[None].expand(self.batch, -1)
+        columns = np.where(self.layout.real, np.arange(self.columns), -1)
+        return to_device(columns, self.device)
 
 
 @dataclass(eq=False)
 class Tokens:
-    """The tokens present at one depth, padded on the left to a common length n.
+    """The tokens present at one depth, n of each prompt; a cut pads them on the left.
 
-    column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
-    index: LongTensor [batch, V], 0..N-1 of an original visual token, MERGED, or -1 for padding.
-    ascending: LongTensor [1, n or more], 0, 1, ...
+    prompts: what all depths share.
     lengths, counts: real tokens and visual tokens of each prompt (host).
+    column: LongTensor [batch, n], the column of the prompt each token came from; -1 for padding.
     heads: how many tokens of each prompt stand before its visual ones, if those are in one piece in all
-        prompts (host). Where every token is follows from these numbers then, if padding is on the left.
-    places: `text` and `slots` where it does not follow.
+        prompts (host).
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
-    merged: whether a cut made new tokens; two may have one column then.
-    arranged: what `Arrangement` says, on the device, if it is there already.
+    index_with_new: LongTensor [batch, n], where cuts made new tokens, which have the columns of others: `index`
+        of visual tokens, -1 for all others.
     """
 
-    column: torch.Tensor
-    index: torch.Tensor
-    ascending: torch.Tensor
+    prompts: OnDevice
     lengths: list[int]
     counts: list[int]
+    column: torch.Tensor
     heads: list[int] | None = None
-    places: tuple[torch.Tensor, torch.Tensor] | None = None
     was_cut: bool = False
-    merged: bool = False
-    arranged: Arrangement | None = None
+    index_with_new: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
-        real, visual = layout.real, layout.visual
-        columns, counts, heads = np.arange(real.shape[1]), layout.num_visual, _heads(layout)
-        slots, places = _places(visual), None
-        if heads is None or not (real[:, 1:] >= real[:, :-1]).all():
-            text = np.sort(_places(real & ~visual), axis=1)
-            places = to_device(text, device), to_device(np.maximum(slots, 0), device)
-        return cls(
-            to_device(np.where(real, columns, -1), device),
-            to_device(np.where(slots >= 0, np.arange(max(counts)), -1), device),
-            torch.arange(len(columns), device=device)[None],
-            lengths=real.sum(axis=1).tolist(),
-            counts=counts,
-            heads=heads,
-            places=places,
-        )
+        prompts = OnDevice(layout, device)
+        lengths = layout.real.sum(axis=1).tolist()
+        return cls(prompts, lengths, layout.num_visual, prompts.column, _heads(layout))
 
     def without_last(self, columns: int) -> Tokens:
-        """Without the last columns, which are text, and without what was made on the way."""
-        width, places = self.width - columns, self.places
-        if places is not None:
-            text, slots = places
-            places = text[:, : text.shape[1] - columns], slots
-        return replace(
-            self,
-            column=self.column[:, :width],
-            lengths=[n - columns for n in self.lengths],
-            places=places,
-            arranged=None,
-        )
+        """Without the last columns, which are text."""
+        if not columns:
+            return self
+        lengths = [n - columns for n in self.lengths]
+        return replace(self, column=self.column[:, : self.width - columns], lengths=lengths)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
 
     @property
     def width(self) -> int:
@@ -88,6 +113,11 @@ class Tokens:
     def renumbered(self) -> bool:
         """Whether compacted positions are others than the model's own."""
         return self.was_cut or self.padded
+
+    @property
+    def has_new(self) -> bool:
+        """Whether a cut made new tokens; two may have one column then."""
+        return self.index_with_new is not None
 
     @property
     def ragged(self) -> bool:
@@ -108,111 +138,100 @@ class Tokens:
         return self.column.clamp(min=0) if self.padded else self.column
 
     @cached_property
-    def text(self) -> torch.Tensor:
-        """LongTensor [batch, T], places of the other tokens, ascending; negative for padding."""
-        if self.places is not None:
-            return self.places[0]
-        heads, lengths, counts = self.geometry
-        number = lengths - counts
-        rank = np.arange(number.max()) - (number.max() - number)
-        place = self.width - lengths + rank + np.where(rank < heads, 0, counts)
-        return to_device(np.where(rank >= 0, place, -1), self.column.device)
+    def is_visual(self) -> torch.Tensor:
+        """bool [batch, n]."""
+        if self.index_with_new is not None:
+            return self.index_with_new != -1
+        visual = self.prompts.visual_index.gather(1, self.some_column) >= 0
+        return visual & (self.column >= 0) if self.padded else visual
 
     @cached_property
     def slots(self) -> torch.Tensor:
         """LongTensor [batch, V], places of the visual tokens, ascending; those beyond a prompt's count are
         padding and point anywhere.
         """
-        if self.places is not None:
-            return self.places[1]
         if self.block is not None:
-            return self.ascending[:, self.block].expand(len(self.column), -1)
-        return self.arrangement.slots
+            return self.prompts.ascending[self.block].expand(self.batch, -1)
+        return self._places(self.is_visual, max(self.counts))
 
-    @property
-    def geometry(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Heads (0 where they are not known), lengths and counts, each [batch, 1]."""
-        heads = [0] * len(self.counts) if self.heads is None else self.heads
-        return tuple(np.array(n)[:, None] for n in (heads, self.lengths, self.counts))  # type: ignore
+    @cached_property
+    def text(self) -> torch.Tensor:
+        """LongTensor [batch, T], places of the other tokens, ascending; then -1 as padding."""
+        number = [n - visual for n, visual in zip(self.lengths, self.counts, strict=True)]
+        places = self._places((self.column >= 0) & ~self.is_visual, max(number))
+        return places.where(length_mask(number, max(number), places.device), -1)
+
+    def _places(self, chosen: torch.Tensor, most: int) -> torch.Tensor:
+        """Places of the True entries of bool [batch, n], at most so many, ascending; then 0."""
+        # One place more takes what is not chosen.
+        rank = (chosen.cumsum(dim=1) - 1).where(chosen, most)
+        places = rank.new_zeros(self.batch, most + 1)
+        every = torch.arange(self.width, device=places.device).expand_as(rank)
+        return places.scatter_(1, rank, every)[:, :most]
 
     @cached_property
     def slot_mask(self) -> torch.Tensor:
         """bool [batch, V], False beyond a prompt's own count."""
+        most = max(self.counts)
         if not self.ragged:
-            return torch.ones_like(self.index, dtype=torch.bool)
-        return self.arrangement.slot_mask
+            return self.prompts.all_true[:, :most]
+        number = self.is_visual.sum(dim=1, keepdim=True)
+        return torch.arange(most, device=number.device) < number
 
-    @property
-    def arrangement(self) -> Arrangement:
-        """What follows from the numbers of tokens; for prompts padded on the left."""
-        if self.arranged is None:
-            arrays = Arrangement.on_host(self.width, *self.geometry)
-            self.arranged = Arrangement(*all_to_device(arrays, self.column.device))
-        return self.arranged
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """LongTensor [batch, V], 0..N-1 of an original visual token, NEW, or -1 for padding."""
+        if self.index_with_new is not None:
+            index = self.index_with_new.gather(1, self.slots)
+            return index.where(self.slot_mask, -1) if self.ragged else index
+        if self.block is not None and self.prompts.block is not None:
+            return self.column[:, self.block] - self.prompts.block.start
+        index = self.prompts.visual_index.gather(1, self.some_column.gather(1, self.slots))
+        return index.where(self.slot_mask, -1) if self.ragged else index
 
     @property
     def waste(self) -> float:
         """Padding as a share of the real tokens."""
-        return len(self.lengths) * self.width / max(sum(self.lengths), 1) - 1
+        return self.batch * self.width / max(sum(self.lengths), 1) - 1
+
+    def ranks(self, order: torch.Tensor) -> torch.Tensor:
+        """Each token's rank, [batch, n]: -1 for text, which all cuts keep; NEVER for padding.
+
+        Args:
+            order: LongTensor [batch, V], the visual tokens, best first, padding last.
+        """
+        every = self.prompts.ascending[: order.shape[1]].expand_as(order)
+        if self.block is not None:
+            start = self.block.start
+            place = order + start if start else order
+            return self.prompts.kept_always[:, : self.width].scatter(1, place, every)
+        base = torch.where(self.column >= 0, -1, NEVER)
+        return self._put(base, self.slots.gather(1, order), self.slot_mask, every)
+
+    def ranks_of(self, kept: torch.Tensor) -> torch.Tensor:
+        """The same, where what is kept is known: -1 for these visual tokens, too, and NEVER for the others.
+
+        Args:
+            kept: LongTensor [batch, K], positions among the visual tokens; then -1 as padding.
+        """
+        base = torch.where((self.column < 0) | self.is_visual, NEVER, -1)
+        place = self.slots.gather(1, kept.clamp(min=0))
+        return self._put(base, place, kept >= 0, torch.full_like(place, -1))
 
     def spread(self, values: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
         """`default` [batch, n], with `values` [batch, V] in the visual tokens' places."""
-        if self.ragged:
-            # A column more takes what padding holds.
-            spare = self.slots.masked_fill(~self.slot_mask, self.width)
-            default = torch.nn.functional.pad(default, (0, 1))
-            return default.scatter(1, spare, values)[:, : self.width]
-        return default.scatter(1, self.slots, values)
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """Where the tokens of prompts are that are padded on the left to n, visual tokens in one piece.
-
-    slots: LongTensor [batch, V], places of the visual tokens; any beyond a prompt's own count, and any at
-        all where they are not in one piece: `Tokens.slots` knows.
-    slot_mask: bool [batch, V], False there.
-    first_seen: LongTensor [batch, n], the first place that a token sees; padding sees itself.
-    packed: LongTensor [batch, n], each token's place in a row of all prompts' real tokens; for padding that
-        of its prompt's first one, so that what is not finite in one prompt reaches no other.
-    real: LongTensor [total], the places of that row's tokens among the batch * n padded ones.
-    """
-
-    slots: torch.Tensor
-    slot_mask: torch.Tensor
-    first_seen: torch.Tensor
-    packed: torch.Tensor
-    real: torch.Tensor
+        if not self.ragged:
+            return default.scatter(1, self.slots, values)
+        return self._put(default, self.slots, self.slot_mask, values)
 
     @staticmethod
-    def on_host(
-        width: int, heads: np.ndarray, lengths: np.ndarray, counts: np.ndarray
-    ) -> list[np.ndarray]:
-        """The fields in their order, from n and the numbers of tokens, each [batch, 1]."""
-        place, rank, first = np.arange(width), np.arange(counts.max()), width - lengths
-        real = place >= first
-        return [
-            np.minimum(first + heads + rank, max(width - 1, 0)),
-            rank < counts,
-            np.minimum(place, first),
-            _packed(real),
-            np.flatnonzero(real),
-        ]
-
-
-def _packed(real: np.ndarray) -> np.ndarray:
-    """`Arrangement.packed` of bool [batch, n]."""
-    number = real.sum(axis=1, keepdims=True)
-    first = number.cumsum(axis=0) - number
-    place = np.where(real, first + real.cumsum(axis=1) - 1, first)
-    return np.minimum(place, max(int(number.sum()) - 1, 0))
-
-
-def _places(chosen: np.ndarray) -> np.ndarray:
-    """Columns of the True entries of bool [batch, S], ascending, then -1; [batch, most of them]."""
-    counts = chosen.sum(axis=1)
-    order = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
-    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1)
+    def _put(
+        base: torch.Tensor, place: torch.Tensor, real: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """`base` [batch, n] with `values` at the places that are real."""
+        # One place more takes the values of padding.
+        base, width = torch.nn.functional.pad(base, (0, 1)), base.shape[1]
+        return base.scatter_(1, place.where(real, width), values)[:, :width]
 
 
 def _heads(layout: Layout) -> list[int] | None:
