@@ -232,7 +232,7 @@ class AutoPrune(Method):
             decision = _decide(schedule, sizes, state.shape.speed)
             state.notes["decision"] = decision.reason
             if decision.cut_every is None:
-                whole = np.repeat(np.c_[sizes.num_visual], sizes.num_layers, axis=1)
+                whole = np.array([[n] * sizes.num_layers for n in sizes.num_visual])
                 state.notes["adaptive"], state.schedule = None, whole.tolist()
                 self._follow(whole, state)
                 return

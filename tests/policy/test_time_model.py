@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from autoprune.policy.adaptive import Sizes, decide_cut_every
 from autoprune.policy.budget import InfeasibleBudget
 from autoprune.policy.cost import DecoderCost
 from autoprune.policy.time_model import DeviceSpeed, Prefill, choose_cut_every
+from tests import zoo
 from tests.policy.examples import examples
 
 LLAVA_7B = DecoderCost(32, 4096, 32, 32, 128, 11008)
@@ -177,8 +179,8 @@ def begun(method, speed, visual=(576,), text=(60,), layers=32):
 
 def test_where_pruning_does_not_pay_every_token_stays_and_nothing_is_looked_at():
     method = AutoPrune(64, cut_every="auto")
-    state = begun(method, GPU)
-    assert state.schedule == [[576] * 32]
+    state = begun(method, GPU, (576, 100), (60, 60))
+    assert state.schedule == [[576] * 32, [100] * 32]
     assert [method.needs(cut, state) for cut in range(32)] == [None] * 32
     assert state.notes["decision"].startswith("Nothing is pruned: the prefill is predicted to take")
 
@@ -234,3 +236,35 @@ def test_other_numbers_of_layers_are_refused(value):
         ValueError, match=r'cut_every must be a whole number of layers, .* or "auto"'
     ):
         AutoPrune(64, cut_every=value)
+
+
+@dataclass(frozen=True)
+class OnADevice(AutoPrune):
+    """AutoPrune on a device of a given speed."""
+
+    speed: DeviceSpeed | None = None
+
+    def begin(self, state):
+        state.shape = replace(state.shape, speed=self.speed)
+        super().begin(state)
+
+
+@torch.inference_mode()
+def test_a_model_is_left_alone_or_pruned_as_decided():
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    plain = model(**inputs).logits
+    budget = Budget.ratio(0.5)
+    with OnADevice(budget, cut_every="auto", speed=DeviceSpeed(1, 1, 1, 1e15))(model) as trace:
+        assert torch.equal(model(**inputs).logits, plain)
+    for sample in trace.samples:
+        assert sample.tokens_per_layer == sample.schedule == [sample.num_visual] * zoo.LAYERS
+        assert sample.mutual_information is None
+    with OnADevice(budget, cut_every="auto", speed=DeviceSpeed(0, 1e-9, 0, 1))(model) as trace:
+        every_layer = model(**inputs).logits
+    with AutoPrune(budget)(model) as expected:
+        assert torch.equal(model(**inputs).logits, every_layer)
+    assert not torch.equal(every_layer, plain)
+    assert [s.kept[-1].tolist() for s in trace.samples] == [
+        s.kept[-1].tolist() for s in expected.samples
+    ]
