@@ -16,6 +16,7 @@ import torch
 
 from .policy.budget import Budget
 from .policy.cost import DecoderCost
+from .policy.time_model import DeviceSpeed
 
 Rows = Literal["text", "last", "all"]
 Positions = Literal["original", "compacted"]
@@ -33,12 +34,14 @@ class ModelShape:
     """What a method may know of the model it is attached to.
 
     has_vision_scores: whether the vision tower scores patches; has_cls: whether it has a CLS token.
+    speed: what the parts of a prefill take on the model's device; None if that was not measured.
     """
 
     num_layers: int
     cost: DecoderCost
     has_vision_scores: bool
     has_cls: bool = False
+    speed: DeviceSpeed | None = None
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..contract import Needs, Observation, Prompts, PromptState, Selection, Tower
+from ..contract import Needs, Observation, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
 from ..policy.budget import Budget
-from ..policy.cost import DecoderCost
 
 Kind = Literal["plain", "pruned", "overhead"]
 
@@ -129,17 +128,10 @@ class SpreadAutoPrune(AutoPrune):
     low: float = 0.0
     high: float = 1.0
 
-    def _posterior(
-        self,
-        num_layers: int,
-        prompts: Prompts,
-        cost: DecoderCost | None,
-        prior: np.ndarray,
-        information: Sequence[float],
-    ) -> np.ndarray:
-        if len(prompts) > 1:
-            information = np.linspace(self.low, self.high, len(prompts)).tolist()
-        return super()._posterior(num_layers, prompts, cost, prior, information)
+    def _information_for_schedule(self, measured: list[float]) -> list[float]:
+        if len(measured) == 1:
+            return measured
+        return np.linspace(self.low, self.high, len(measured)).tolist()
 
 
 def spread_curves(method: Method, bits: float) -> Method:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from ..contract import ModelShape, Needs, Observation, Positions, Prompts, PromptState, Selection
+from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Selection
 from ..parts.mergers import get_merger
 from ..parts.scorers import as_shares, text_attention, vision_attention
-from ..policy.adaptive import Staircase
+from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_every, falls
 from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
-from ..policy.curves import get_curve, straight
-from ..policy.envelope import envelope
+from ..policy.curves import get_curve
 from ..policy.information import mutual_information
-from ..policy.shapes import REFERENCE_DEPTH, check_information, check_size
-from ..policy.solver import solve_schedule
+from ..policy.shapes import check_information, check_size
+from ..policy.time_model import Decision, DeviceSpeed
 from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
-
-REMEMBERED_PRIORS = 256
-
-# Where `capacity` looks at the curves; more points tighten the bound between them.
-POINTS = 65
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,11 @@ class AutoPrune(Method):
             becomes a staircase of its means, and the budget stays exact. Fewer cuts save time where
             cutting is dear, as on a GPU. The few tokens that rounding leaves over enter the layer before the
             staircase. Where they do not fit, and under budgets of FLOPs or of tokens leaving,
-            some steps hold a cut of a single token.
+            some steps hold a cut of a single token. "auto" decides at each prefill, by the measured speed of
+            the device: the finest cuts that are predicted to be about as fast as the fastest. Where
+            every choice is predicted to take 3 % longer than the plain prefill, nothing is pruned (except
+            under a budget of bytes, which is always kept). In `plan`, and for a device that was not
+            measured, "auto" is 1.
         first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
             decoder, which makes budgets feasible that could not even pay for layer 0.
         text_weight: weight of the text's attention against the vision tower's in the first cut, both
@@ -91,7 +89,7 @@ class AutoPrune(Method):
     curve: str = "logistic"
     mi_layer: int = 1
     prior: Literal["curve", "linear"] = "curve"
-    cut_every: int = 1
+    cut_every: int | Literal["auto"] = 1
     first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
     text_weight: float = 1.0
     merger: str | None = None
@@ -113,9 +111,10 @@ class AutoPrune(Method):
             raise ValueError(
                 f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer!r}"
             )
-        if self.cut_every < 1:
+        whole = isinstance(self.cut_every, Integral) and not isinstance(self.cut_every, bool)
+        if self.cut_every != "auto" and not (whole and self.cut_every >= 1):
             raise ValueError(
-                f"cut_every must be a number of layers, 1 or more, got {self.cut_every!r}"
+                f'cut_every must be a whole number of layers, 1 or more, or "auto", got {self.cut_every!r}'
             )
         for name, allowed in (
             ("prior", ("curve", "linear")),
@@ -166,15 +165,15 @@ class AutoPrune(Method):
         """
         check_size(num_layers, num_visual, num_text)
         check_information(mutual_information)
-        prompts = Prompts([num_visual], [num_text])
-        prior = self._prior(num_layers, prompts, cost)
-        return self._posterior(num_layers, prompts, cost, prior, [mutual_information])[0].tolist()
+        sizes = Sizes(num_layers, (int(num_visual),), (int(num_text),), cost)
+        return self._schedule().after_measuring(sizes, [mutual_information])[0].tolist()
 
     def capacity(
         self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
     ) -> list[int]:
-        """See `Method.capacity`: the plan up to `mi_layer`, behind it the envelope of the plans for every
-        mutual information from 0 to log2 N bits.
+        """See `Method.capacity`: the plan up to `mi_layer`, behind it at least what any mutual information from
+        0 to log2 N bits gives a layer. With cut_every="auto" everything may stay, unless the budget is one of
+        bytes.
 
         Raises:
             InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
@@ -182,103 +181,38 @@ class AutoPrune(Method):
         if not num_visual:
             return [0] * num_layers
         assert isinstance(self.budget, Budget)
-        prior = self._prior(num_layers, Prompts([num_visual], [num_text]), cost)
-        slopes, midpoints = self._parameters(num_layers, self._every_information(num_visual))
-        room = envelope(
-            get_curve(self.curve),
-            slopes,
-            midpoints,
-            num_visual,
-            self.budget,
-            prior[:, : self.mi_layer + 1],
-            num_layers,
-            cost,
-            num_text,
-            transform=self._staircase.average,
-        )
-        if self._levels:
-            before = self._staircase.before(num_layers)
-            most = self._staircase.most_left_over(num_layers)
-            room[before] = min(room[before] + most, room[before - 1])
-        return room
-
-    def _every_information(self, num_visual: int) -> np.ndarray:
-        """Ascending points over all mutual information that N visual tokens allow, in bits.
-
-        From where the slope reaches 0 on, the curve stays as it is.
-        """
+        sizes = Sizes(num_layers, (num_visual,), (num_text,), cost)
         # What is measured in float32 may exceed the logarithm a little.
-        most = (1 + self.noise) * np.log2(num_visual) + 1e-3
-        flat = min(self.k0 / self.gamma, most) if self.gamma > 0 else most
-        turn = -self.x0 / self.beta if self.beta else 0.0
-        return np.unique(np.clip([*np.linspace(0, flat, POINTS), turn, most], 0, most))
+        most = (1 + self.noise) * float(np.log2(num_visual)) + 1e-3
+        if self.cut_every != "auto":
+            return self._schedule().capacity(sizes, most)
+        if self.budget.kind == "kv_bytes":
+            choices = [self._schedule(every) for every in (*CUT_EVERY, num_layers)]
+            return [max(n) for n in zip(*(s.capacity(sizes, most) for s in choices), strict=True)]
+        self._schedule().before_measuring(sizes)
+        return [num_visual] * num_layers
 
     def retention(self, num_layers: int, information: Sequence[float]) -> np.ndarray:
         """The curve before normalisation, [prompts, L], for each prompt's mutual information in bits."""
-        slope, midpoint = self._parameters(num_layers, np.asarray(information, dtype=np.float64))
-        retained = get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
-        return self._staircase.average(retained)
+        return self._schedule().retention(num_layers, information)
 
-    @property
-    def _staircase(self) -> Staircase:
-        """Up to the first layer behind the measurement, layers stand alone."""
-        return Staircase(self.mi_layer + 2, self.cut_every)
-
-    def _parameters(self, num_layers: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slope and midpoint for each mutual information, in layers of this model."""
-        slope = np.maximum(self.k0 - self.gamma * bits, 0.0) * (REFERENCE_DEPTH / num_layers)
-        midpoint = (self.x0 + self.beta * bits) * (num_layers / REFERENCE_DEPTH)
-        return slope, midpoint
-
-    def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
-        """The schedule before anything is measured: it decides the layers up to the measurement."""
-        budget = self.budget
-        assert isinstance(budget, Budget)
-        priced = budget.kind in ("flops", "kv_bytes")
-        text = tuple(prompts.num_text) if priced else (0,) * len(prompts)
-        return _prior(self, num_layers, tuple(prompts.num_visual), text, cost if priced else None)
-
-    def _posterior(
-        self,
-        num_layers: int,
-        prompts: Prompts,
-        cost: DecoderCost | None,
-        prior: np.ndarray,
-        information: Sequence[float],
-    ) -> np.ndarray:
-        decided = prior[:, : self.mi_layer + 1]
-        return self._solve(self.retention(num_layers, information), prompts, cost, decided)
-
-    def _prior_retention(self, num_layers: int) -> np.ndarray:
-        """The curve, [1, L], that decides the layers up to the measurement."""
-        if self.prior == "linear":
-            return self._staircase.average(straight(num_layers)[None])
-        return self.retention(num_layers, [0.0])
-
-    def _solve(
-        self,
-        retained: np.ndarray,
-        prompts: Prompts,
-        cost: DecoderCost | None,
-        decided: np.ndarray | None,
-    ) -> np.ndarray:
-        """The schedules [prompts, L] that follow the curves and spend the budget."""
-        counts = solve_schedule(
-            retained,
-            prompts.num_visual,
-            self.budget,
-            cost=cost,
-            num_text=prompts.num_text,
-            fixed=decided,
-        )
-        return self._staircase.level(counts) if self._levels else counts
-
-    @property
-    def _levels(self) -> bool:
-        """Whether tokens may move between layers, as each costs the same in all of them."""
+    def _schedule(self, cut_every: int | None = None) -> AdaptiveSchedule:
+        """How information decides schedules; by default with the setting's `cut_every`, 1 for "auto"."""
         assert isinstance(self.budget, Budget)
-        even = self.budget.kind != "flops" and self.budget.counted == "entering"
-        return self.cut_every > 1 and even
+        if cut_every is None:
+            cut_every = 1 if self.cut_every == "auto" else self.cut_every
+        return AdaptiveSchedule(
+            budget=self.budget,
+            k0=self.k0,
+            gamma=self.gamma,
+            x0=self.x0,
+            beta=self.beta,
+            curve=self.curve,
+            mi_layer=self.mi_layer,
+            prior=self.prior,
+            cut_every=cut_every,
+            layer_0_is_full=self.first_cut == "after_layer_0",
+        )
 
     def check(self, shape: ModelShape) -> None:
         if self.mi_layer >= shape.num_layers - 1:
@@ -293,46 +227,59 @@ class AutoPrune(Method):
             )
 
     def begin(self, state: PromptState) -> None:
-        shape = state.shape
-        self._follow(self._prior(shape.num_layers, state.prompts, shape.cost), state)
+        sizes, schedule = _sizes(state), self._schedule()
+        if self.cut_every == "auto":
+            decision = _decide(schedule, sizes, state.shape.speed)
+            state.notes["decision"] = decision.reason
+            if decision.cut_every is None:
+                whole = np.array([[n] * sizes.num_layers for n in sizes.num_visual])
+                state.notes["adaptive"], state.schedule = None, whole.tolist()
+                self._follow(whole, state)
+                return
+            schedule = self._schedule(decision.cut_every)
+        state.notes["adaptive"] = schedule
+        self._follow(schedule.before_measuring(sizes), state)
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         due = state.notes["due"][cut]
         if cut == 0:
             return Needs(vision=True) if due else None
-        if due or cut == self.mi_layer + 1:
+        measured = cut == self.mi_layer + 1 and state.notes["adaptive"] is not None
+        if due or measured:
             vision = cut == 1 and self.first_cut == "after_layer_0"
             return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == self.mi_layer + 1:
-            self._measure(seen, state)
+            measured = [self._disturbed(bits) for bits in self._measure(seen)]
+            information = self._information_for_schedule(measured)
+            plan = state.notes["adaptive"].after_measuring(_sizes(state), information)
+            state.mutual_information, state.schedule = measured, plan.tolist()
+            self._follow(plan, state)
         counts = state.notes["plan"][:, seen.cut].tolist()
         if counts == seen.counts:
             return None
         merge = get_merger(self.merger if seen.cut > 1 else None)
         return merge(seen, self._scores(seen), counts)
 
-    def _measure(self, seen: Observation, state: PromptState) -> None:
+    def _measure(self, seen: Observation) -> list[float]:
+        """Each prompt's mutual information in bits."""
         per_head = mutual_information(
             seen.attention,
             None if seen.no_padding else seen.text_mask,
             seen.mask if seen.ragged else None,
         )
         # Attention that overflowed tells nothing; the other prompts of the batch go on.
-        measured = [x if np.isfinite(x) else 0.0 for x in per_head.mean(dim=1).tolist()]
-        bits = [self._disturbed(value) for value in measured]
-        shape, prior = state.shape, state.notes["plan"]
-        plan = self._posterior(shape.num_layers, state.prompts, shape.cost, prior, bits)
-        state.mutual_information = bits
-        state.schedule = plan.tolist()
-        self._follow(plan, state)
+        return [x if np.isfinite(x) else 0.0 for x in per_head.mean(dim=1).tolist()]
+
+    def _information_for_schedule(self, measured: list[float]) -> list[float]:
+        """The bits that each prompt's schedule follows: what was measured. A benchmark may give others."""
+        return measured
 
     def _follow(self, plan: np.ndarray, state: PromptState) -> None:
         """Take up a plan [prompts, L], and note before which layers it falls for any prompt."""
-        before = np.column_stack([state.prompts.num_visual, plan[:, :-1]])
-        state.notes["plan"], state.notes["due"] = plan, (plan < before).any(axis=0).tolist()
+        state.notes["plan"], state.notes["due"] = plan, falls(plan, state.prompts.num_visual)
 
     def _disturbed(self, bits: float) -> float:
         draw = random.Random(f"{self.seed} {bits:.3f}").uniform(-1, 1)
@@ -354,19 +301,13 @@ class AutoPrune(Method):
         return as_shares(vision, seen.mask) + self.text_weight * as_shares(text, seen.mask)
 
 
-@functools.lru_cache(maxsize=REMEMBERED_PRIORS)
-def _prior(
-    method: AutoPrune,
-    num_layers: int,
-    num_visual: tuple[int, ...],
-    num_text: tuple[int, ...],
-    cost: DecoderCost | None,
-) -> np.ndarray:
-    """The same for all pictures and questions of one size, so it is worth remembering."""
-    prompts = Prompts(num_visual, num_text)
-    decided = None
-    if method.first_cut == "after_layer_0":
-        decided = np.asarray(num_visual)[:, None]
-    plan = method._solve(method._prior_retention(num_layers), prompts, cost, decided)
-    plan.flags.writeable = False
-    return plan
+def _sizes(state: PromptState) -> Sizes:
+    prompts, shape = state.prompts, state.shape
+    visual, text = tuple(prompts.num_visual), tuple(prompts.num_text)
+    return Sizes(shape.num_layers, visual, text, shape.cost)
+
+
+def _decide(schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed | None) -> Decision:
+    if speed is None:
+        return Decision(1, "Cuts in every layer: the speed of this device was not measured.")
+    return decide_cut_every(schedule, sizes, speed)

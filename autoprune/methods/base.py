@@ -35,7 +35,7 @@ from ..parts.mergers import in_order
 from ..parts.selectors import required_first, top_k
 from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
-from ..policy.shapes import at_depth, check_size, fit_schedule, staircase
+from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
 from ..trace import Sample
 
 # A server may run for days.
@@ -298,4 +298,4 @@ class AfterLayer(Planned):
 
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
         cut = at_depth(self.layer, num_layers)
-        return staircase(num_visual, num_layers, [cut], [setting])
+        return schedule_from_cuts(num_visual, num_layers, [cut], [setting])

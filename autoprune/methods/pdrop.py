@@ -14,7 +14,7 @@ from ..contract import Needs, Observation, PromptState
 from ..parts.scorers import text_attention
 from ..policy.budget import Budget, InfeasibleBudget
 from ..policy.cost import DecoderCost
-from ..policy.shapes import at_depth, check_size, fit_schedule, staircase
+from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
 from .base import Planned
 
 OFFICIAL_LAYERS, EARLY_LAYERS = (8.0, 16.0, 24.0), (2.0, 6.0, 15.0)
@@ -99,7 +99,7 @@ class PDrop(Planned):
         cuts = [at_depth(layer, num_layers) for layer in self.layers]
         shares = [(setting / STEPS) ** (i + 1) for i in range(len(cuts))]
         levels = [max(1, round(num_visual * share)) for share in shares]
-        return staircase(num_visual, num_layers, cuts, levels)
+        return schedule_from_cuts(num_visual, num_layers, cuts, levels)
 
     def settings(self, num_visual: int, num_layers: int) -> range:
         return range(STEPS + 1)

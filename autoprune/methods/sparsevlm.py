@@ -11,7 +11,7 @@ import torch
 from ..contract import Needs, Observation, PromptState, Selection
 from ..parts.mergers import get_merger
 from ..parts.scorers import text_attention
-from ..policy.shapes import at_depth, staircase
+from ..policy.shapes import at_depth, schedule_from_cuts
 from .base import Planned, check_choice
 
 CUTS = (3, 7, 16)
@@ -81,7 +81,7 @@ class SparseVLM(Planned):
         ]
         levels = [max(1, round(num_visual * share)) for share in shares]
         cuts = [at_depth(cut, num_layers) for cut in CUTS]
-        return staircase(num_visual, num_layers, cuts, levels)
+        return schedule_from_cuts(num_visual, num_layers, cuts, levels)
 
     def settings(self, num_visual: int, num_layers: int) -> range:
         return range(STEPS * (len(self._lists()) - 1) + 1)

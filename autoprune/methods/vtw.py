@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..contract import Observation, PromptState
-from ..policy.shapes import staircase
+from ..policy.shapes import schedule_from_cuts
 from .base import Planned
 
 
@@ -32,7 +32,7 @@ class VTW(Planned):
     )
 
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
-        return staircase(num_visual, num_layers, [setting], [0])
+        return schedule_from_cuts(num_visual, num_layers, [setting], [0])
 
     def settings(self, num_visual: int, num_layers: int) -> range:
         return range(num_layers + 1)

@@ -1,58 +1,231 @@
-"""Steps of layers that share their retention: fewer cuts under the same budget."""
+"""From a prompt's mutual information to its schedule.
+
+With I bits, the retention of layer l follows a curve with
+
+    slope     max(k0 - gamma I, 0)
+    midpoint  x0 + beta I
+
+both stated for 32 layers. The solver scales it so that the schedule spends the budget. The layers up to the one
+where I is measured are decided before, by a curve that knows nothing of I.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from .budget import Budget
+from .cost import DecoderCost
+from .curves import get_curve, straight
+from .envelope import envelope
+from .layer_groups import LayerGroups
+from .shapes import REFERENCE_DEPTH
+from .solver import solve_schedule
+from .time_model import Decision, DeviceSpeed, Prefill, choose_cut_every
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+REMEMBERED_SIZES = 256
+
+POINTS = 65
+"""Where `AdaptiveSchedule.capacity` looks at the curves; more points tighten the bound between them."""
+
+CUT_EVERY = (1, 2, 4, 8, 16)
+"""What `decide_cut_every` chooses from, beside one group of all layers."""
+
 
 @dataclass(frozen=True)
-class Staircase:
-    """Layers taken together.
+class Sizes:
+    """The prompts of a batch, and the decoder that reads them.
 
     Args:
-        alone: so many first layers are steps of their own; the last of them takes what rounding leaves over.
-        every: layers of each later step; what remains at the end is a shorter one.
+        num_layers: L.
+        num_visual, num_text: visual and other tokens of each prompt, [prompts].
+        cost: the decoder's cost; needed for FLOPs and KV budgets.
     """
 
-    alone: int
-    every: int
+    num_layers: int
+    num_visual: tuple[int, ...]
+    num_text: tuple[int, ...]
+    cost: DecoderCost | None = None
 
-    def average(self, retained: Floats) -> Floats:
-        """Each layer's retention `[batch, L]` as the mean over its step."""
-        if self.every == 1:
-            return retained
-        starts, sizes = self._steps(retained.shape[1])
-        return np.repeat(np.add.reduceat(retained, starts, axis=1) / sizes, sizes, axis=1)
 
-    def level(self, counts: Ints) -> Ints:
-        """Counts `[batch, L]` that never rise, without a cut inside a step.
+@dataclass(frozen=True)
+class AdaptiveSchedule:
+    """How information decides schedules under a budget.
 
-        The solver rounds layers of equal retention one by one, so a step may be left with two levels. What is
-        above the lower one goes to the layer before the staircase, and the sum stays. A row where it does
-        not fit there is returned as it is.
+    Args:
+        budget: what each prompt may spend.
+        k0, gamma, x0, beta: of slope and midpoint, see above.
+        curve: retention family, see `curves.CURVES`.
+        mi_layer: the layer whose attention is measured.
+        prior: what the layers up to it follow: "curve", the curve of a prompt without information, or "linear",
+            a straight line over depth.
+        cut_every: layers that share a cut, from the second layer behind the measurement on.
+        layer_0_is_full: no cut before layer 0, so that it sees all tokens.
+    """
+
+    budget: Budget
+    k0: float
+    gamma: float
+    x0: float
+    beta: float
+    curve: str
+    mi_layer: int
+    prior: Literal["curve", "linear"]
+    cut_every: int
+    layer_0_is_full: bool
+
+    def before_measuring(self, sizes: Sizes) -> Ints:
+        """The schedules [prompts, L] as long as I is unknown. They decide the layers up to `mi_layer`."""
+        if self.budget.exact:
+            # Neither text nor cost matters, so that more prompts share what is remembered.
+            sizes = Sizes(sizes.num_layers, sizes.num_visual, (0,) * len(sizes.num_visual))
+        return _before_measuring(self, sizes)
+
+    def after_measuring(self, sizes: Sizes, information: Sequence[float]) -> Ints:
+        """The schedules [prompts, L] for each prompt's information in bits."""
+        decided = self.before_measuring(sizes)[:, : self.mi_layer + 1]
+        return self._solve(self.retention(sizes.num_layers, information), sizes, decided)
+
+    def retention(self, num_layers: int, information: Sequence[float]) -> Floats:
+        """The curve before normalisation, [prompts, L], for each prompt's information in bits."""
+        slope, midpoint = self._slope_and_midpoint(num_layers, information)
+        retained = get_curve(self.curve)(np.arange(num_layers), slope, midpoint)
+        return self._groups.average(retained)
+
+    def capacity(self, sizes: Sizes, most_information: float) -> list[int]:
+        """At least what any information from 0 to `most_information` bits gives each layer, [L].
+
+        Args:
+            sizes: of one prompt.
+
+        Raises:
+            InfeasibleBudget: the budget cannot be met.
         """
-        starts, sizes = self._steps(counts.shape[1])
-        level = np.repeat(np.minimum.reduceat(counts, starts, axis=1), sizes, axis=1)
-        before = self.before(counts.shape[1])
-        level[:, before] += (counts - level).sum(axis=1)
-        fits = level[:, before] <= counts[:, before - 1]
-        return np.where(fits[:, None], level, counts)
+        layers = sizes.num_layers
+        slopes, midpoints = self._slope_and_midpoint(layers, self._path(most_information))
+        room = envelope(
+            get_curve(self.curve),
+            slopes,
+            midpoints,
+            sizes.num_visual[0],
+            self.budget,
+            self.before_measuring(sizes)[:, : self.mi_layer + 1],
+            layers,
+            sizes.cost,
+            sizes.num_text[0],
+            transform=self._groups.average,
+        )
+        if self._levels:
+            last, most = self._groups.last_alone(layers), self._groups.most_left_over(layers)
+            room[last] = min(room[last] + most, room[last - 1])
+        return room
 
-    def before(self, layers: int) -> int:
-        """The layer that takes what rounding leaves over."""
-        return min(self.alone, layers) - 1
+    def _path(self, most: float) -> Floats:
+        """Ascending points over all information, in bits.
 
-    def most_left_over(self, layers: int) -> int:
-        """Rounding leaves over less than a token for each layer of a step."""
-        return int(self._steps(layers)[1].max()) - 1
+        From where the slope reaches 0 on, the curve stays as it is. The midpoint changes its sign at `turn`.
+        """
+        flat = min(self.k0 / self.gamma, most) if self.gamma > 0 else most
+        turn = -self.x0 / self.beta if self.beta else 0.0
+        return np.unique(np.clip([*np.linspace(0, flat, POINTS), turn, most], 0, most))
 
-    def _steps(self, layers: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """First layer and number of layers of each step."""
-        starts = np.r_[: min(self.alone, layers), self.alone : layers : self.every]
-        return starts, np.diff(starts, append=layers)
+    def _slope_and_midpoint(self, num_layers: int, bits: ArrayLike) -> tuple[Floats, Floats]:
+        """For each mutual information, in layers of this model."""
+        information = np.asarray(bits, dtype=np.float64)
+        slope = np.maximum(self.k0 - self.gamma * information, 0.0)
+        midpoint = self.x0 + self.beta * information
+        return slope * (REFERENCE_DEPTH / num_layers), midpoint * (num_layers / REFERENCE_DEPTH)
+
+    def _solve(self, retained: Floats, sizes: Sizes, decided: Ints | None) -> Ints:
+        """The schedules [prompts, L] that follow the curves and spend the budget."""
+        counts = solve_schedule(
+            retained,
+            sizes.num_visual,
+            self.budget,
+            cost=sizes.cost,
+            num_text=sizes.num_text,
+            fixed=decided,
+        )
+        return self._groups.level(counts) if self._levels else counts
+
+    @property
+    def _groups(self) -> LayerGroups:
+        """Up to the first layer behind the measurement, layers stand alone."""
+        return LayerGroups(self.mi_layer + 2, self.cut_every)
+
+    @property
+    def _levels(self) -> bool:
+        """Whether tokens may move between layers, as each costs the same in all of them."""
+        even = self.budget.kind != "flops" and self.budget.counted == "entering"
+        return self.cut_every > 1 and even
+
+
+@functools.lru_cache(maxsize=REMEMBERED_SIZES)
+def _before_measuring(schedule: AdaptiveSchedule, sizes: Sizes) -> Ints:
+    """The same for all pictures and questions of one size, so it is worth remembering."""
+    if schedule.prior == "linear":
+        retained = schedule._groups.average(straight(sizes.num_layers)[None])
+    else:
+        retained = schedule.retention(sizes.num_layers, [0.0])
+    decided = np.asarray(sizes.num_visual)[:, None] if schedule.layer_0_is_full else None
+    plan = schedule._solve(retained, sizes, decided)
+    plan.flags.writeable = False
+    return plan
+
+
+def falls(schedules: Ints, num_visual: Sequence[int]) -> list[bool]:
+    """Before which layers a cut is due: where fewer tokens enter of any prompt, [L].
+
+    Args:
+        schedules: [prompts, L]. num_visual: N of each prompt.
+    """
+    before = np.column_stack([num_visual, schedules[:, :-1]])
+    return list(np.asarray((schedules < before).any(axis=0)).tolist())
+
+
+@functools.lru_cache(maxsize=REMEMBERED_SIZES)
+def decide_cut_every(schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed) -> Decision:
+    """How many layers should share a cut on this device, or that pruning does not pay.
+
+    One decision for the batch, by its total FLOPs. As the information is not known yet, it is taken as 0 bits:
+    the steepest curve, unless gamma is negative, and so the longest prefill. A budget of bytes is kept
+    whatever the time, as it is there to save memory.
+
+    Args:
+        schedule: with any `cut_every`.
+        sizes: with the decoder's cost.
+    """
+    choices = {min(every, sizes.num_layers) for every in (*CUT_EVERY, sizes.num_layers)}
+    plain = np.repeat(np.asarray(sizes.num_visual)[:, None], sizes.num_layers, axis=1)
+    return choose_cut_every(
+        _prefill(plain, sizes, []),
+        {every: _pruned(replace(schedule, cut_every=every), sizes) for every in choices},
+        speed,
+        must_prune=schedule.budget.kind == "kv_bytes",
+    )
+
+
+def _pruned(schedule: AdaptiveSchedule, sizes: Sizes) -> Prefill:
+    plan = schedule.after_measuring(sizes, [0.0] * len(sizes.num_visual))
+    return _prefill(plan, sizes, [schedule.mi_layer + 1])
+
+
+def _prefill(schedules: Ints, sizes: Sizes, measured: Sequence[int]) -> Prefill:
+    """The prefill with these schedules [prompts, L].
+
+    Args:
+        measured: layers before which attention is looked at, whether tokens are cut there or not.
+    """
+    assert sizes.cost is not None
+    tokens = schedules + np.asarray(sizes.num_text)[:, None]
+    cuts = {layer for layer, due in enumerate(falls(schedules, sizes.num_visual)) if due}
+    flops = sizes.cost.layer_flops(tokens).sum(axis=0)
+    return Prefill(tuple(flops.tolist()), len(cuts), len(cuts.union(measured)))

@@ -1,4 +1,8 @@
-"""Compute budgets: how much of what a prompt may cost."""
+"""Compute budgets: how much of what a prompt may cost, and what a schedule costs.
+
+A schedule is the list n_0..n_{L-1} of visual tokens that enter the L decoder layers. Whoever needs to know
+what a budget allows or what a schedule spends of it asks `Budget`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,26 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .cost import DecoderCost, int_or_rows
+
 Kind = Literal["tokens", "ratio", "flops", "kv_bytes"]
 Counted = Literal["entering", "leaving"]
+
+_DECIMALS = {"tokens": 4, "ratio": 8, "flops": 8}
 
 
 @dataclass(frozen=True)
 class Budget:
     """How much compute a prompt may use; build it with one of the four constructors.
+
+    Rounding: budgets of tokens and ratios allow a whole number of tokens, summed over the layers. It is
+    round(L * mean), where halves go to the even number, as Python's `round` does. `AutoPrune` spends that sum
+    exactly, so the spent mean may differ from the asked one by up to half a token in one layer, to either
+    side: 1.02 tokens in 32 layers are 32.64, and 33 are spent. Methods whose schedule has a fixed shape never
+    spend more than that sum. FLOPs and bytes are rounded down and never exceeded.
 
     Raises:
         ValueError: the value is no number, not finite, not positive, or a share above 1.
@@ -35,8 +52,7 @@ class Budget:
 
     @classmethod
     def tokens(cls, mean: float, counted: Counted = "entering") -> Budget:
-        """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean), which
-        rounds halves to even like Python's.
+        """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean).
 
         "entering" counts what enters each layer, which is what FLOPs and the KV cache see.
         "leaving" counts what each layer hands on (n_1 .. n_{L-1}, and n_{L-1} once more, as nothing
@@ -47,8 +63,8 @@ class Budget:
 
     @classmethod
     def ratio(cls, share: float) -> Budget:
-        """Mean visual tokens entering a layer as a share of N, in (0, 1]; the sum is round(L *
-        share * N) exactly.
+        """Mean visual tokens entering a layer as a share of N, in (0, 1]: the counts of all L layers sum to
+        round(L * share * N).
         """
         return cls("ratio", share)
 
@@ -88,6 +104,123 @@ class Budget:
         if self.kind == "flops":
             return f"{100 * self.value:g} % of the prefill FLOPs"
         return f"{self.value:,} bytes of KV cache"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is spent to the token: tokens and ratios.
+
+        FLOPs and bytes are spent up to less than the price of one token in one layer. They depend on the
+        decoder's cost and pay for the prompt's text, too.
+        """
+        return self.kind in ("tokens", "ratio")
+
+    def allowed(
+        self,
+        num_layers: int,
+        num_visual: ArrayLike,
+        num_text: ArrayLike = 0,
+        cost: DecoderCost | None = None,
+    ) -> Any:
+        """What a prompt may spend: tokens summed over layers, FLOPs or bytes. Never more than unpruned.
+
+        Args:
+            num_layers: L.
+            num_visual, num_text: N and the other tokens of each prompt, scalars or `[batch]`.
+            cost: the decoder's cost, needed for FLOPs and bytes.
+
+        Returns:
+            int, or int64 `[batch]`.
+
+        Raises:
+            ValueError: `cost` is missing, or of another number of layers.
+        """
+        visual = np.asarray(num_visual, dtype=np.int64)
+        if self.exact:
+            full = num_layers * visual
+            asked = num_layers * self.value * (visual if self.kind == "ratio" else 1)
+            return int_or_rows(np.minimum(np.rint(asked), full).astype(np.int64))
+        cost = self._needed(cost, num_layers)
+        tokens = visual + np.asarray(num_text, dtype=np.int64)
+        if self.kind == "kv_bytes":
+            full = num_layers * cost.kv_bytes_per_token * tokens
+            return int_or_rows(np.minimum(min(int(self.value), np.iinfo(np.int64).max), full))
+        full = np.asarray(num_layers * cost.layer_flops(tokens))
+        if self.value == 1:  # the product may lose the last digits
+            return int_or_rows(full)
+        return int_or_rows(np.minimum(np.floor(self.value * full).astype(np.int64), full))
+
+    def spent(
+        self, schedule: ArrayLike, num_text: ArrayLike = 0, cost: DecoderCost | None = None
+    ) -> Any:
+        """What a schedule costs, in the unit of `allowed`.
+
+        Args:
+            schedule: visual tokens entering each layer, `[L]` or `[batch, L]`.
+            num_text, cost: as for `allowed`.
+
+        Returns:
+            int for `[L]`, int64 `[batch]` for `[batch, L]`.
+        """
+        counts = np.asarray(schedule, dtype=np.int64)
+        if self.exact:
+            total = counts.sum(axis=-1)
+            if self.counted == "leaving":
+                # Layer l hands on n_{l+1}; the last one, behind which nothing is cut, what entered it.
+                total = total - counts[..., 0] + counts[..., -1]
+            return int_or_rows(total)
+        cost = self._needed(cost, counts.shape[-1])
+        price = cost.prefill_flops if self.kind == "flops" else cost.kv_bytes
+        return price(counts, num_text)
+
+    def smallest_for(
+        self,
+        schedule: ArrayLike,
+        num_visual: ArrayLike,
+        num_text: ArrayLike = 0,
+        cost: DecoderCost | None = None,
+    ) -> Budget:
+        """The smallest budget of this kind that pays for every one of these schedules, without the help of
+        rounding.
+
+        Means are rounded up in the fourth decimal, shares in the eighth.
+
+        Args:
+            schedule: visual tokens entering each layer, `[L]` or `[batch, L]`.
+            num_visual, num_text, cost: as for `allowed`.
+        """
+        counts = np.atleast_2d(np.asarray(schedule, dtype=np.int64))
+        layers = counts.shape[1]
+        spent = np.maximum(self.spent(counts, num_text, cost), 1)
+        if self.kind == "kv_bytes":
+            return Budget.kv_bytes(int(spent.max()))
+        if self.kind == "flops":
+            full = Budget.flops(1).allowed(layers, num_visual, num_text, cost)
+        else:
+            full = layers * (np.asarray(num_visual) if self.kind == "ratio" else 1)
+        unit = 10 ** _DECIMALS[self.kind]
+        steps = math.ceil((spent / full).max() * unit)
+        if self.kind == "tokens":
+            return Budget.tokens(steps / unit, self.counted)
+        # What is allowed of FLOPs is rounded down.
+        while (
+            self.kind == "flops" and (np.floor(steps / unit * full) < spent).any() and steps < unit
+        ):
+            steps += 1
+        return Budget(self.kind, min(1.0, steps / unit))
+
+    def _needed(self, cost: DecoderCost | None, num_layers: int) -> DecoderCost:
+        """The cost of a decoder with so many layers, without which FLOPs and bytes mean nothing."""
+        if cost is None:
+            raise ValueError(
+                f"a budget of {self} needs the decoder's cost; "
+                "pass cost=DecoderCost.from_config(config)"
+            )
+        if cost.layers != num_layers:
+            raise ValueError(
+                f"cost describes {cost.layers} layers, but the schedule has {num_layers}; "
+                "a schedule has one count for each decoder layer"
+            )
+        return cost
 
     @property
     def expression(self) -> str:

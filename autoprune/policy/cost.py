@@ -211,7 +211,7 @@ class DecoderCost:
             ValueError: `visual_per_layer` does not have one entry per layer.
         """
         tokens = self._tokens(visual_per_layer, num_text)
-        return _per_prompt(
+        return int_or_rows(
             self.layer_flops(tokens).sum(axis=-1) + (self.lm_head_flops if lm_head else 0)
         )
 
@@ -232,11 +232,11 @@ class DecoderCost:
             made = 2 * self.latent.expansion(self.heads)
             per_key, flops = per_key + made, flops - made
         flops = (flops + per_key * keys).sum(axis=-1)
-        return _per_prompt(flops + (self.lm_head_flops if lm_head else 0))
+        return int_or_rows(flops + (self.lm_head_flops if lm_head else 0))
 
     def kv_bytes(self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0) -> Any:
         """Bytes of keys and values (or of latents) after prefill, text included; arguments as above."""
-        return _per_prompt(
+        return int_or_rows(
             self._tokens(visual_per_layer, num_text).sum(axis=-1) * self.kv_bytes_per_token
         )
 
@@ -298,7 +298,7 @@ class DecoderCost:
         working = np.where(looks > 0, np.maximum(working, attending + looks), working)
         columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)
         cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
-        return _per_prompt((cache + working).max(axis=-1))
+        return int_or_rows((cache + working).max(axis=-1))
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)
@@ -322,12 +322,13 @@ def released_prefill_macs(tokens_per_layer: ArrayLike, hidden: int, intermediate
         intermediate: m, the MLP width.
     """
     n = np.asarray(tokens_per_layer, dtype=np.int64)
-    return _per_prompt(
+    return int_or_rows(
         (4 * n * hidden**2 + 2 * n * n * hidden + 3 * n * hidden * intermediate).sum(axis=-1)
     )
 
 
-def _per_prompt(values: Any) -> Any:
+def int_or_rows(values: Any) -> Any:
+    """An int for one prompt, else the array with a number for each."""
     return int(values) if np.ndim(values) == 0 else values
 
 

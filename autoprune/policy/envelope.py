@@ -94,9 +94,13 @@ def _extremes(
 
 
 def _as_entering(budget: Budget, decided: Ints, layers: int) -> Budget:
-    """A budget that pays for the last layer once instead of twice, and so for a little more in all."""
+    """The same sum and layer 0, as a budget of tokens entering: it pays for the last layer once instead of
+    twice, and so for a little more in all.
+    """
     most = decided.sum() + (layers - decided.shape[1]) * decided[0, -1]
-    return Budget.tokens(min(layers * budget.value + decided[0, 0], most) / layers)
+    num_visual = decided[0, 0]
+    allowed = budget.allowed(layers, num_visual) + num_visual
+    return Budget.tokens(min(allowed, most) / layers)
 
 
 def _margin(budget: Budget, num_visual: int, num_text: int, cost: DecoderCost | None) -> int:

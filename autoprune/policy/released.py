@@ -152,30 +152,6 @@ def released_runtime_counts(
     return _follow(wanted, min(n1, num_visual), recycle)
 
 
-def attention_rank(attention: Tensor, start: int, num_visual: int) -> Tensor:
-    """The released token score: attention received from the text after the image, mean over heads
-    and text rows.
-
-    Args:
-        attention: softmax weights of a layer `[..., heads, sequence, sequence]`.
-        start: position of the first visual token.
-        num_visual: visual tokens in that layer's sequence, merged ones included.
-
-    Returns:
-        Scores `[..., num_visual]`.
-
-    Raises:
-        ValueError: no text follows the image.
-    """
-    end = start + num_visual
-    if end >= attention.shape[-2]:
-        raise ValueError(
-            f"visual tokens {start}..{end - 1} of {attention.shape[-2]} positions leave no text "
-            "row to score them; place the question after the image"
-        )
-    return attention[..., end:, start:end].mean(dim=-3).mean(dim=-2)
-
-
 def cluster_and_merge(
     x: Tensor, num_clusters: int, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

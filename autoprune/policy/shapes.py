@@ -2,7 +2,8 @@
 
 A schedule is the list n_0..n_{L-1} of visual tokens that enter each decoder layer. Most methods have
 one of fixed shape with a single free number (tokens kept, or a ratio); under a budget that number
-follows from the price. What a shape cannot spend exactly is left over: the nearest below is taken.
+follows from the price. Of what the budget allows (`Budget.allowed`), a shape may be unable to spend all: then
+the nearest schedule below is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def at_depth(layer: float, num_layers: int) -> int:
     return max(1, math.ceil(layer * num_layers / REFERENCE_DEPTH - 0.5))
 
 
-def staircase(
+def schedule_from_cuts(
     num_visual: int, num_layers: int, cuts: Sequence[int], levels: Sequence[int]
 ) -> list[int]:
     """All visual tokens up to the first cut, `levels[i]` from cut `cuts[i]` on.
@@ -92,74 +93,21 @@ def fit_schedule(
         ValueError: a FLOPs or KV budget without `cost`.
     """
 
-    def affordable(setting: int) -> bool:
-        return _spent(shape(setting), budget, cost, num_text) <= allowed
+    cheapest = shape(settings[0])
+    allowed = budget.allowed(len(cheapest), num_visual, num_text, cost)
 
-    allowed = _allowed(budget, len(shape(settings[0])), num_visual, cost, num_text)
+    def affordable(setting: int) -> bool:
+        return bool(budget.spent(shape(setting), num_text, cost) <= allowed)
+
     if not affordable(settings[0]):
-        smallest = _price(shape(settings[0]), num_visual, budget, cost, num_text)
-        cheapest = f"the cheapest schedule of this method, {_short(shape(settings[0]))}"
-        raise InfeasibleBudget.too_small(budget, smallest, cheapest)
+        smallest = budget.smallest_for(cheapest, num_visual, num_text, cost)
+        named = f"the cheapest schedule of this method, {_short(cheapest)}"
+        raise InfeasibleBudget.too_small(budget, smallest, named)
     low, high = 0, len(settings) - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if affordable(settings[middle]) else (low, middle - 1)
     return shape(settings[low])
-
-
-def _needed(cost: DecoderCost | None, budget: Budget) -> DecoderCost:
-    if cost is None:
-        raise ValueError(
-            f"a budget of {budget} needs the decoder's cost; "
-            "pass cost=DecoderCost.from_config(config)"
-        )
-    return cost
-
-
-def _spent(schedule: Sequence[int], budget: Budget, cost: DecoderCost | None, num_text: int) -> int:
-    """What a schedule costs, in the budget's unit: tokens summed over layers, FLOPs or bytes."""
-    if budget.kind == "flops":
-        return int(_needed(cost, budget).prefill_flops(schedule, num_text))
-    if budget.kind == "kv_bytes":
-        return int(_needed(cost, budget).kv_bytes(schedule, num_text))
-    if budget.counted == "leaving":
-        return sum(schedule[1:]) + schedule[-1]
-    return sum(schedule)
-
-
-def _allowed(
-    budget: Budget, layers: int, num_visual: int, cost: DecoderCost | None, num_text: int
-) -> int:
-    if budget.kind == "kv_bytes":
-        return int(budget.value)
-    if budget.kind == "flops":
-        full = _needed(cost, budget).prefill_flops([num_visual] * layers, num_text)
-        return full if budget.value == 1 else math.floor(budget.value * full)
-    return round(layers * budget.value * (num_visual if budget.kind == "ratio" else 1))
-
-
-def _price(
-    schedule: Sequence[int],
-    num_visual: int,
-    budget: Budget,
-    cost: DecoderCost | None,
-    num_text: int,
-) -> Budget:
-    """The smallest budget of the given one's kind that pays for `schedule`."""
-    layers, spent = len(schedule), _spent(schedule, budget, cost, num_text)
-    if budget.kind == "kv_bytes":
-        return Budget.kv_bytes(spent)
-    if budget.kind == "flops":
-        return Budget.flops(
-            _up(spent / _allowed(Budget.flops(1), layers, num_visual, cost, num_text), 8)
-        )
-    if budget.kind == "ratio":
-        return Budget.ratio(_up(spent / (layers * num_visual), 8))
-    return Budget.tokens(_up(spent / layers, 4), counted=budget.counted)
-
-
-def _up(value: float, decimals: int) -> float:
-    return math.ceil(value * 10**decimals) / 10**decimals
 
 
 def _short(schedule: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from autoprune.policy.budget import Budget
+from autoprune.policy.cost import DecoderCost
 
 
 @pytest.mark.parametrize("make", [Budget.tokens, Budget.ratio, Budget.flops, Budget.kv_bytes])
@@ -85,3 +86,103 @@ def test_reads_well():
         Budget.kv_bytes(40_000_000),
     ):
         assert eval(budget.expression, {"Budget": Budget}) == budget
+
+
+# What a budget allows, what a schedule spends of it, and the smallest that pays for a schedule.
+
+# 2 x 8 x 4 (2 + 1) x 2 + 3 x 8 x 16 x 2 FLOPs a token, 4 x 2 x 4 a pair; 2 x 4 x 2 bytes of keys and values.
+SMALL = DecoderCost(layers=3, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16)
+TOKEN, PAIR, BYTES = 1152, 32, 16
+
+
+def flops(*tokens):
+    return sum(TOKEN * n + PAIR * n * n for n in tokens)
+
+
+@pytest.mark.parametrize(
+    ("budget", "allowed"),
+    [
+        (Budget.tokens(4), 12),
+        (Budget.tokens(4.1), 12),  # 12.3
+        (Budget.tokens(4.2), 13),  # 12.6: above what was asked
+        (Budget.tokens(3.5), 10),  # 10.5: to the even number
+        (Budget.tokens(4.5), 14),  # 13.5: to the even number, too
+        (Budget.tokens(4.5, counted="leaving"), 14),
+        (Budget.tokens(1e300), 30),
+        (Budget.ratio(0.57), 17),  # 17.1
+        (Budget.ratio(0.55), 16),  # 16.5
+        (Budget.ratio(1), 30),
+        (Budget.kv_bytes(500), 500),
+        (Budget.kv_bytes(10**30), 3 * (10 + 2) * BYTES),
+        (Budget.flops(0.3), int(0.3 * flops(12, 12, 12))),
+        (Budget.flops(1), flops(12, 12, 12)),
+    ],
+    ids=str,
+)
+def test_what_is_allowed_worked_out_by_hand(budget, allowed):
+    found = budget.allowed(3, 10, 2, SMALL)
+    assert (found, type(found)) == (allowed, int)
+    rows = budget.allowed(3, np.array([10, 0]), np.array([2, 2]), SMALL)
+    assert rows[0] == allowed and rows.dtype == np.int64
+    empty = {"flops": budget.value * flops(2, 2, 2), "kv_bytes": min(budget.value, 6 * BYTES)}
+    assert rows[1] == int(empty.get(budget.kind, 0))
+
+
+def test_half_a_token_above_what_was_asked_is_the_most():
+    assert Budget.tokens(1.02).allowed(32, 576) == 33  # 32.64
+    for mean in np.linspace(1, 40, 1000):
+        allowed = Budget.tokens(mean).allowed(32, 576)
+        assert allowed == round(32 * mean) and abs(allowed - 32 * mean) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent"),
+    [
+        (Budget.tokens(1), 10 + 5 + 3),
+        (Budget.tokens(1, counted="leaving"), 5 + 3 + 3),
+        (Budget.ratio(1), 10 + 5 + 3),
+        (Budget.kv_bytes(1), (12 + 7 + 5) * BYTES),
+        (Budget.flops(1), flops(12, 7, 5)),
+    ],
+    ids=str,
+)
+def test_what_a_schedule_spends_worked_out_by_hand(budget, spent):
+    found = budget.spent([10, 5, 3], 2, SMALL)
+    assert (found, type(found)) == (spent, int)
+    assert budget.spent([[10, 5, 3], [0, 0, 0]], [2, 0], SMALL).tolist() == [spent, 0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "smallest"),
+    [
+        (Budget.tokens(1), Budget.tokens(6)),
+        (Budget.tokens(1, counted="leaving"), Budget.tokens(3.6667, counted="leaving")),
+        (Budget.ratio(1), Budget.ratio(0.6)),
+        (Budget.kv_bytes(1), Budget.kv_bytes((12 + 7 + 5) * BYTES)),
+        # 34,624 / 55,296 = .626157407...
+        (Budget.flops(1), Budget.flops(0.62615741)),
+    ],
+    ids=str,
+)
+def test_the_smallest_budget_that_pays_worked_out_by_hand(asked, smallest):
+    assert flops(12, 7, 5) == 34_624 and flops(12, 12, 12) == 55_296
+    assert asked.smallest_for([10, 5, 3], 10, 2, SMALL) == smallest
+    # The dearer of two prompts decides.
+    both = asked.smallest_for([[10, 5, 3], [1, 1, 1]], [10, 10], 2, SMALL)
+    assert both == smallest
+    assert smallest.allowed(3, 10, 2, SMALL) >= smallest.spent([10, 5, 3], 2, SMALL)
+
+
+def test_the_smallest_share_of_flops_is_allowed_after_rounding_down():
+    for count in range(1, 10):
+        smallest = Budget.flops(1).smallest_for([count] * 3, 10, 2, SMALL)
+        assert smallest.allowed(3, 10, 2, SMALL) >= flops(*[count + 2] * 3)
+
+
+def test_flops_and_bytes_need_the_cost_of_this_decoder():
+    for budget in (Budget.flops(0.5), Budget.kv_bytes(100)):
+        for ask in (lambda b, c: b.allowed(4, 10, 0, c), lambda b, c: b.spent([1] * 4, 0, c)):
+            with pytest.raises(ValueError, match=r"pass cost=DecoderCost\.from_config"):
+                ask(budget, None)
+            with pytest.raises(ValueError, match="describes 3 layers, but the schedule has 4"):
+                ask(budget, SMALL)

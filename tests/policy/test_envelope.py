@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import autoprune
 from autoprune import AutoPrune, Budget
-from autoprune.contract import Prompts
 from autoprune.methods import METHODS
+from autoprune.policy.adaptive import Sizes
 from autoprune.policy.budget import InfeasibleBudget
 from autoprune.policy.cost import DecoderCost
 from autoprune.policy.curves import CURVES
@@ -63,9 +63,8 @@ def settings(draw):
 
 def plans(method, layers, visual, text, cost, bits):
     """`AutoPrune.plan` for many prompts at once, [prompts, L]."""
-    prompts = Prompts([visual] * len(bits), [text] * len(bits))
-    prior = method._prior(layers, prompts, cost)
-    return method._posterior(layers, prompts, cost, prior, bits)
+    sizes = Sizes(layers, (visual,) * len(bits), (text,) * len(bits), cost)
+    return method._schedule().after_measuring(sizes, bits)
 
 
 @examples(300)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from autoprune.contract import Observation
+from autoprune.parts.scorers import text_attention
 from autoprune.policy.cost import released_prefill_macs
 from autoprune.policy.released import (
-    attention_rank,
     cluster_and_merge,
     cluster_count,
     dynamic_slope,
@@ -80,20 +81,23 @@ def test_a_single_layer_has_no_schedule():
 
 
 @pytest.mark.parametrize("entry", golden_functions("attn_rank"), ids=lambda e: str(e["num_visual"]))
-def test_attention_rank_matches(entry):
-    attention = torch.tensor(entry["attn"])
-    scores = attention_rank(attention, entry["prompt_len_before_image"], entry["num_visual"])
+def test_the_text_s_attention_ranks_as_released(entry):
+    start, present = entry["prompt_len_before_image"], entry["num_visual"]
+    block = torch.tensor(entry["attn"])[None, :, start + present :, start : start + present]
+    seen = Observation(
+        cut=2,
+        counts=[present],
+        index=torch.arange(present)[None],
+        mask=torch.ones(1, present, dtype=torch.bool),
+        attention=block,
+        text_mask=torch.ones(block.shape[::2], dtype=torch.bool),
+    )
+    (scores,) = text_attention(seen)
     torch.testing.assert_close(scores, torch.tensor(entry["scores"]), rtol=1e-6, atol=1e-7)
-    wanted = np.array([entry["keep_fraction"]])
-    n1, present = entry["base_count"], entry["num_visual"]
-    kept = min(released_runtime_counts(n1, wanted, n1).kept[1], present)
+    n1 = entry["base_count"]
+    kept = min(released_runtime_counts(n1, np.array([entry["keep_fraction"]]), n1).kept[1], present)
     assert kept == entry["kept"]
     assert scores.topk(kept).indices.sort().values.tolist() == entry["kept_positions"]
-
-
-def test_attention_rank_needs_text_after_the_image():
-    with pytest.raises(ValueError, match="place the question after the image"):
-        attention_rank(torch.rand(2, 8, 8), 2, 6)
 
 
 def cluster_name(entry):

@@ -1,4 +1,4 @@
-"""The solver: integers that spend the budget exactly, for any curve, bounds and decided layers."""
+"""The solver: integers that spend the budget exactly, for any curve and decided layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autoprune.policy.budget import Budget, InfeasibleBudget
 from autoprune.policy.cost import DecoderCost
 from autoprune.policy.curves import CURVES
-from autoprune.policy.solver import smallest_feasible, solve_schedule
+from autoprune.policy.solver import solve_schedule
 from tests.policy.examples import examples
 
 LLAVA_7B = DecoderCost(32, 4096, 32, 32, 128, 11008)
@@ -22,11 +22,11 @@ LLAVA_7B = DecoderCost(32, 4096, 32, 32, 128, 11008)
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt; `bounds` holds what is passed on beside weights, N and budget."""
+    """One prompt, the counts of its first layers, and the bounds of each layer that follow from them."""
 
     weights: np.ndarray
     visual: int
-    bounds: dict[str, Any]
+    fixed: tuple[int, ...]
     lower: tuple[int, ...]
     upper: tuple[int, ...]
 
@@ -36,10 +36,11 @@ class Problem:
 
     @property
     def decided(self) -> int:
-        return len(self.bounds["fixed"][0]) if "fixed" in self.bounds else 0
+        return len(self.fixed)
 
     def solve(self, budget: Budget | float, **options: Any) -> list[int]:
-        result = solve_schedule(self.weights, self.visual, budget, **self.bounds, **options)
+        fixed = [self.fixed] if self.fixed else None
+        result = solve_schedule(self.weights, self.visual, budget, fixed=fixed, **options)
         assert result.dtype == np.int64
         assert result.shape == (1, self.layers)
         return result[0].tolist()
@@ -62,42 +63,23 @@ def random_weights(rng: np.random.Generator, layers: int) -> np.ndarray:
     return 10.0 ** rng.uniform(-rng.choice([1, 12, 60]), 0, layers)
 
 
-def bounds_of_every_layer(visual, layers, fixed, floors, caps):
-    """The effective bounds, worked out layer by layer."""
-    upper = list(fixed)
-    limit = fixed[-1] if fixed else visual
-    for layer in range(len(fixed), layers):
-        limit = min(limit, caps[layer])
-        upper.append(limit)
-    last = fixed[-1] if fixed else visual
-    free = [min(last, max(floors[layer:])) for layer in range(len(fixed), layers)]
-    return tuple(fixed + free), tuple(upper)
-
-
-def random_problem(rng: np.random.Generator, max_layers: int, bounded: bool) -> Problem:
+def random_problem(rng: np.random.Generator, max_layers: int) -> Problem:
     layers = int(rng.integers(1, max_layers + 1))
     visual = int(rng.choice([1, 2, rng.integers(1, 40), rng.integers(1, 3000)]))
-    bounds: dict[str, Any] = {}
     fixed: list[int] = []
     if rng.random() < 0.5:
         cuts = rng.uniform(0, 1, int(rng.integers(1, layers + 1)))
         fixed = [visual, *sorted((int(np.ceil(visual * c)) for c in cuts), reverse=True)]
         fixed = fixed[: int(rng.integers(1, min(layers, 5) + 1))]
-        bounds["fixed"] = [fixed]
-    floors, caps = [1] * layers, [visual] * layers
-    if bounded and rng.random() < 0.4:
-        bounds["floors"] = floors = rng.integers(0, rng.choice([2, 5, 50]), layers).tolist()
-    if bounded and rng.random() < 0.4:
-        least = max(floors)
-        bounds["caps"] = caps = (least + rng.integers(0, visual + 1, layers)).tolist()
-    lower, upper = bounds_of_every_layer(visual, layers, fixed, floors, caps)
-    return Problem(random_weights(rng, layers), visual, bounds, lower, upper)
+    free, last = layers - len(fixed), (fixed or [visual])[-1]
+    lower, upper = (*fixed, *[min(last, 1)] * free), (*fixed, *[last] * free)
+    return Problem(random_weights(rng, layers), visual, tuple(fixed), lower, upper)
 
 
 @st.composite
-def problems(draw: st.DrawFn, max_layers: int = 48, bounded: bool = True) -> Problem:
+def problems(draw: st.DrawFn, max_layers: int = 48) -> Problem:
     rng = np.random.default_rng(draw(st.integers(0, 2**63)))
-    return random_problem(rng, max_layers, bounded)
+    return random_problem(rng, max_layers)
 
 
 def ideal_counts(problem: Problem, total: int) -> list[float]:
@@ -182,17 +164,6 @@ def test_prompts_without_visual_tokens_get_zeros():
     assert solve_schedule(np.ones(4), [0], 2).tolist() == [[0, 0, 0, 0]]
 
 
-def test_floor_zero_allows_withdrawing_every_token():
-    weights = CURVES["step"](np.arange(8), 100.0, 3.5)
-    assert solve_schedule(weights, 100, 50, floors=0)[0].tolist() == [100] * 4 + [0] * 4
-
-
-def test_a_prompt_shorter_than_the_floor_keeps_all():
-    counts = solve_schedule(np.ones((2, 4)), [3, 50], 10, floors=8)
-    assert counts[0].tolist() == [3, 3, 3, 3]
-    assert counts[1].sum() == 40
-
-
 def test_curves_that_rise_are_flattened():
     rising, flat = [1.0, 0.2, 0.9, 0.1], [1.0, 0.2, 0.2, 0.1]
     np.testing.assert_array_equal(solve_schedule(rising, 90, 20), solve_schedule(flat, 90, 20))
@@ -238,7 +209,7 @@ def test_leaving_budgets_are_exact_wherever_that_is_possible(problem, data):
 
 
 @examples(200)
-@given(problems(bounded=False), st.floats(0, 1))
+@given(problems(), st.floats(0, 1))
 def test_leaving_budgets_are_exact_for_deep_models(problem, share):
     assume(problem.layers >= 4 and problem.decided <= 2)
     least = leaving_sum(list(problem.lower))
@@ -349,7 +320,7 @@ def test_cost_is_asked_for():
     for budget in (Budget.flops(0.5), Budget.kv_bytes(10**6)):
         with pytest.raises(ValueError, match=r"pass cost=DecoderCost\.from_config"):
             solve_schedule(np.ones(4), 9, budget)
-        with pytest.raises(ValueError, match="cost describes 32 layers, but the weights have 4"):
+        with pytest.raises(ValueError, match="cost describes 32 layers, but the schedule has 4"):
             solve_schedule(np.ones(4), 9, budget, LLAVA_7B)
 
 
@@ -385,10 +356,9 @@ def test_rows_are_the_same_in_any_batch(budget):
 
 def test_inputs_are_left_as_they_were():
     weights, fixed = np.array([[0.5, 0.9, 0.1]]), np.array([[9]])
-    floors, caps = np.array([1, 2, 1]), np.array([9, 7, 8])
-    before = [a.copy() for a in (weights, fixed, floors, caps)]
-    solve_schedule(weights, [9], 4, fixed=fixed, floors=floors, caps=caps)
-    for array, copy in zip((weights, fixed, floors, caps), before, strict=True):
+    before = [weights.copy(), fixed.copy()]
+    solve_schedule(weights, [9], 4, fixed=fixed)
+    for array, copy in zip((weights, fixed), before, strict=True):
         np.testing.assert_array_equal(array, copy)
 
 
@@ -405,16 +375,15 @@ def test_the_smallest_feasible_budget_works_and_one_token_less_does_not(problem,
         asked = Budget.tokens(1, counted="leaving")
         total = leaving_sum(list(problem.lower)) if problem.layers > 1 else total
     assume(total >= 2)
-    smallest = smallest_feasible(asked, problem.layers, problem.visual, **problem.bounds)
+    with pytest.raises(InfeasibleBudget) as refusal:
+        problem.solve(replace(asked, value=(total - 1) / scale))
+    smallest = refusal.value.smallest
+    assert smallest.expression in str(refusal.value)
     assert round(smallest.value * scale) == total
     counts = problem.solve(smallest)
     assert (
         leaving_sum(counts) if unit == "leaving" and problem.layers > 1 else sum(counts)
     ) == total
-    with pytest.raises(InfeasibleBudget) as refusal:
-        problem.solve(replace(asked, value=(total - 1) / scale))
-    assert refusal.value.smallest == smallest
-    assert smallest.expression in str(refusal.value)
 
 
 @examples(200)
@@ -432,9 +401,6 @@ def test_the_smallest_feasible_flops_and_bytes_work(problem, cost, text):
         with pytest.raises(InfeasibleBudget) as refusal:
             problem.solve(asked, **options)
         smallest = refusal.value.smallest
-        assert smallest == smallest_feasible(
-            asked, problem.layers, problem.visual, **problem.bounds, **options
-        )
         problem.solve(smallest, **options)
         assert least <= smallest.value * full <= least + 2e-8 * full
         below = replace(asked, value=smallest.value - 1 if full == 1 else smallest.value - 2e-8)
@@ -485,18 +451,9 @@ def test_a_budget_that_cannot_be_spent_is_refused():
         ({"fixed": [[9, 5, 5, 5, 5]]}, "fixed must be"),
         ({"fixed": [[5, 9]]}, "fixed must start at or below num_visual and never increase"),
         ({"fixed": [[10]]}, "fixed must start at or below num_visual"),
-        ({"floors": [1, 1]}, "floors must be a scalar"),
-        ({"floors": -1}, "floors must not be negative"),
-        ({"caps": [1, 1]}, "caps must be a scalar"),
-        ({"floors": 5, "caps": [9, 3, 9, 9]}, "floors exceed caps"),
     ],
 )
 def test_refuses_inputs_that_do_not_fit(change, message):
     options = {"weights": np.ones(4), "num_visual": 9, "budget": 4, **change}
     with pytest.raises(ValueError, match=message):
         solve_schedule(**options)
-
-
-def test_smallest_feasible_needs_visual_tokens():
-    with pytest.raises(ValueError, match="no prompt has visual tokens"):
-        smallest_feasible(64, 32, [0, 0])
