@@ -24,12 +24,12 @@ from autoprune.bench.subjects import Subject
 from autoprune.bench.variants import (
     OVERHEADS,
     DecideOnly,
-    HooksOnly,
     Replay,
     SpreadAutoPrune,
     Variant,
     spread_curves,
 )
+from autoprune.methods.no_pruning import NoPruning
 from tests import zoo
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def logits(subject, method=None):
         return subject.model(**prompts).logits, trace.samples
 
 
-@pytest.mark.parametrize("method", [HooksOnly(), DecideOnly(AutoPrune(budget=6))])
+@pytest.mark.parametrize("method", [NoPruning(), DecideOnly(AutoPrune(budget=6))])
 def test_overhead_runs_change_nothing(subject, method):
     found, samples = logits(subject, method)
     assert torch.equal(found, logits(subject)[0])
@@ -174,7 +174,7 @@ def test_pictures_are_encoded_before_the_decoder_is_entered(subject):
         model.get_encoder(modality="image").register_forward_hook(lambda *_: marks.append("tower")),
         model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: marks.append("layer 0")),
     ]
-    time_once(model, subject.prompts(1), HooksOnly(), 1, clock)
+    time_once(model, subject.prompts(1), NoPruning(), 1, clock)
     for handle in handles:
         handle.remove()
     assert marks == ["mark", "tower", "mark", "layer 0", "mark", "layer 0", "mark"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,13 +15,11 @@ import torch
 from ..contract import Needs, Observation, Prompts, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
+from ..methods.no_pruning import NoPruning
 from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 
 Kind = Literal["plain", "pruned", "overhead"]
-
-EVERYTHING = Budget.ratio(1.0)
-
 
 PLAIN = "plain"
 OVERHEADS = ("hooks only", "budget of all tokens", "decisions only", "cuts only")
@@ -39,22 +37,6 @@ class Variant:
         if self.method is None:
             return "plain"
         return "overhead" if self.label in OVERHEADS else "pruned"
-
-
-@dataclass(frozen=True)
-class HooksOnly(Method):
-    """Is attached, asks for nothing and cuts nothing."""
-
-    name: ClassVar[str] = "hooks only"
-    paper: ClassVar[str] = ""
-
-    budget: Budget = EVERYTHING
-
-    def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return None
-
-    def select(self, seen: Observation, state: PromptState) -> Selection | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -100,7 +82,7 @@ class Replay(Method):
     paper: ClassVar[str] = ""
 
     schedule: tuple[tuple[int, ...], ...]
-    budget: Budget = EVERYTHING
+    budget: Budget = field(default_factory=lambda: Budget.ratio(1))
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         before = [counts[cut - 1] for counts in self.schedule] if cut else state.prompts.num_visual
@@ -162,7 +144,7 @@ def overheads(
         prunes: the method whose decisions are looked at; schedule: the counts it came to, per prompt.
     """
     methods = (
-        HooksOnly(),
+        NoPruning(),
         keeps_all,
         DecideOnly(prunes),
         Replay(tuple(tuple(counts) for counts in schedule)),
