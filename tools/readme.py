@@ -13,12 +13,29 @@ import sys
 import textwrap
 from pathlib import Path
 
-from autoprune import families
+from autoprune.commands.families import markdown
 from autoprune.commands.methods import documentation
 from autoprune.methods import METHODS
 
 START = "<!-- families: written by `make readme` -->"
 END = "<!-- end of families -->"
+
+_EQUALITY = "tests/engine/test_oracle_equality.py"
+TESTS = {
+    "oracle": f"{_EQUALITY}::test_pruning_equals_the_oracle",
+    "nothing pruned": (f"{_EQUALITY}::test_a_budget_of_everything_is_the_plain_model_bit_for_bit"),
+    "budget": f"{_EQUALITY}::test_the_trace_says_what_the_prompts_hold_and_spends_the_budget",
+    "batches": f"{_EQUALITY}::test_a_prompt_gets_in_a_batch_what_it_gets_alone",
+    "padding": f"{_EQUALITY}::test_a_plain_forward_returns_the_oracles_rows_in_their_places",
+    "text attention": "tests/engine/test_observations.py::test_attention_is_the_models_own",
+    "vision scores": (
+        "tests/engine/test_vision_scores.py::test_a_patch_scores_exactly_the_tokens_it_makes"
+    ),
+    "generation": "tests/engine/test_generation.py",
+    "flash": "tests/engine/test_backends.py::test_flash_attention_equals_the_oracle",
+    "flex": "tests/engine/test_backends.py::test_flex_attention_equals_the_oracle",
+}
+"""The test behind each check of `autoprune.families`: a file, or file::function."""
 
 METHODS_HEAD = """# Methods
 
@@ -97,7 +114,8 @@ def with_table(text: str) -> str:
     _, end, after = rest.partition(END)
     if not start or not end or START in rest or END in before + after:
         raise ValueError(f"expected one line {START!r} and, behind it, one line {END!r}")
-    return f"{before}{START}\n\n{families.markdown()}\n\n{END}{after}"
+    files = {check: test.partition("::")[0] for check, test in TESTS.items()}
+    return f"{before}{START}\n\n{markdown(files)}\n\n{END}{after}"
 
 
 def methods_page() -> str:
