@@ -10,27 +10,32 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from ..contract import Needs, Observation, Prompts, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
-from ..methods.no_pruning import NoPruning
+from ..parts.transfer import all_to_device
 from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 
 Kind = Literal["plain", "pruned", "overhead"]
 
 PLAIN = "plain"
-OVERHEADS = ("hooks only", "budget of all tokens", "decisions only", "cuts only")
+HOOKS = "hooks only"
+OVERHEADS = (HOOKS, "budget of all tokens", "decisions only", "cuts only")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model; `method` is None for the plain one."""
+    """One way to run the model.
+
+    method: None for the plain one.
+    of: for an overhead, the label of the method whose it is; being attached costs all of them the same.
+    """
 
     label: str
     method: Method | None = None
+    of: str | None = None
 
     @property
     def kind(self) -> Kind:
@@ -90,10 +95,16 @@ class Replay(Method):
         return Needs() if due else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection:
-        counts = self._counts(seen.cut)
-        place = torch.arange(max(counts), device=seen.index.device).repeat(len(counts), 1)
-        number = torch.as_tensor(counts).to(place.device)
-        return Selection(place.masked_fill(place >= number[:, None], -1), counts)
+        if "kept" not in state.notes:
+            # All at once: a copy in every cut would cost more than the cut.
+            each = [self._kept(cut) for cut in range(len(self.schedule[0]))]
+            state.notes["kept"] = all_to_device(each, seen.index.device)
+        return Selection(state.notes["kept"][seen.cut], self._counts(seen.cut))
+
+    def _kept(self, cut: int) -> np.ndarray:
+        counts = np.array(self._counts(cut))
+        position = np.arange(counts.max())
+        return np.where(position < counts[:, None], position, -1)
 
     def _counts(self, cut: int) -> list[int]:
         return [counts[cut] for counts in self.schedule]
@@ -135,18 +146,21 @@ def spread_curves(method: Method, bits: float) -> Method:
 
 
 def overheads(
-    keeps_all: Method, prunes: Method, schedule: Sequence[Sequence[int]]
+    keeps_all: Variant, prunes: Variant, schedule: Sequence[Sequence[int]]
 ) -> list[Variant]:
-    """What pruning costs without what it saves, and the other way round.
+    """What a method costs without what it saves, and the other way round.
 
     Args:
-        keeps_all: a method whose budget pays for all visual tokens.
-        prunes: the method whose decisions are looked at; schedule: the counts it came to, per prompt.
+        keeps_all: the method with a budget that pays for all visual tokens.
+        prunes: the same with the budget that is looked at; schedule: the counts it came to, per prompt.
     """
+    assert prunes.method is not None
     methods = (
-        NoPruning(),
-        keeps_all,
-        DecideOnly(prunes),
-        Replay(tuple(tuple(counts) for counts in schedule)),
+        keeps_all.method,
+        DecideOnly(prunes.method),
+        Replay(tuple(map(tuple, schedule))),
     )
-    return [Variant(*pair) for pair in zip(OVERHEADS, methods, strict=True)]
+    return [
+        Variant(overhead, method, of=prunes.label)
+        for overhead, method in zip(OVERHEADS[1:], methods, strict=True)
+    ]
