@@ -5,7 +5,6 @@ The table of families goes into the README, the page of methods to docs/methods.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from autoprune.commands.families import markdown
 from autoprune.commands.methods import documentation
-from autoprune.methods import METHODS
+from autoprune.methods import METHODS, options_of
 
 START = "<!-- families: written by `make readme` -->"
 END = "<!-- end of families -->"
@@ -123,11 +122,7 @@ def methods_page() -> str:
     sections = [METHODS_HEAD, _index()]
     for name, method in METHODS.items():
         text, _, arguments = documentation(name).partition("\n\nArgs:\n")
-        options = [
-            f"`{field.name}={field.default!r}`"
-            for field in dataclasses.fields(method)
-            if field.name != "budget"
-        ]
+        options = [f"`{field.name}={field.default!r}`" for field in options_of(name).values()]
         sections += [
             f"## {name}\n",
             f"*{_linked(method.paper)}*\n",

@@ -22,6 +22,7 @@ from ..policy.envelope import envelope
 from ..policy.information import mutual_information
 from ..policy.shapes import REFERENCE_DEPTH, check_information, check_size
 from ..policy.solver import solve_schedule
+from .any_budget import AnyBudget
 from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
 
@@ -83,7 +84,7 @@ class AutoPrune(Method):
     name: ClassVar[str] = "autoprune"
     paper: ClassVar[str] = "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
 
-    budget: Budget | float = 64
+    budget: AnyBudget = AnyBudget(64)
     k0: float = 0.4
     gamma: float = 0.3
     x0: float = 15.0
@@ -100,7 +101,6 @@ class AutoPrune(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Budget.of(self.budget))
         check_settings(self)
         get_curve(self.curve)
         get_merger(self.merger)
@@ -181,7 +181,6 @@ class AutoPrune(Method):
         """
         if not num_visual:
             return [0] * num_layers
-        assert isinstance(self.budget, Budget)
         prior = self._prior(num_layers, Prompts([num_visual], [num_text]), cost)
         slopes, midpoints = self._parameters(num_layers, self._every_information(num_visual))
         room = envelope(
@@ -232,9 +231,7 @@ class AutoPrune(Method):
 
     def _prior(self, num_layers: int, prompts: Prompts, cost: DecoderCost | None) -> np.ndarray:
         """The schedule before anything is measured: it decides the layers up to the measurement."""
-        budget = self.budget
-        assert isinstance(budget, Budget)
-        priced = budget.kind in ("flops", "kv_bytes")
+        priced = self.budget.kind in ("flops", "kv_bytes")
         text = tuple(prompts.num_text) if priced else (0,) * len(prompts)
         return _prior(self, num_layers, tuple(prompts.num_visual), text, cost if priced else None)
 
@@ -276,7 +273,6 @@ class AutoPrune(Method):
     @property
     def _levels(self) -> bool:
         """Whether tokens may move between layers, as each costs the same in all of them."""
-        assert isinstance(self.budget, Budget)
         even = self.budget.kind != "flops" and self.budget.counted == "entering"
         return self.cut_every > 1 and even
 
@@ -315,6 +311,7 @@ class AutoPrune(Method):
         return merge(seen, self._scores(seen), counts)
 
     def _measure(self, seen: Observation, state: PromptState) -> None:
+        assert seen.attention is not None
         per_head = mutual_information(
             seen.attention,
             None if seen.no_padding else seen.text_mask,
