@@ -414,7 +414,7 @@ def _quiet_libraries() -> None:
     import os
     import warnings
 
-    from .quiet import NOISY_IMPORTS
+    from .quiet_imports import NOISY_IMPORTS
 
     for name in NOISY_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,21 +1,19 @@
-"""Load a vision-language model from a folder, and put a question about a picture to it."""
+"""Load a checkpoint and its processor, from a folder or from the Hugging Face hub, and prepare its inputs."""
 
 from __future__ import annotations
 
-import time
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers.generation import BaseStreamer
-
-from . import hub
-from .methods.base import Method
-from .trace import Sample
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     target = pick_device(device)
     _check_folder(name)
     if not Path(name).is_dir():
-        hub.show_downloads()
+        show_downloads()
     try:
         # Without an answer, transformers would ask at the terminal whether to run foreign code.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -86,7 +84,7 @@ def _check_folder(name: str) -> None:
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name!r} is a file; give the folder of a checkpoint")
-    if not folder.exists() and not hub.is_name(name):
+    if not folder.exists() and not is_hub_name(name):
         raise ValueError(
             f"there is no model folder {name!r}; give a folder, or a name of the Hugging Face hub "
             "such as llava-hf/llava-1.5-7b-hf"
@@ -97,7 +95,7 @@ def _check_folder(name: str) -> None:
 
 def _unreadable(name: str, action: str, error: Exception) -> str:
     """Why a model could not be had; `action` is "read" or "load"."""
-    reason = None if Path(name).is_dir() else hub.why(name, error)
+    reason = None if Path(name).is_dir() else why_not_from_hub(name, error)
     if reason is not None:
         return reason
     if "trust_remote_code" in str(error):
@@ -128,54 +126,6 @@ def prepare(loaded: Loaded, image: Image.Image, question: str) -> Any:
     return inputs.to(loaded.model.device).to(loaded.model.dtype)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer, and the seconds from the prepared inputs to its first token and to its end."""
-
-    text: str
-    first_token_seconds: float
-    seconds: float
-
-
-@torch.inference_mode()
-def answer(loaded: Loaded, inputs: Any, max_new_tokens: int) -> Answer:
-    """The model's greedy answer, timed; the vision tower's part is in the time, too."""
-    clock = _Clock()
-    ids = loaded.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, streamer=clock
-    )
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    text = str(loaded.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
-    return Answer(text, clock.first_token, clock.end_of_answer)
-
-
-def answer_pruned(
-    loaded: Loaded, inputs: Any, method: Method, max_new_tokens: int
-) -> tuple[Answer, Sample]:
-    """The greedy answer with `method` pruning the prompt, and the prompt's record."""
-    with method(loaded.model) as trace:
-        given = answer(loaded, inputs, max_new_tokens)
-    return given, trace.samples[0]
-
-
-class _Clock(BaseStreamer):
-    """Notes when `generate` hands out its tokens; it does so from the device, so they are ready then."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._handed_out = 0
-        self.first_token = self.end_of_answer = 0.0
-
-    def put(self, value: Any) -> None:
-        # The prompt is handed out first.
-        self._handed_out += 1
-        if self._handed_out == 2:
-            self.first_token = time.perf_counter() - self._start
-
-    def end(self) -> None:
-        self.end_of_answer = time.perf_counter() - self._start
-
-
 def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,3 +142,66 @@ def _dtype(dtype: str, config: Any, device: torch.device) -> Any:
         return getattr(torch, dtype)
     stored = getattr(config, "dtype", None)
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else "auto"
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` has the form of a hub name, owner/model."""
+    return _HUB_NAME.fullmatch(text) is not None
+
+
+def show_downloads() -> None:
+    """Let the hub show its own progress bars; the bars of loading weights stay hidden."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
+
+    # The user's own switch has priority, and the hub would warn about it.
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
+
+def why_not_from_hub(name: str, error: BaseException) -> str | None:
+    """Why a model of the hub cannot be had, and the way out; None if the hub is not the reason.
+
+    transformers wraps the hub's errors, so those behind `error` are looked at, too.
+    """
+    from huggingface_hub import errors, is_offline_mode
+
+    causes = list(_causes(error))
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if among(errors.GatedRepoError):
+        return (
+            f"the model {name!r} is gated: accept its terms at https://huggingface.co/{name}, then "
+            "log in with `hf auth login`"
+        )
+    if among(errors.RepositoryNotFoundError):
+        return (
+            f"there is no folder {name!r}, and the Hugging Face hub has no model of that name or it "
+            "is private: check the name, or log in with `hf auth login`"
+        )
+    if is_offline_mode() and among(errors.LocalEntryNotFoundError):
+        return (
+            f"there is no folder {name!r}, and no complete model of that name in the local cache; "
+            "HF_HUB_OFFLINE is set, so it is not downloaded: unset it, or copy the model into a folder"
+        )
+    if among(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        return (
+            f"there is no folder {name!r}, no complete model of that name in the local cache, and the "
+            "Hugging Face hub cannot be reached: check the connection and try again"
+        )
+    refused = [cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)]
+    if refused and not among(errors.EntryNotFoundError):
+        return f"the Hugging Face hub refused to hand out {name!r}: {_first_line(refused[-1])}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

@@ -12,55 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from autoprune import AutoPrune
+from autoprune.bench.launches import SORTS, Launches, decoder_only, kernels
 from autoprune.engine.cache.argument import as_argument, cache_of
 from autoprune.methods.base import Method
 
 LAYERS, TEXT, PATCHES = 32, 64, 576
 BITS = 0.9  # of a single prompt; those of a batch are spread from 0.1 to 1.7 around it
 IMAGE = 9
-SORTS = {"sort", "topk", "argsort"}
-SORT_LAUNCHES = 4
-# Neither computes anything: `_unsafe_view` is a view, and the others only reserve memory.
-FREE = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "_unsafe_view",
-    "lift_fresh",
-    "resize_",
-}
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that launch a kernel, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and name not in FREE:
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def total(self) -> int:
-        """Kernels on a GPU."""
-        return sum(n * (SORT_LAUNCHES if name in SORTS else 1) for name, n in self.seen.items())
 
 
 @dataclass(frozen=True)
@@ -113,27 +80,6 @@ def prompts(batch: int, images: int) -> dict[str, torch.Tensor]:
     }
 
 
-@contextmanager
-def decoder_only(model: Any, launches: Launches) -> Iterator[Counter[str]]:
-    """What the decoder itself launches while this lasts, hooks on it included."""
-    before: list[Counter[str]] = []
-    own: Counter[str] = Counter()
-    text = model.get_decoder()
-
-    def leave(*_: Any) -> None:
-        own.update(launches.seen - before.pop())
-
-    handles = [
-        text.register_forward_pre_hook(lambda *_: before.append(launches.seen.copy())),
-        text.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield own
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.inference_mode()
 def count(model: Any, inputs: dict[str, torch.Tensor], method: Method | None) -> dict[str, Any]:
     """Launches of a prefill, and of the second step of decoding behind it."""
@@ -150,7 +96,7 @@ def count(model: Any, inputs: dict[str, torch.Tensor], method: Method | None) ->
     schedules = [] if trace is None else [s.tokens_per_layer for s in trace.samples[-len(mask) :]]
     return {
         "prefill": launches.total,
-        "decoder": sum(n * (SORT_LAUNCHES if k in SORTS else 1) for k, n in decoder.items()),
+        "decoder": kernels(decoder),
         "operations": sum(launches.seen.values()),
         "sorts": sum(launches.seen[name] for name in SORTS),
         "step": step.total,

@@ -15,7 +15,8 @@ from autoprune import AutoPrune, Budget
 from autoprune.bench import session
 from autoprune.bench.clock import Clock
 from autoprune.bench.floor import LayersAlone
-from autoprune.bench.measure import PHASES, Held, time_once
+from autoprune.bench.launches import Launches
+from autoprune.bench.measure import PHASES, Held, Launched, time_once
 from autoprune.bench.plot import plot_speedups
 from autoprune.bench.policy import policy_seconds
 from autoprune.bench.results import median_interval, padding_waste, rows
@@ -24,15 +25,17 @@ from autoprune.bench.subjects import Subject
 from autoprune.bench.variants import (
     OVERHEADS,
     DecideOnly,
-    HooksOnly,
     Replay,
     SpreadAutoPrune,
     Variant,
     spread_curves,
 )
+from autoprune.methods.no_pruning import NoPruning
+from autoprune.parts import selectors, transfer
 from tests import zoo
 
 CPU = torch.device("cpu")
+NO_LAUNCHES = Launched(1, 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,8 @@ def subject():
 def plan(batches=(1, 3), budgets=(9, 6), repeats=2):
     names = [(name, b) for name in ("autoprune", "random") for b in budgets]
     pruned = [Variant(name, autoprune.create(name, b)) for name, b in names]
-    return Plan(batches, pruned, AutoPrune(Budget.ratio(1)), repeats, steps=2)
+    keeps_all = [Variant(n, autoprune.create(n, Budget.ratio(1))) for n in ("autoprune", "random")]
+    return Plan(batches, pruned, keeps_all, repeats, steps=2)
 
 
 @torch.inference_mode()
@@ -57,7 +61,7 @@ def logits(subject, method=None):
         return subject.model(**prompts).logits, trace.samples
 
 
-@pytest.mark.parametrize("method", [HooksOnly(), DecideOnly(AutoPrune(budget=6))])
+@pytest.mark.parametrize("method", [NoPruning(), DecideOnly(AutoPrune(budget=6))])
 def test_overhead_runs_change_nothing(subject, method):
     found, samples = logits(subject, method)
     assert torch.equal(found, logits(subject)[0])
@@ -174,7 +178,7 @@ def test_pictures_are_encoded_before_the_decoder_is_entered(subject):
         model.get_encoder(modality="image").register_forward_hook(lambda *_: marks.append("tower")),
         model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: marks.append("layer 0")),
     ]
-    time_once(model, subject.prompts(1), HooksOnly(), 1, clock)
+    time_once(model, subject.prompts(1), NoPruning(), 1, clock)
     for handle in handles:
         handle.remove()
     assert marks == ["mark", "tower", "mark", "layer 0", "mark", "layer 0", "mark"]
@@ -192,32 +196,100 @@ def test_variants_take_turns(subject, monkeypatch):
     done = list(measure(subject, asked, Clock(CPU)))[-1]
     floors = [LayersAlone.like(own.held.samples) for own in done[1:5]]
     assert order[:4] == floors
-    rounds = [order[4 + 13 * i : 17 + 13 * i] for i in range(3)]
-    assert len(order) == 4 + 3 * 13
+    # A plain run, four pruned ones with their floors, and seven overheads.
+    rounds = [order[4 + 16 * i : 20 + 16 * i] for i in range(3)]
+    assert len(order) == 4 + 3 * 16
     for one in rounds:
         assert one[0] is None
         assert all(one.count(own.variant.method) == 1 for own in done)
         for variant, floor in zip(asked.pruned, floors, strict=True):
             assert one[one.index(variant.method) + 1] == floor
     assert rounds[0] != rounds[1] != rounds[2]
-    assert [len(own.floor) for own in done] == [0, 3, 3, 3, 3, 0, 0, 0, 0]
-    assert [own.variant.label for own in done[5:]] == list(OVERHEADS)
+    assert [len(own.floor) for own in done] == [0, 3, 3, 3, 3] + [0] * 7
+    asked_for = [(name, of) for of in ("autoprune", "random") for name in OVERHEADS[1:]]
+    assert [(own.variant.label, own.variant.of) for own in done[5:]] == [
+        ("hooks only", None),
+        *asked_for,
+    ]
 
 
 def test_every_run_is_announced_and_overheads_are_measured_once(subject):
     asked = plan(repeats=1)
     states = list(measure(subject, asked, Clock(CPU)))
-    assert len(states) == asked.runs == 2 * (5 + 5 + 4) + 2 * 4 * 2
+    assert len(states) == asked.runs == 2 * (5 + 5 + 7) + 2 * 4 * 2
     found = rows(states[-1])
-    assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * len(OVERHEADS)
+    assert [row["batch"] for row in found if row["kind"] == "overhead"] == [1] * 7
     assert [row["batch"] for row in found if row["kind"] == "plain"] == [1, 3]
-    cuts = next(row for row in found if row["variant"] == "cuts only")
-    # Those of the first method, not of `random`, whose single cut costs fewer FLOPs.
-    ours = next(row for row in found[1:] if row["mean_tokens"] == 6)
-    assert ours["variant"] == "autoprune"
-    assert cuts["tokens_per_layer"] == ours["tokens_per_layer"]
-    (decides,) = (own for own in states[-1] if own.variant.label == "decisions only")
-    assert decides.variant.method.method == asked.pruned[1].method
+
+
+def test_overheads_are_those_of_each_method_at_its_cheapest_budget(subject):
+    asked = plan(batches=(1,), repeats=1)
+    done = list(measure(subject, asked, Clock(CPU)))[-1]
+    found = rows(done)
+    for name, pruned in (("autoprune", asked.pruned[1]), ("random", asked.pruned[3])):
+        ours = next(r for r in found[1:] if (r["variant"], r["mean_tokens"]) == (name, 6))
+        cuts = next(r for r in found if r["variant"] == "cuts only" and r["of"] == name)
+        assert cuts["tokens_per_layer"] == ours["tokens_per_layer"]
+        (decides,) = (
+            own.variant
+            for own in done
+            if own.variant.label == "decisions only" and own.variant.of == name
+        )
+        assert decides.method.method == pruned.method
+    schedules = [r["tokens_per_layer"] for r in found if r["variant"] == "cuts only"]
+    assert schedules[0] != schedules[1]
+
+
+def test_what_launches_a_kernel_is_counted():
+    values = torch.ones(2, 3)
+    with Launches() as launches:
+        added = values + 1
+        added.view(3, 2).t()
+        torch.empty(5)
+        added.sort(dim=1)
+    assert launches.seen == {"add": 1, "sort": 1}
+    # A sort is four kernels on CUDA.
+    assert (launches.total, launches.copies) == (5, 0)
+
+
+def test_a_copy_from_the_host_is_counted_wherever_it_is_asked_for():
+    places = (transfer.to_device, selectors.to_device)
+    with Launches() as launches:
+        transfer.to_device([1, 2], CPU)
+        selectors.to_device([3], CPU)
+        transfer.all_to_device([np.arange(3), np.ones(2, dtype=bool), np.arange(2)], CPU)
+    assert launches.copies == 3
+    assert "lift_fresh" not in launches.seen
+    assert (transfer.to_device, selectors.to_device) == places
+
+
+def test_copies_are_counted_no_longer_once_counting_failed():
+    place = transfer.to_device
+    with pytest.raises(KeyError), Launches():
+        raise KeyError
+    assert transfer.to_device is place
+
+
+def test_launches_around_the_decoder_count_as_the_decoders():
+    held = Held(1, 1, [sample([8, 2], 2)])
+    seconds = {phase: [1.0] for phase in PHASES}
+    plain = Measured(1, Variant("plain"), held, Launched(100, 40, 0), seconds)
+    method = autoprune.create("random", 5)
+    pruned = Measured(1, Variant("random", method), held, Launched(130, 60, 3), seconds)
+    before, after = rows([plain, pruned])
+    assert (before["launches"], before["launches_ratio"], before["copies"]) == (40, 1, 0)
+    assert (after["launches"], after["launches_ratio"], after["copies"]) == (70, 1.75, 3)
+
+
+def test_cutting_launches_what_a_method_that_decides_nothing_does_not(subject):
+    done = list(measure(subject, plan(batches=(1,), repeats=1), Clock(CPU)))[-1]
+    found = {(r["variant"], r.get("of"), r.get("mean_tokens")): r["launches"] for r in rows(done)}
+    plain, pruned = found["plain", None, None], found["autoprune", None, 6]
+    cuts, decides = (
+        found[name, "autoprune", n] for name, n in (("cuts only", 6), ("decisions only", 16))
+    )
+    assert plain <= found["hooks only", None, 16] < min(cuts, decides)
+    assert max(cuts, decides) < pruned
 
 
 def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(subject):
@@ -256,7 +328,9 @@ def test_realised_share_compares_rounds_with_what_flops_promise():
 
     def taken(method, seconds):
         label = "plain" if method is None else "random"
-        return Measured(1, Variant(label, method), held, dict.fromkeys(PHASES, seconds))
+        return Measured(
+            1, Variant(label, method), held, NO_LAUNCHES, dict.fromkeys(PHASES, seconds)
+        )
 
     plain = taken(None, [4.0, 8.0, 6.0])
     pruned = taken(autoprune.create("random", 5), [2.0, 4.0])
@@ -289,7 +363,7 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
 
 
 def test_what_has_not_been_timed_yet_has_no_row():
-    assert rows([Measured(1, Variant("plain"), Held(1, 1, []))]) == []
+    assert rows([Measured(1, Variant("plain"), Held(1, 1, []), NO_LAUNCHES)]) == []
 
 
 def test_one_thread_is_timed_by_the_process():

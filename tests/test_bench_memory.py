@@ -10,8 +10,9 @@ from autoprune import AutoPrune, create
 from autoprune.bench.measure import hold_once
 from autoprune.bench.memory import AllocationCounter, PeakMemory
 from autoprune.bench.results import padding_waste
-from autoprune.bench.variants import HooksOnly, Replay, spread_curves
+from autoprune.bench.variants import Replay, spread_curves
 from autoprune.engine import prefill
+from autoprune.methods.no_pruning import NoPruning
 from tests import zoo
 
 MEGABYTE = 1 << 20
@@ -117,7 +118,7 @@ def test_the_peak_knows_whether_layers_compute_padding(packed, monkeypatch):
 
 def test_the_plain_cache_holds_all(model):
     plain = hold_once(model, prompts(model, 2), None)
-    hooked = hold_once(model, prompts(model, 2), HooksOnly())
+    hooked = hold_once(model, prompts(model, 2), NoPruning())
     assert plain.samples == []
     assert plain.kv == hooked.kv == sum(sample.kv_bytes_full for sample in hooked.samples)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import families, hub
+from autoprune import families
+from autoprune.commands.families import describe
 from autoprune.contract import Tower
 from autoprune.engine.locate import locate
 from autoprune.engine.vision import maps as vision_maps
 from autoprune.engine.vision.tower import VisionTap
+from autoprune.loading import is_hub_name
 from tests import zoo
 from tests.engine import test_backends
 
@@ -23,6 +25,7 @@ VARIANTS = {"llava_sliding": "llava"}
 EMULATED = {"flash": test_backends.FLASH, "flex": test_backends.FLEX}
 NAMES = [family.name for family in families.FAMILIES]
 ROWS = pytest.mark.parametrize("family", families.FAMILIES, ids=NAMES)
+TOOL = runpy.run_path(str(ROOT / "tools" / "readme.py"))
 model_of = functools.cache(zoo.build)
 
 
@@ -45,7 +48,7 @@ def test_a_row_says_what_the_zoo_tries(family):
 def test_every_row_names_a_checkpoint_of_its_own_and_the_readme_shows_it():
     names = [family.checkpoint for family in families.FAMILIES]
     assert len(set(names)) == len(names)
-    assert all(hub.is_name(name) for name in names)
+    assert all(is_hub_name(name) for name in names)
     table = (ROOT / "README.md").read_text(encoding="utf-8")
     for family in families.FAMILIES:
         assert f"| {family.title} | {family.model_type} | {family.checkpoint} |" in table
@@ -76,7 +79,7 @@ def test_the_engine_scores_no_family_without_a_row():
 
 @pytest.mark.parametrize("check", families.CHECKS, ids=lambda check: check.name)
 def test_the_checks_exist(check):
-    file, _, function = check.test.partition("::")
+    file, _, function = TOOL["TESTS"][check.name].partition("::")
     assert (ROOT / file).exists()
     if function:
         module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
@@ -84,14 +87,14 @@ def test_the_checks_exist(check):
 
 
 def test_every_family_is_checked_against_the_oracle():
-    for record in map(families.describe, families.FAMILIES):
+    for record in map(describe, families.FAMILIES):
         assert {"oracle", "nothing pruned", "budget", "batches"} <= record["checks"].keys()
         assert ("vision scores" in record["checks"]) == (record["vision_scores"] != "none")
 
 
 def test_the_readme_shows_this_table(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count(families.markdown()) == 1, "run `make readme`"
+    assert TOOL["with_table"](readme) == readme, "run `make readme`"
     copy = tmp_path / "README.md"
     copy.write_text(readme.replace("LLaVA-NeXT-Video", "outdated"), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["readme.py", str(copy)])
@@ -100,6 +103,5 @@ def test_the_readme_shows_this_table(tmp_path, monkeypatch):
 
 
 def test_a_readme_without_markers_is_refused():
-    with_table = runpy.run_path(str(ROOT / "tools" / "readme.py"))["with_table"]
     with pytest.raises(ValueError, match="expected one line"):
-        with_table("# autoprune\n")
+        TOOL["with_table"]("# autoprune\n")

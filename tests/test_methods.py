@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import runpy
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def test_the_reference_only_takes_its_own_kind_of_budget():
     assert AutoPruneReference(budget=64).budget == Budget.tokens(64, counted="leaving")
     with pytest.raises(ValueError, match="leaving"):
         AutoPruneReference(budget=Budget.ratio(0.5))
+
+
+@pytest.mark.parametrize("cls", [AutoPrune, AutoPruneReference])
+def test_a_methods_budget_is_a_budget_whatever_was_given(cls):
+    counted = "leaving" if cls is AutoPruneReference else "entering"
+    assert cls().budget == Budget.tokens(64, counted)
+    method = cls(12, k0=0.3)
+    assert method.budget == Budget.tokens(12, counted)
+    assert dataclasses.replace(method, budget=9).budget == Budget.tokens(9, counted)
+    assert dataclasses.replace(method, k0=0.5).budget == method.budget
+    assert pickle.loads(pickle.dumps(method)) == method != cls(13, k0=0.3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.budget = 9
 
 
 @pytest.mark.parametrize("method", EXACT, ids=str)

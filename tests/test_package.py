@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import autoprune
-from autoprune.quiet import NOISY_IMPORTS, quiet_imports
+from autoprune.quiet_imports import NOISY_IMPORTS, quiet_imports
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,6 @@ The table of families goes into the README, the page of methods to docs/methods.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import re
@@ -13,12 +12,29 @@ import sys
 import textwrap
 from pathlib import Path
 
-from autoprune import families
+from autoprune.commands.families import markdown
 from autoprune.commands.methods import documentation
-from autoprune.methods import METHODS
+from autoprune.methods import METHODS, options_of
 
 START = "<!-- families: written by `make readme` -->"
 END = "<!-- end of families -->"
+
+_EQUALITY = "tests/engine/test_oracle_equality.py"
+TESTS = {
+    "oracle": f"{_EQUALITY}::test_pruning_equals_the_oracle",
+    "nothing pruned": (f"{_EQUALITY}::test_a_budget_of_everything_is_the_plain_model_bit_for_bit"),
+    "budget": f"{_EQUALITY}::test_the_trace_says_what_the_prompts_hold_and_spends_the_budget",
+    "batches": f"{_EQUALITY}::test_a_prompt_gets_in_a_batch_what_it_gets_alone",
+    "padding": f"{_EQUALITY}::test_a_plain_forward_returns_the_oracles_rows_in_their_places",
+    "text attention": "tests/engine/test_observations.py::test_attention_is_the_models_own",
+    "vision scores": (
+        "tests/engine/test_vision_scores.py::test_a_patch_scores_exactly_the_tokens_it_makes"
+    ),
+    "generation": "tests/engine/test_generation.py",
+    "flash": "tests/engine/test_backends.py::test_flash_attention_equals_the_oracle",
+    "flex": "tests/engine/test_backends.py::test_flex_attention_equals_the_oracle",
+}
+"""The test behind each check of `autoprune.families`: a file, or file::function."""
 
 METHODS_HEAD = """# Methods
 
@@ -97,7 +113,8 @@ def with_table(text: str) -> str:
     _, end, after = rest.partition(END)
     if not start or not end or START in rest or END in before + after:
         raise ValueError(f"expected one line {START!r} and, behind it, one line {END!r}")
-    return f"{before}{START}\n\n{families.markdown()}\n\n{END}{after}"
+    files = {check: test.partition("::")[0] for check, test in TESTS.items()}
+    return f"{before}{START}\n\n{markdown(files)}\n\n{END}{after}"
 
 
 def methods_page() -> str:
@@ -105,11 +122,7 @@ def methods_page() -> str:
     sections = [METHODS_HEAD, _index()]
     for name, method in METHODS.items():
         text, _, arguments = documentation(name).partition("\n\nArgs:\n")
-        options = [
-            f"`{field.name}={field.default!r}`"
-            for field in dataclasses.fields(method)
-            if field.name != "budget"
-        ]
+        options = [f"`{field.name}={field.default!r}`" for field in options_of(name).values()]
         sections += [
             f"## {name}\n",
             f"*{_linked(method.paper)}*\n",

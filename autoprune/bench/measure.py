@@ -1,4 +1,4 @@
-"""One prefill and a few greedy steps: how long they take, and how much memory they hold."""
+"""One prefill and a few greedy steps: how long they take, how much memory they hold, what they launch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..methods.base import Method
 from ..trace import Sample
 from .clock import Clock
 from .floor import LayersAlone
+from .launches import Launches, decoder_only, kernels
 from .memory import PeakMemory, cache_bytes
 from .subjects import Tensors
 
@@ -30,6 +31,19 @@ class Held:
     peak: int
     kv: int
     samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What one prefill launches.
+
+    total: kernels from the call to the first token's logits. decoder: those inside of the decoder.
+    copies: from the host to the device.
+    """
+
+    total: int
+    decoder: int
+    copies: int
 
 
 @torch.inference_mode()
@@ -76,6 +90,18 @@ def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
         token = output.logits[:, -1:].argmax(dim=-1)
         model(input_ids=token, use_cache=True, **as_argument(model, cache))
         return held
+
+
+@torch.inference_mode()
+def count_once(model: Any, prompts: Tensors, method: Method | None) -> Launched:
+    """What a prefill launches; one before it has made what is made once."""
+    with (
+        _pruned(model, method),
+        Launches() as launches,
+        decoder_only(model, launches) as decoder,
+    ):
+        model(**prompts, use_cache=True, logits_to_keep=1)
+    return Launched(launches.total, kernels(decoder), launches.copies)
 
 
 def _pruned(model: Any, method: Method | LayersAlone | None) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..trace import Sample
 from .clock import Clock
+from .measure import Launched
 from .policy import policy_seconds
 from .session import Measured
 from .subjects import Subject
@@ -88,7 +89,10 @@ def _row(plain: Measured, own: Measured) -> Row:
         "peak_bytes_plain": plain.held.peak,
         "kv_bytes_held": own.held.kv,
         "kv_bytes_held_plain": plain.held.kv,
+        **_launches(plain.launched, own.launched),
     }
+    if own.variant.of is not None:
+        row["of"] = own.variant.of
     if method is None:
         return row
     ideal = sum(s.flops_full for s in samples) / sum(s.flops for s in samples)
@@ -117,6 +121,16 @@ def _row(plain: Measured, own: Measured) -> Row:
         "kv_bytes_trace": sum(s.kv_bytes_held for s in samples),
         "peak_bytes_trace": sum(s.peak_bytes for s in samples),
         "padding_waste": padding_waste(samples),
+    }
+
+
+def _launches(plain: Launched, own: Launched) -> Row:
+    """Kernels of the decoder's prefill; what pruning adds around it counts as the decoder's."""
+    launches = plain.decoder + own.total - plain.total
+    return {
+        "launches": launches,
+        "launches_ratio": launches / plain.decoder,
+        "copies": own.copies,
     }
 
 

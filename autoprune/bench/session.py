@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..methods.base import Method
+from ..methods.no_pruning import NoPruning
 from .clock import Clock
 from .floor import LayersAlone
-from .measure import PHASES, Held, hold_once, time_once
+from .measure import PHASES, Held, Launched, count_once, hold_once, time_once
 from .subjects import Subject, Tensors
-from .variants import OVERHEADS, PLAIN, Variant, overheads
+from .variants import HOOKS, OVERHEADS, PLAIN, Variant, overheads
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Plan:
     """What to measure.
 
     batches: batch sizes; overheads are measured at the first.
-    pruned: one per method and budget. keeps_all: the first method with a budget of all tokens.
+    pruned: one per method and budget. keeps_all: one per method, with a budget of all tokens.
     repeats: rounds. steps: greedy steps after each prefill.
     """
 
     batches: Sequence[int]
     pruned: Sequence[Variant]
-    keeps_all: Method
+    keeps_all: Sequence[Variant]
     repeats: int
     steps: int
 
@@ -33,7 +33,8 @@ class Plan:
     def runs(self) -> int:
         """How many runs of the model `measure` makes."""
         floors = len(self.batches) * len(self.pruned)
-        variants = len(self.batches) + floors + len(OVERHEADS)
+        overheads = 1 + len(self.keeps_all) * (len(OVERHEADS) - 1)
+        variants = len(self.batches) + floors + overheads
         return (variants + floors) * (1 + self.repeats)
 
 
@@ -47,6 +48,7 @@ class Measured:
     batch: int
     variant: Variant
     held: Held
+    launched: Launched
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
     floor: list[float] = field(default_factory=list)
 
@@ -64,11 +66,11 @@ def measure(subject: Subject, plan: Plan, clock: Clock) -> Iterator[list[Measure
             # Libraries allocate workspaces at their first use; the plain model's peak is not to hold them.
             time_once(subject.model, prompts, None, plan.steps, clock)
         for variant in _variants(plan):
-            done.append(_hold(subject, prompts, batch, variant))
+            done.append(_first_run(subject, prompts, batch, variant))
             yield done
         if batch == plan.batches[0]:
             for variant in _overheads(plan, done[1:]):
-                done.append(_hold(subject, prompts, batch, variant))
+                done.append(_first_run(subject, prompts, batch, variant))
                 yield done
         plain, *others = done[first:]
         floors = {
@@ -99,15 +101,17 @@ def _variants(plan: Plan) -> list[Variant]:
 
 
 def _overheads(plan: Plan, pruned: Sequence[Measured]) -> list[Variant]:
-    """Looks at the first method, at its cheapest budget."""
-    first = [own for own in pruned if own.variant.label == plan.pruned[0].label]
-    cheapest = min(first, key=lambda own: sum(sample.flops for sample in own.held.samples))
-    method = cheapest.variant.method
-    assert method is not None
-    schedule = [sample.tokens_per_layer for sample in cheapest.held.samples]
-    return overheads(plan.keeps_all, method, schedule)
+    """Those of every method, at its cheapest budget."""
+    found = [Variant(HOOKS, NoPruning())]
+    for whole in plan.keeps_all:
+        own = [each for each in pruned if each.variant.label == whole.label]
+        cheapest = min(own, key=lambda each: sum(sample.flops for sample in each.held.samples))
+        schedule = [sample.tokens_per_layer for sample in cheapest.held.samples]
+        found += overheads(whole, cheapest.variant, schedule)
+    return found
 
 
-def _hold(subject: Subject, prompts: Tensors, batch: int, variant: Variant) -> Measured:
-    """The first run of a variant: what it holds, and a warm-up."""
-    return Measured(batch, variant, hold_once(subject.model, prompts, variant.method))
+def _first_run(subject: Subject, prompts: Tensors, batch: int, variant: Variant) -> Measured:
+    """What a variant holds, which warms it up, and what it launches."""
+    arguments = subject.model, prompts, variant.method
+    return Measured(batch, variant, hold_once(*arguments), count_once(*arguments))

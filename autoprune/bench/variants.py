@@ -6,54 +6,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
 from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
+from ..parts.transfer import all_to_device
 from ..policy.budget import Budget
 
 Kind = Literal["plain", "pruned", "overhead"]
 
-EVERYTHING = Budget.ratio(1.0)
-
-
 PLAIN = "plain"
-OVERHEADS = ("hooks only", "budget of all tokens", "decisions only", "cuts only")
+HOOKS = "hooks only"
+OVERHEADS = (HOOKS, "budget of all tokens", "decisions only", "cuts only")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model; `method` is None for the plain one."""
+    """One way to run the model.
+
+    method: None for the plain one.
+    of: for an overhead, the label of the method whose it is; being attached costs all of them the same.
+    """
 
     label: str
     method: Method | None = None
+    of: str | None = None
 
     @property
     def kind(self) -> Kind:
         if self.method is None:
             return "plain"
         return "overhead" if self.label in OVERHEADS else "pruned"
-
-
-@dataclass(frozen=True)
-class HooksOnly(Method):
-    """Is attached, asks for nothing and cuts nothing."""
-
-    name: ClassVar[str] = "hooks only"
-    paper: ClassVar[str] = ""
-
-    budget: Budget = EVERYTHING
-
-    def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return None
-
-    def select(self, seen: Observation, state: PromptState) -> Selection | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -99,7 +86,7 @@ class Replay(Method):
     paper: ClassVar[str] = ""
 
     schedule: tuple[tuple[int, ...], ...]
-    budget: Budget = EVERYTHING
+    budget: Budget = field(default_factory=lambda: Budget.ratio(1))
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         before = [counts[cut - 1] for counts in self.schedule] if cut else state.prompts.num_visual
@@ -107,10 +94,16 @@ class Replay(Method):
         return Needs() if due else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection:
-        counts = self._counts(seen.cut)
-        place = torch.arange(max(counts), device=seen.index.device).repeat(len(counts), 1)
-        number = torch.as_tensor(counts).to(place.device)
-        return Selection(place.masked_fill(place >= number[:, None], -1), counts)
+        if "kept" not in state.notes:
+            # All at once: a copy in every cut would cost more than the cut.
+            each = [self._kept(cut) for cut in range(len(self.schedule[0]))]
+            state.notes["kept"] = all_to_device(each, seen.index.device)
+        return Selection(state.notes["kept"][seen.cut], self._counts(seen.cut))
+
+    def _kept(self, cut: int) -> np.ndarray:
+        counts = np.array(self._counts(cut))
+        position = np.arange(counts.max())
+        return np.where(position < counts[:, None], position, -1)
 
     def _counts(self, cut: int) -> list[int]:
         return [counts[cut] for counts in self.schedule]
@@ -145,18 +138,21 @@ def spread_curves(method: Method, bits: float) -> Method:
 
 
 def overheads(
-    keeps_all: Method, prunes: Method, schedule: Sequence[Sequence[int]]
+    keeps_all: Variant, prunes: Variant, schedule: Sequence[Sequence[int]]
 ) -> list[Variant]:
-    """What pruning costs without what it saves, and the other way round.
+    """What a method costs without what it saves, and the other way round.
 
     Args:
-        keeps_all: a method whose budget pays for all visual tokens.
-        prunes: the method whose decisions are looked at; schedule: the counts it came to, per prompt.
+        keeps_all: the method with a budget that pays for all visual tokens.
+        prunes: the same with the budget that is looked at; schedule: the counts it came to, per prompt.
     """
+    assert prunes.method is not None
     methods = (
-        HooksOnly(),
-        keeps_all,
-        DecideOnly(prunes),
-        Replay(tuple(tuple(counts) for counts in schedule)),
+        keeps_all.method,
+        DecideOnly(prunes.method),
+        Replay(tuple(map(tuple, schedule))),
     )
-    return [Variant(*pair) for pair in zip(OVERHEADS, methods, strict=True)]
+    return [
+        Variant(overhead, method, of=prunes.label)
+        for overhead, method in zip(OVERHEADS[1:], methods, strict=True)
+    ]

@@ -161,14 +161,17 @@ def _plan(request: Request) -> Plan:
         for label, name, own in chosen
         for budget in budgets
     ]
-    _, first, own = chosen[0]
+    everything = Budget.tokens(ALL_TOKENS)
     spread = _spread(request)
     if not (math.isfinite(spread) and spread >= 0):
         raise ValueError(f"--spread expects a finite number of bits, 0 or more, got {spread}")
     return Plan(
         batches=[_positive("--batch", text) for text in _listed("--batch", request.batch)],
         pruned=[Variant(label, spread_curves(method, spread)) for label, method in methods],
-        keeps_all=build_method(first, Budget.tokens(ALL_TOKENS), {}, [*common[first], *own]),
+        keeps_all=[
+            Variant(label, build_method(name, everything, {}, [*common[name], *own]))
+            for label, name, own in chosen
+        ],
         repeats=request.repeats or repeats,
         steps=request.new_tokens or steps,
     )

@@ -18,6 +18,8 @@ BESIDES = (
     "tokens", "vision\nms", "TTFT\nfaster", "decode\nms", "faster", "95 %", "peak\nMB", "KV\nMB", "pad-\nding",
 )  # fmt: skip
 OVERHEADS = ("prefill\nms", "± %", "of\nplain", "95 %", "decode\nof plain", "95 %")
+LAUNCHES = ("tokens", "launches", "of\nplain", "copies")
+NAME_WIDTH = 22
 
 
 def show(record: dict[str, Any], files: Sequence[Path], console: Console) -> None:
@@ -44,6 +46,8 @@ def show(record: dict[str, Any], files: Sequence[Path], console: Console) -> Non
     overheads = [row for row in rows if row["kind"] == "overhead"]
     console.print(_table("overhead", OVERHEADS, overheads, _overhead))
     console.print()
+    console.print(_table("prefill", LAUNCHES, rows, _launches))
+    console.print()
     policy = record["policy_seconds"]
     console.print(
         f"planning (32 layers, 2880 tokens): {1e3 * policy['one_prompt']:.3f} ms for one prompt, "
@@ -64,12 +68,16 @@ def _table(
     """Narrow enough for a terminal of 80 characters."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("batch", justify="right", no_wrap=True)
-    table.add_column(what, overflow="fold")
+    table.add_column(what, overflow="fold", max_width=NAME_WIDTH)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(str(row["batch"]), row["variant"], *cells(row))
+        table.add_row(str(row["batch"]), _name(row), *cells(row))
     return table
+
+
+def _name(row: Row) -> str:
+    return f"{row['of']}: {row['variant']}" if "of" in row else str(row["variant"])
 
 
 def _prefill(row: Row) -> list[str]:
@@ -112,8 +120,15 @@ def _overhead(row: Row) -> list[str]:
     return cells
 
 
+def _launches(row: Row) -> list[str]:
+    ratio, copies = f"{row['launches_ratio']:.3f}", str(row["copies"])
+    return [_tokens(row), str(row["launches"]), ratio, copies]
+
+
 def _tokens(row: Row) -> str:
-    return f"{row['mean_tokens']:.4g}" if row["kind"] == "pruned" else "all"
+    if row["kind"] == "plain" or row["mean_tokens"] == row["visual_tokens"]:
+        return "all"
+    return f"{row['mean_tokens']:.4g}"
 
 
 def _interval(ratios: dict[str, Any], change: Callable[[float], float], digits: int) -> str:

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import check_file, make_folder, write_whole
-from ..loading import Loaded, answer, answer_pruned, load_embedded, prepare
+from ..loading import Loaded, load_embedded, prepare
 from ..methods.base import Method
 from ..trace import Sample
 from ..viz import kept_patches, tile, to_png
+from .answers import answer, answer_pruned
 from .pictures import as_seen
 from .report import bits, can_draw, print_json, sample_record, saved, sparkline
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from ..methods import METHODS, as_released, create, list_methods
+from ..methods import METHODS, as_released, create, list_methods, options_of
 from ..methods.base import Method
 from ..policy.budget import Budget
 from .methods import options as defaults
@@ -129,10 +128,8 @@ def _typed(method: str, option: str, text: str) -> Any:
 
 
 def _annotation(method: str, option: str) -> Any:
-    if method not in METHODS:
-        return ""
-    fields = {field.name: field.type for field in dataclasses.fields(cast(Any, METHODS[method]))}
-    return fields.get(option, "")
+    known = options_of(method) if method in METHODS else {}
+    return known[option].type if option in known else ""
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from ..methods import METHODS, as_released, check_name
+from ..methods import METHODS, as_released, check_name, options_of
 from .report import print_json
 
 _SECTIONS = ("Args:", "Raises:")
@@ -21,8 +20,7 @@ _SECTIONS = ("Args:", "Raises:")
 
 def options(name: str) -> dict[str, Any]:
     """A method's options beside the budget, with their defaults."""
-    fields = dataclasses.fields(cast(Any, METHODS[name]))
-    return {field.name: field.default for field in fields if field.name != "budget"}
+    return {option: field.default for option, field in options_of(name).items()}
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -95,12 +93,12 @@ def documentation(name: str) -> str:
     method = METHODS[name]
     text = inspect.getdoc(method) or ""
     explained = _arguments(text)
-    options_of = {field.name for field in dataclasses.fields(cast(Any, method))}
+    own = options_of(name)
     added = {
         option: entry
         for base in reversed(method.__mro__[1:])
         for option, entry in _arguments(inspect.cleandoc(base.__doc__ or "")).items()
-        if option in options_of and option not in explained
+        if option in own and option not in explained
     }
     return "\n".join([text, *added.values()]) if explained else text
 

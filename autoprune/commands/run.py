@@ -15,10 +15,11 @@ from rich.table import Table
 from .. import __version__
 from ..files import check_picture_path, write_whole
 from ..images import load_image
-from ..loading import Answer, Loaded, answer, answer_pruned, load_embedded, load_model, prepare
+from ..loading import Loaded, load_embedded, load_model, prepare
 from ..methods.base import Method
 from ..trace import Sample
 from ..viz import kept_patches, to_png
+from .answers import Answer, answer, answer_pruned
 from .pictures import as_seen
 from .report import bits, can_draw, print_json, sample_record, saved, sparkline
 

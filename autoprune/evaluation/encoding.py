@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from ..contract import Needs, Observation, PromptState, Tower
-from ..methods.base import Method
-from ..policy.budget import Budget
+from ..contract import Tower
+from ..methods.no_pruning import NoPruning
 from .settings import Setting
 
 Encode = Callable[[Any], Any]
@@ -38,7 +36,7 @@ def encoder(model: Any, settings: Sequence[Setting]) -> Encode | None:
 
     @torch.inference_mode()
     def encode(inputs: Any) -> Any:
-        handle = _Look(tower).attach(model)
+        handle = NoPruning(sees=tower).attach(model)
         try:
             features = handle.encode(**inputs)
         finally:
@@ -47,23 +45,3 @@ def encoder(model: Any, settings: Sequence[Setting]) -> Encode | None:
         return {**rest, "mm_encoder_outputs": features}
 
     return encode
-
-
-@dataclass(frozen=True)
-class _Look(Method):
-    """Prunes nothing and sees what all the settings together want to see of the tower."""
-
-    name: ClassVar[str] = "look"
-    paper: ClassVar[str] = "none"
-
-    seen: Tower
-    budget: Budget = field(default_factory=lambda: Budget.ratio(1))
-
-    def tower(self) -> Tower:
-        return self.seen
-
-    def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return None
-
-    def select(self, seen: Observation, state: PromptState) -> None:
-        """Never asked."""

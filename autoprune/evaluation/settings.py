@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
-from ..contract import Needs, Observation, PromptState, Tower
 from ..methods.base import Method
-from ..policy.budget import Budget
+from ..methods.no_pruning import NoPruning
 
 FULL = "full"
 
@@ -31,26 +29,7 @@ class Setting:
         return f"{_plain(self.label)}__{_plain(self.budget)}"
 
 
-@dataclass(frozen=True)
-class Whole(Method):
-    """Prunes nothing and looks at nothing: the reference, recorded as the methods are."""
-
-    name: ClassVar[str] = FULL
-    paper: ClassVar[str] = "none: the whole picture"
-
-    budget: Budget = field(default_factory=lambda: Budget.ratio(1))
-
-    def tower(self) -> Tower:
-        return Tower()
-
-    def needs(self, cut: int, state: PromptState) -> Needs | None:
-        return None
-
-    def select(self, seen: Observation, state: PromptState) -> None:
-        """Never asked."""
-
-
-REFERENCE = Setting(FULL, "1", Whole())
+REFERENCE = Setting(FULL, "1", NoPruning())
 
 
 def with_reference(settings: Sequence[Setting]) -> list[Setting]:

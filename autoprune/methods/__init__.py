@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, cast
 
 from ..policy.budget import Budget
 from .autoprune import AutoPrune
@@ -82,12 +82,18 @@ def create(name: str, /, budget: Budget | float, **options: Any) -> Method:
         ValueError: there is no such method, or it has no such option.
     """
     check_name(name)
-    cls = METHODS[name]
-    known = [field.name for field in dataclasses.fields(cls) if field.name != "budget"]
+    known = options_of(name)
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")
-    return cls(budget=budget, **options)
+    method: Any = METHODS[name]
+    return cast(Method, method(budget=budget, **options))
+
+
+def options_of(name: str) -> dict[str, dataclasses.Field[Any]]:
+    """A method's options beside the budget, as `dataclasses.fields` gives them."""
+    fields = dataclasses.fields(cast(Any, METHODS[name]))
+    return {field.name: field for field in fields if field.name != "budget"}
 
 
 def check_name(name: str) -> None:

@@ -21,6 +21,7 @@ from ..policy.curves import get_curve
 from ..policy.information import mutual_information
 from ..policy.shapes import check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
+from .any_budget import AnyBudget
 from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
 
@@ -81,7 +82,7 @@ class AutoPrune(Method):
     name: ClassVar[str] = "autoprune"
     paper: ClassVar[str] = "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
 
-    budget: Budget | float = 64
+    budget: AnyBudget = AnyBudget(64)
     k0: float = 0.4
     gamma: float = 0.3
     x0: float = 15.0
@@ -98,7 +99,6 @@ class AutoPrune(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Budget.of(self.budget))
         check_settings(self)
         get_curve(self.curve)
         get_merger(self.merger)
@@ -180,7 +180,6 @@ class AutoPrune(Method):
         """
         if not num_visual:
             return [0] * num_layers
-        assert isinstance(self.budget, Budget)
         sizes = Sizes(num_layers, (num_visual,), (num_text,), cost)
         # What is measured in float32 may exceed the logarithm a little.
         most = (1 + self.noise) * float(np.log2(num_visual)) + 1e-3
@@ -198,7 +197,6 @@ class AutoPrune(Method):
 
     def _schedule(self, cut_every: int | None = None) -> AdaptiveSchedule:
         """How information decides schedules; by default with the setting's `cut_every`, 1 for "auto"."""
-        assert isinstance(self.budget, Budget)
         if cut_every is None:
             cut_every = 1 if self.cut_every == "auto" else self.cut_every
         return AdaptiveSchedule(

@@ -9,11 +9,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Selection, Tower
+from ..contract import ModelShape, Needs, Observation, PromptState, Selection, Tower
 from ..parts.mergers import recycle
 from ..parts.scorers import text_attention, vision_attention
 from ..parts.selectors import required_first, top_k
-from ..policy.budget import Budget
 from ..policy.information import released_mutual_information
 from ..policy.released import (
     cluster_count,
@@ -23,6 +22,7 @@ from ..policy.released import (
     released_keep_fractions,
     released_runtime_counts,
 )
+from .any_budget import AnyBudget
 from .base import Method, check_settings
 
 TEXT_WEIGHT = 0.3
@@ -53,23 +53,20 @@ class AutoPruneReference(Method):
     paper: ClassVar[str] = (
         "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025 (released code)"
     )
-    positions: ClassVar[Positions] = "compacted"
+    positions = "compacted"
 
-    budget: Budget | float = 64
+    budget: AnyBudget = AnyBudget(64, counted="leaving")
     x0: float = 14.9
     k0: float = 0.4
     gamma: float = 0.2
     recycle: bool = True
 
     def __post_init__(self) -> None:
-        budget = self.budget
-        budget = Budget.of(budget, counted="leaving")
-        if budget.kind != "tokens" or budget.counted != "leaving":
+        if self.budget.counted != "leaving":
             raise ValueError(
-                f"the released code knows only a mean of tokens leaving a layer, got a budget of {budget}; "
-                "give it a number of tokens, or use AutoPrune"
+                "the released code knows only a mean of tokens leaving a layer, got a budget of "
+                f"{self.budget}; give it a number of tokens, or use AutoPrune"
             )
-        object.__setattr__(self, "budget", budget)
         check_settings(self)
 
     def tower(self) -> Tower:

@@ -65,7 +65,7 @@ class PerPrompt(Method):
         _check_methods(self.methods)
         object.__setattr__(self, "methods", tuple(self.methods))
         different = self._different
-        budgets = [Budget.of(method.budget) for method in different] or [Budget.ratio(1)]
+        budgets = [method.budget for method in different] or [Budget.ratio(1)]
         # A budget that pays for text too says that there is less room the more text there is.
         priced = [budget for budget in budgets if budget.kind in ("flops", "kv_bytes")]
         object.__setattr__(self, "budget", (priced or budgets)[0])
@@ -81,7 +81,7 @@ class PerPrompt(Method):
 
     def tower(self) -> Tower:
         towers = [method.tower() for method in self._different]
-        middles = {tower.middle for tower in towers} - {None}
+        middles = {tower.middle for tower in towers if tower.middle is not None}
         if len(middles) > 1:
             raise ValueError(
                 f"the methods look at different blocks in the middle of the vision tower ({sorted(middles)}), "

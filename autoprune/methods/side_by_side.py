@@ -134,7 +134,9 @@ def looks_of(
 def _read_once(seen: Observation) -> Observation:
     """The same, where what is gathered on demand is gathered for the first that asks."""
     given = {f.name: getattr(seen, f.name) for f in fields(seen)}
-    once = {name: functools.cache(give) for name, give in given.items() if callable(give)}
+    once: dict[str, Any] = {
+        name: functools.cache(give) for name, give in given.items() if callable(give)
+    }
     return replace(seen, **once)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprune.quiet import quiet_imports
+from autoprune.quiet_imports import quiet_imports
 from autoprune.tiny.questions import EASY, HARD, KINDS, Question, ask, heldout_questions, is_correct
 from autoprune.tiny.scenes import Scene, SceneObject, draw_scene
 

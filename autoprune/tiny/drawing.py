@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from autoprune.tiny.vocabulary import IMAGE_SIZE
 
 SUPERSAMPLING = 4
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating]
 
 
 def draw_background(rng: np.random.Generator) -> Pixels:

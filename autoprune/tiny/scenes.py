@@ -65,10 +65,6 @@ class Scene:
     seed: int
     split: Split
 
-    def of_kind(self, kind: str) -> list[SceneObject]:
-        """The objects of one kind, in drawing order."""
-        return [item for item in self.objects if item.kind == kind]
-
 
 def draw_scene(seed: int, split: Split = "heldout") -> Scene:
     """Draw the scene of a seed; the two splits share no scene and no sample of a digit."""

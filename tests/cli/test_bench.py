@@ -13,7 +13,7 @@ from PIL import Image
 from autoprune import AutoPrune, Budget
 from autoprune.bench import session
 from autoprune.bench.subjects import CONFIGURATIONS
-from autoprune.bench.variants import OVERHEADS
+from autoprune.bench.variants import HOOKS, OVERHEADS
 from tests.cli.conftest import LAYERS, VISUAL
 
 
@@ -47,14 +47,19 @@ def test_json_holds_every_figure_and_what_it_was_measured_on(measure):
         assert set(row["seconds"]) == {"vision", "prefill", "ttft", "decode"}
         assert row["peak_bytes"] == pytest.approx(row["peak_bytes_trace"], rel=0.2)
         assert row["floor_share"] > 0
+        assert row["launches_ratio"] > 1 and row["copies"] >= 1
+    overheads = [row for row in record["rows"] if row["kind"] == "overhead"]
+    of_each = [(name, of) for of in ("autoprune", "random") for name in OVERHEADS[1:]]
+    assert [(row["variant"], row.get("of")) for row in overheads] == [(HOOKS, None), *of_each]
 
 
 def test_the_tables_fit_80_characters(measure):
     out = measure("--budget", 40, "--repeats", 6).out
-    assert all(word in out for word in ("plain", "autoprune", "hooks only", "cuts only"))
+    assert all(word in out for word in ("plain", "autoprune", "hooks only", "random: cuts only"))
     tables = out[out.index("medians") : out.index("planning")]
     # Intervals are there: at least as many as there are rows of what is not plain.
-    assert len(re.findall(r"\d\.\d+-\d+\.\d+", tables)) == 2 * 2 + 2 * len(OVERHEADS)
+    assert len(re.findall(r"\d\.\d+-\d+\.\d+", tables)) == 2 * 2 + 2 * 7
+    assert re.search(r"plain +all +\d+ 1\.000 +0\n", tables)
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -140,7 +145,8 @@ def test_the_released_code_is_measured_at_its_own_kind_of_budget(measure):
 
 
 def test_a_full_memory_keeps_what_was_measured(measure, monkeypatch):
-    once, left = session.hold_once, iter(range(8))
+    # Ten variants of the first batch, and one of the second.
+    once, left = session.hold_once, iter(range(11))
 
     def full(*words):
         if next(left, None) is None:

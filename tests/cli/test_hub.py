@@ -8,8 +8,7 @@ import transformers
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
-from autoprune import hub
-from autoprune.loading import load_model
+from autoprune.loading import load_model, show_downloads, why_not_from_hub
 from tests.cli.test_bad_input import assert_one_line
 
 NAME = "some-body/some-model"
@@ -70,8 +69,8 @@ def test_weights_that_cannot_be_had_are_a_refusal_of_the_hub_too(
 
 
 def test_what_is_not_the_hubs_fault_is_told_as_it_is():
-    assert hub.why(NAME, ValueError("the config is damaged")) is None
-    assert hub.why(NAME, wrapped(of(errors.EntryNotFoundError))) is None
+    assert why_not_from_hub(NAME, ValueError("the config is damaged")) is None
+    assert why_not_from_hub(NAME, wrapped(of(errors.EntryNotFoundError))) is None
 
 
 def test_code_of_a_models_own_is_not_run_and_not_asked_about(call, picture, monkeypatch):
@@ -126,5 +125,5 @@ def test_a_name_of_the_hub_is_downloaded_with_its_bar_and_a_folder_shows_none(
 
 def test_the_users_switch_for_progress_bars_has_priority(monkeypatch, recwarn):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    hub.show_downloads()
+    show_downloads()
     assert not recwarn.list

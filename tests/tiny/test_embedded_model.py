@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from autoprune import tiny
 from autoprune.tiny.recipe.evaluate import accuracy
+from tests.tiny.scene_objects import of_kind
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_it_answers_a_second_turn_on_the_same_picture(embedded):
 def test_it_describes_a_picture_in_a_long_answer(embedded):
     scene = tiny.draw_scene(2)
     text = tiny.answer(*embedded, scene.image, "what is in the picture?")
-    found = {item.colour for item in scene.of_kind("shape")}
+    found = {item.colour for item in of_kind(scene, "shape")}
     assert sum(colour in text for colour in found) >= len(found) - 1
     assert text.endswith(".") and text.count(",") == len(scene.objects) - 1
 

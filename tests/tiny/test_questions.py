@@ -17,6 +17,7 @@ from autoprune.tiny import (
     is_correct,
 )
 from autoprune.tiny.questions import EXTRA
+from tests.tiny.scene_objects import of_kind
 
 SINGULAR = {"circles": "circle", "squares": "square", "triangles": "triangle"}
 SINGULAR |= {"crosses": "cross", "rings": "ring"}
@@ -32,11 +33,11 @@ def asked():
 def shapes(scene, name):
     """Shapes of a shape's name, a colour's name, or a plural such as "red shapes"."""
     name = SINGULAR.get(name, name.removesuffix(" shapes"))
-    return [item for item in scene.of_kind("shape") if name in (item.colour, item.shape)]
+    return [item for item in of_kind(scene, "shape") if name in (item.colour, item.shape)]
 
 
 def named(scene, colour, shape):
-    return [i for i in scene.of_kind("shape") if (i.colour, i.shape) == (colour, shape)]
+    return [i for i in of_kind(scene, "shape") if (i.colour, i.shape) == (colour, shape)]
 
 
 def yes(condition):
@@ -54,7 +55,7 @@ def answer_relation(scene, text):
 
 def answer_where(scene, text):
     if "digit" in text:
-        (item,) = [i for i in scene.of_kind("digit") if i.text in text]
+        (item,) = [i for i in of_kind(scene, "digit") if i.text in text]
     else:
         (item,) = named(scene, *text.removesuffix("?").split()[-2:])
     left, top, right, bottom = item.box
@@ -90,13 +91,13 @@ def answer_compare(scene, text):
 ANSWERS = {
     "colour": lambda s, t: " ".join(i.colour for i in shapes(s, t[:-1].split()[-1])),
     "shape": lambda s, t: " ".join(i.shape for i in shapes(s, t[:-1].split()[-1])),
-    "digit": lambda s, t: " ".join(i.text for i in s.of_kind("digit")),
+    "digit": lambda s, t: " ".join(i.text for i in of_kind(s, "digit")),
     "exists": lambda s, t: yes(named(s, *t[:-1].split()[-2:])),
     "count": lambda s, t: str(len(shapes(s, t[9:-11]))),
     "relation": answer_relation,
     "compare": answer_compare,
-    "sign": lambda s, t: " ".join(i.text for i in s.of_kind("sign")),
-    "sum": lambda s, t: str(sum(int(i.text) for i in s.of_kind("digit"))),
+    "sign": lambda s, t: " ".join(i.text for i in of_kind(s, "sign")),
+    "sum": lambda s, t: str(sum(int(i.text) for i in of_kind(s, "digit"))),
     "where": answer_where,
     "side": answer_side,
     "describe": answer_describe,

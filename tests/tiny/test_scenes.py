@@ -6,6 +6,7 @@ import pytest
 from autoprune.tiny.recipe.pool import IGNORE, PATCH_TARGETS, label_patches, label_presence
 from autoprune.tiny.scenes import FIRST_HELDOUT_DIGIT, digit_samples, draw_scene
 from autoprune.tiny.vocabulary import CHARACTERS, COLOUR_NAMES, IMAGE_SIZE, PATCH_SIZE, SHAPES
+from tests.tiny.scene_objects import of_kind
 
 SEEDS = range(120)
 
@@ -43,7 +44,7 @@ def test_objects_stay_inside_the_picture_and_apart(scenes):
 
 
 def test_objects_come_in_every_size_and_most_of_the_picture_is_background(scenes):
-    boxes = [item.box for scene in scenes for item in scene.of_kind("shape")]
+    boxes = [item.box for scene in scenes for item in of_kind(scene, "shape")]
     widths = np.array([right - left for left, _, right, _ in boxes])
     assert widths.min() == PATCH_SIZE and widths.max() > 3 * PATCH_SIZE
     assert np.median(widths) < 2 * PATCH_SIZE
@@ -55,7 +56,7 @@ def test_a_shape_shows_its_colour_at_its_centre():
     for seed in range(40):
         scene = draw_scene(seed)
         pixels = np.asarray(scene.image, dtype=float)
-        for item in scene.of_kind("shape"):
+        for item in of_kind(scene, "shape"):
             if item.shape == "ring":
                 continue
             x, y = (int(value) for value in item.centre)
@@ -66,7 +67,7 @@ def test_a_shape_shows_its_colour_at_its_centre():
 def test_heldout_digits_are_never_trained_on(scenes):
     samples = {"train": set(), "heldout": set()}
     for scene in scenes:
-        samples[scene.split] |= {item.sample for item in scene.of_kind("digit")}
+        samples[scene.split] |= {item.sample for item in of_kind(scene, "digit")}
     assert max(samples["train"]) < FIRST_HELDOUT_DIGIT <= min(samples["heldout"])
     assert len(samples["train"]) > 50 and len(samples["heldout"]) > 50
 
@@ -74,7 +75,7 @@ def test_heldout_digits_are_never_trained_on(scenes):
 def test_a_digit_carries_the_label_of_its_sample(scenes):
     labels = digit_samples()[1]
     for scene in scenes:
-        for item in scene.of_kind("digit"):
+        for item in of_kind(scene, "digit"):
             assert item.text == str(labels[item.sample])
 
 
@@ -95,7 +96,7 @@ def test_every_object_labels_the_patch_of_its_centre(scenes):
 
 def test_presence_names_what_is_there(scenes):
     for scene in scenes[:40]:
-        pairs = {(i.colour, i.shape) for i in scene.of_kind("shape")}
+        pairs = {(i.colour, i.shape) for i in of_kind(scene, "shape")}
         characters = {c for i in scene.objects for c in i.text}
         present = label_presence(scene.objects)
         names = [(c, s) for c in COLOUR_NAMES for s in SHAPES] + list(CHARACTERS)
