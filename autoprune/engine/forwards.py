@@ -13,17 +13,16 @@ from torch import nn
 from ..contract import ModelShape, Prompts, PromptState
 from ..trace import Prefilled, Trace
 from .cache.argument import cache_of
-from .cache.pruned import PrunedCache, is_static
-from .cache.static import PrunedStaticCache
+from .cache.pruned import PrunedCache, refuse_lost_memory
+from .cache.static import PrunedStaticCache, is_static
 from .decode import Decode
-from .generate import take_drafts
+from .generate import drafts_follow
 from .locate import Located
 from .prefill import Prefill
 from .refusals import (
     refuse_backend,
     refuse_cache,
     refuse_compiled_parts,
-    refuse_lost_memory,
     refuse_mode,
     refuse_new_images,
 )
@@ -80,7 +79,7 @@ class Forwards:
     def before_model(self, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
-        self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
+        self._local.drafts = asked - 1 if drafts_follow(cache) and isinstance(asked, int) else 0
 
     def before_base(self, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""

@@ -15,11 +15,12 @@ from torch import nn
 from ..errors import UnsupportedError
 from .attention import tap
 from .cache.argument import cache_of
-from .cache.pruned import PrunedCache, is_static, narrowed, static_step
+from .cache.pruned import PrunedCache
+from .cache.static import is_static, narrowed
 from .cover import Cover
-from .decode import Decode
+from .decode import Decode, compiled_step
 from .forwards import Forwards
-from .generate import WATCHED, Repeats
+from .generate import WRAPPERS, Repeats
 from .locate import Located
 from .prefill import Prefill
 from .refusals import refuse_compiled_growth, refuse_compiled_prefill
@@ -155,7 +156,7 @@ class Hooks:
         watched = {"generate": self._generating}
         watched |= {"_expand_inputs_for_generation": self._repeats.expanding}
         watched |= watch_encoding(self._tell_prompt, self._forget_prompt)
-        self._cover(outer).wrap(WATCHED | watched)
+        self._cover(outer).wrap(WRAPPERS | watched)
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._cover(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -286,7 +287,7 @@ class Hooks:
             if pruned is not None and (has_mask or not pruned.sees_all(self.located.windows)):
                 refuse_compiled_growth()
             return None
-        return args, static_step(self.located, layers[index], args[0], kwargs)
+        return args, compiled_step(self.located, layers[index], args[0], kwargs)
 
     def _attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
         """The attention of a decoder layer."""

@@ -18,7 +18,7 @@ from .attention.arguments import LayerArguments
 from .attention.rows import Observer, SeenEnough
 from .attention.tap import no_plans
 from .cache.argument import cache_of, without_cache
-from .cache.pruned import PrunedCache, Stage
+from .cache.pruned import PrunedCache
 from .refusals import refuse_unseen_attention
 from .tokens.cut import cut, with_last_tokens
 from .tokens.layout import Layout
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from ..contract import MethodContract
     from .locate import Located
     from .vision.view import VisionView
+
+
+@dataclass(eq=False)
+class Stage:
+    """The tokens entering `first_layer` and the layers behind it up to the next cut."""
+
+    first_layer: int
+    tokens: Tokens
 
 
 @dataclass
@@ -295,7 +303,11 @@ class Prefill:
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:
-            PrunedCache.remember(self)
+            entering = [self.stage_of(layer).tokens for layer in range(len(self.located.layers))]
+            compacted = self.method.positions == "compacted"
+            PrunedCache.remember(
+                self.cache, entering, self.layout, compacted, backend=self.implementation
+            )
         return output
 
     def record(self) -> Prefilled:
