@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedError
 from .cache.argument import cache_of
 from .cache.pruned import CacheMemory
 from .cache.static import PrunedStaticCache
-from .vision.tower import same_features
+from .cover import Around
+from .vision.observer import has_pixels, same_features
 
 
 def drafts_follow(cache: Any) -> bool:
@@ -94,6 +97,36 @@ class Repeats(threading.local):
             return expand(*args, **kwargs)
 
         return wrapped
+
+
+def around_encoding(
+    tell: Callable[[torch.Tensor, Any], None], forget: Callable[[], None]
+) -> dict[str, Around]:
+    """Have `generate` tell its prompt, ids and mask, before it computes features of pictures.
+
+    The prompt is read from the device once more then, which only methods that merge in the tower ask for.
+    Releases before 5.19 compute the features in the forward.
+    """
+
+    def around(encode: Callable) -> Callable:
+        @wraps(encode)
+        def wrapped(
+            inputs: torch.Tensor,
+            model_kwargs: Any,
+            model_input_name: str,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if model_input_name == "input_ids" and has_pixels(model_kwargs):
+                tell(inputs, model_kwargs.get("attention_mask"))
+            try:
+                return encode(inputs, model_kwargs, model_input_name, *args, **kwargs)
+            finally:
+                forget()
+
+        return wrapped
+
+    return {"_maybe_prepare_encoder_kwargs_for_generation": around}
 
 
 WRAPPERS = {

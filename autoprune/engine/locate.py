@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,20 +145,6 @@ def warn_if_untested(located: Located) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-def tower_attentions(blocks: Sequence[nn.Module]) -> list[nn.Module | None]:
-    """The attention module of each block of a vision tower."""
-    return [
-        next((module for module in block.modules() if hasattr(module, "is_causal")), None)
-        for block in blocks
-    ]
-
-
-def tower_blocks(vision: nn.Module, depth: int | None) -> list[nn.Module]:
-    """The blocks of a vision tower, which are `depth`; none if they are not found."""
-    stacks = (m for m in vision.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    return list(next(stacks, ()))
 
 
 def _layers(text: Model) -> list[nn.Module]:

@@ -149,26 +149,26 @@ class PrunedCache:
         memory = LayerMemory.of(layers[0]) if layers else None
         return None if memory is None else memory.pruned
 
-    @property
-    def has_like_rows(self) -> bool:
-        """Whether all rows have their tokens at the same places, and none hides any."""
-        return not (self.padded or self.has_gaps)
-
     def sees_all(self, windows: Sequence[int | None]) -> bool:
         """Whether a new token sees all that is there at the model's own positions, and needs no mask."""
-        return self.has_like_rows and not self.compacted and not any(windows)
+        return not (self.padded or self.has_gaps or self.compacted or any(windows))
 
-    def reason_for_hooks(self, new: int) -> str | None:
-        """Why the plain model cannot go on with so many new tokens; None if it can."""
+    def refuse_plain_model(self, new: int) -> None:
+        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens."""
         if self.static:
-            return "the slots of its layers do not hold the columns of the prompt any more"
-        if self.padded:
-            return "its prompts have different lengths in it, which only pruning makes masks for"
-        if self.compacted:
-            return "its positions were numbered anew, which only pruning goes on with"
-        if new > 1 and "flash" not in self.backend:
-            return "several new tokens at once need masks of each layer's own"
-        return None
+            reason = "the slots of its layers do not hold the columns of the prompt any more"
+        elif self.padded:
+            reason = "its prompts have different lengths in it, which only pruning makes masks for"
+        elif self.compacted:
+            reason = "its positions were numbered anew, which only pruning goes on with"
+        elif new > 1 and "flash" not in self.backend:
+            reason = "several new tokens at once need masks of each layer's own"
+        else:
+            return
+        raise UnsupportedError(
+            f"this cache was pruned, and {reason}; go on in the context that pruned it, or before its handle "
+            "is detached"
+        )
 
     def shorten(self, cache: Any, columns: int) -> None:
         """Follow a cache that was cropped into its prompt, by so many of the last columns.
@@ -198,10 +198,9 @@ class PrunedCache:
         if not self.has_gaps:
             shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
             self.has_gaps = not bool(shown.all() & new.all())
-        for memory in memories:
-            if self.has_gaps and memory.slots is not None:
-                column = memory.column
-                shown = valid.gather(1, column.clamp(min=0)) & (column >= 0)
+        for memory in memories if self.has_gaps else ():
+            if memory.slots is not None:
+                shown = valid.gather(1, memory.column.clamp(min=0)) & (memory.column >= 0)
                 shown = torch.cat([shown, new], dim=1)
                 memory.slots.show(memory.number, shown, memory.width)
 
@@ -250,10 +249,9 @@ def _pruned_class(base: type) -> type:
 
         def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             memory = getattr(self, MEMORY)
-            if memory.expected:
-                memory.expected = False
-            else:
-                _refuse_without_hooks(memory.pruned, key_states.shape[-2])
+            if not memory.expected:
+                memory.pruned.refuse_plain_model(key_states.shape[-2])
+            memory.expected = False
             return super().update(key_states, *args, **kwargs)
 
         def get_seq_length(self) -> Any:
@@ -289,14 +287,6 @@ def _blank(base: type) -> Any:
     return layer_class.__new__(layer_class)
 
 
-def _refuse_without_hooks(pruned: PrunedCache, new: int) -> None:
-    if reason := pruned.reason_for_hooks(new):
-        raise UnsupportedError(
-            f"this cache was pruned, and {reason}; go on in the context that pruned it, or before its handle "
-            "is detached"
-        )
-
-
 def _with_memory(name: str, move: Callable) -> Callable:
     """A layer's method that moves rows, and moves what the layer remembers of them, too."""
 
@@ -305,7 +295,8 @@ def _with_memory(name: str, move: Callable) -> Callable:
         move(layer, argument)
         memory = getattr(layer, MEMORY)
         memory.held = memory.held.moved(name, argument)
-        if memory.slots is not None and not memory.pruned.has_like_rows:
+        # Rows that hold their tokens in the same places show the same slots.
+        if memory.slots is not None and (memory.pruned.padded or memory.pruned.has_gaps):
             memory.slots.move(memory.number, name, argument)
 
     return moved

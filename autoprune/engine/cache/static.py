@@ -178,10 +178,19 @@ class PrunedStaticCache(StaticCache):
         (self.num_text,) = _counts("num_text", [num_text], least=0)
         (new,) = _counts("max_new_tokens", [max_new_tokens], least=1)
         self.max_new_tokens = new
-        _refuse_backend(located)
+        if located.implementation not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"{located.implementation!r} attention cannot decode on a static cache whose layers differ "
+                "in length; use attn_implementation='sdpa'"
+            )
         width = max(sizes) + self.num_text + new
         super().__init__(config=located.text.config, max_cache_len=width)
-        _refuse_layers(self.layers, shape.num_layers)
+        plain = [layer for layer in self.layers if type(layer) is StaticLayer]
+        if not len(plain) == len(self.layers) == shape.num_layers:
+            raise UnsupportedError(
+                "static caches of models with sliding (or linear) layers cannot be pruned; use the default "
+                "cache"
+            )
         self.method, self.shape = method, shape
         self.sizes, self.largest = {0, *sizes}, max(sizes)
         self.room = np.max([self._room_for(size) for size in self.sizes], axis=0)
@@ -256,19 +265,3 @@ def _counts(name: str, given: Sequence[Any], least: int) -> list[int]:
     if not given or any(not isinstance(n, numbers.Integral) or n < least for n in given):
         raise ValueError(f"{name} must be a whole number of tokens from {least} on, got {given}")
     return [int(n) for n in given]
-
-
-def _refuse_backend(located: Located) -> None:
-    if located.implementation not in ("sdpa", "eager"):
-        raise UnsupportedError(
-            f"{located.implementation!r} attention cannot decode on a static cache whose layers differ "
-            "in length; use attn_implementation='sdpa'"
-        )
-
-
-def _refuse_layers(layers: Sequence[Any], depth: int) -> None:
-    if len(layers) != depth or any(type(layer) is not StaticLayer for layer in layers):
-        raise UnsupportedError(
-            "static caches of models with sliding (or linear) layers cannot be pruned; use the default "
-            "cache"
-        )
