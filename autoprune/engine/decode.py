@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..errors import UnsupportedError
 from .attention.masks import additive, as_mask, decode_mask, shown_columns
 from .attention.tap import no_plans
-from .cache.pruned import LayerMemory, PrunedCache, refuse_moved_rows
+from .cache.pruned import MEMORY, LayerMemory, PrunedCache, refuse_moved_rows
 from .cache.static import narrowed
 from .locate import Located
 
@@ -27,11 +27,10 @@ def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
     return valid[:, :columns]
 
 
-def _memory(layer: Any) -> LayerMemory:
-    """That of a layer of a pruned cache, which has one."""
-    memory = LayerMemory.of(layer)
-    assert memory is not None
-    return memory
+def _dtype(mask: Any, layer: Any) -> torch.dtype:
+    """Of a mask that is added to the scores: the model's own, or what attention makes of a bool mask."""
+    given = isinstance(mask, torch.Tensor) and mask.is_floating_point()
+    return mask.dtype if given else layer.keys.dtype
 
 
 class Decode:
@@ -77,7 +76,7 @@ class Decode:
         if self.sees_all:
             return None if mask is None else (args, {**kwargs, "attention_mask": None})
         layer, window = self.cache.layers[index], self.located.windows[index]
-        memory = _memory(layer)
+        memory: LayerMemory = getattr(layer, MEMORY)
         memory.expected = True
         if self.pruned.static:
             fitting = self._static_mask(mask, memory, layer)
@@ -109,7 +108,7 @@ class Decode:
     def _new(self) -> torch.Tensor:
         """LongTensor [queries], the numbers of these new tokens: 0 for the one behind the prompt."""
         layer = self.cache.layers[0]
-        memory = _memory(layer)
+        memory: LayerMemory = getattr(layer, MEMORY)
         device = memory.held.columns.device
         if not self.pruned.static:
             return torch.arange(self.past, self.past + self.queries, device=device)
@@ -126,8 +125,7 @@ class Decode:
         slots, number = memory.slots, memory.number
         if self.queries > 1 or isinstance(mask, BlockMask):
             return as_mask(slots.seen(self._new, number), mask)
-        given = isinstance(mask, torch.Tensor) and mask.is_floating_point()
-        dtype = mask.dtype if given else layer.keys.dtype
+        dtype = _dtype(mask, layer)
         whole = self._once(("slots", dtype), lambda: additive(slots.seen(self._new), dtype))
         return slots.of_layer(whole, number)
 
@@ -143,10 +141,8 @@ class Decode:
             return None
         plain = "flash" not in self.implementation and not isinstance(mask, BlockMask)
         if plain and not several:
-            # The same that the attention would make of a bool mask, in each layer and at each step.
-            given = mask is not None and mask.is_floating_point()
-            dtype = mask.dtype if given else layer.keys.dtype
-            return memory.held.mask(memory.stage, self.past + 1, dtype)
+            # Made once for many steps and all layers of a stage, not in each layer at each step.
+            return memory.held.mask(memory.stage, self.past + 1, _dtype(mask, layer))
         if mask is None and self.implementation == "eager":
             mask = layer.keys
         first, held = self.pruned.prompt_length, memory.column

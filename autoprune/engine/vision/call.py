@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .maps import setting, token_places
-from .merging import MergedPatches
+from .merging import MergedPatches, Prompts
 from .patches import cls_attention, padded_patches, patches_outside, received_attention
 from .tower import TowerParts
 from .view import VisionView
@@ -21,7 +20,7 @@ class Call:
     """One computation of image or video features.
 
     tower: what is observed. arguments: those of the call.
-    prompts: as `TowerState.expected`, for patches to merge; empty if they may not.
+    prompts: those that the pictures belong to, for patches to merge; empty if they may not.
     merged: what has merged in the tower so far.
     pictures: how many pictures the tower saw at a time, and patches in each.
     seen: under the names of `Observation`, what each of these had, [pictures, patches, channels].
@@ -29,20 +28,20 @@ class Call:
 
     tower: TowerParts
     arguments: dict[str, Any]
-    prompts: Sequence[tuple[int, int]] = ()
+    prompts: Prompts = ()
     merged: MergedPatches | None = None
     pictures: list[tuple[int, int]] = field(default_factory=list)
-    seen: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def observe(
         self,
         module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
         mask: Any,
         scaling: float | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **others: Any,
     ) -> None:
         """Keep what is wanted of a block's query and key, [images, heads, tokens, head dim]."""
@@ -67,14 +66,8 @@ class Call:
                 self.seen.setdefault(name, []).append(patches)
 
     def _wanted_of(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        scaling: float | None,
-        mask: Any,
-        first: int,
-    ) -> dict[str, torch.Tensor]:
+        self, module: Any, query: Tensor, key: Tensor, scaling: float | None, mask: Any, first: int
+    ) -> dict[str, Tensor]:
         """What is wanted of a block's attention, [pictures, patches, channels], from patch `first` on."""
         wanted, seen = self.tower.wanted, {}
         is_last, is_middle = module is self.tower.attention, module is self.tower.middle
@@ -104,7 +97,7 @@ class Call:
         )
         to_tokens = getattr(tower.layout, medium)
 
-        def of_tokens(patches: torch.Tensor) -> torch.Tensor:
+        def of_tokens(patches: Tensor) -> Tensor:
             return to_tokens(tower.base, patches[..., None], arguments)[:, 0]
 
         values = {}

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...contract import Patches
 from ...parts.mergers import leaving_in_round
 from .patches import cls_attention, received_attention
 
+# For each prompt, how many visual tokens enter the decoder, and of how many.
+Prompts = Sequence[tuple[int, int]]
 # As `Method.merge`.
-Rule = Callable[[Patches, int], torch.Tensor]
+Rule = Callable[[Patches, int], Tensor]
 # Attention backends that take a mask which is added to the scores.
 ADDING = ("sdpa", "eager")
 
@@ -33,24 +36,24 @@ class MergedPatches:
     sizes: float32 [pictures, tokens], patches of each token.
     """
 
-    def __init__(self, hidden: torch.Tensor, leaving: Sequence[int], has_cls: bool):
+    def __init__(self, hidden: Tensor, leaving: Sequence[int], has_cls: bool):
         pictures, patches = hidden.shape[:2]
         self.leaving, self.first = leaving, int(has_cls)
         self.owner = torch.arange(patches, device=hidden.device).expand(pictures, -1)
         self.sizes = torch.ones(pictures, patches, device=hidden.device)
         # Query, key and scaling of the attention that ran last.
-        self._attended: tuple[torch.Tensor, torch.Tensor, float | None] | None = None
+        self._attended: tuple[Tensor, Tensor, float | None] | None = None
 
     def attended(
-        self, backend: str, query: torch.Tensor, key: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor | None:
+        self, backend: str, query: Tensor, key: Tensor, scaling: float | None
+    ) -> Tensor | None:
         """A block attends. Returns what is to be added to its scores, [pictures, 1, 1, tokens], if anything."""
         self._attended = query, key, scaling
         if self.sizes.shape == self.owner.shape or backend not in ADDING:
             return None
         return self.sizes.log().to(query)[:, None, None]
 
-    def after_block(self, index: int, rule: Rule, hidden: torch.Tensor) -> torch.Tensor | None:
+    def after_block(self, index: int, rule: Rule, hidden: Tensor) -> Tensor | None:
         """What a block's output [pictures, tokens, size] becomes; None leaves it."""
         if index == len(self.leaving):
             return self.spread(hidden)
@@ -59,20 +62,20 @@ class MergedPatches:
             return None
         return self._merge(hidden, self._joining(rule, leaving).to(hidden.device), leaving)
 
-    def groups(self) -> torch.Tensor:
+    def groups(self) -> Tensor:
         """A number for the token of each patch, float32 [pictures, patches], no two pictures' the same."""
         pictures, tokens = self.sizes.shape
         picture = torch.arange(pictures, device=self.owner.device)
         return (picture[:, None] * tokens + self.owner).float()
 
-    def spread(self, states: torch.Tensor) -> torch.Tensor:
+    def spread(self, states: Tensor) -> Tensor:
         """Give every patch what its token has: [pictures, ..., tokens, size] to [..., patches, size]."""
         owner = self.owner.to(states.device)
         owner = owner.view(len(owner), *[1] * (states.ndim - 3), -1, 1)
         return states.gather(-2, owner.expand(*states.shape[:-2], -1, states.shape[-1]))
 
     @torch.no_grad()
-    def _joining(self, rule: Rule, leaving: int) -> torch.Tensor:
+    def _joining(self, rule: Rule, leaving: int) -> Tensor:
         """Where each token goes by the rule, LongTensor [pictures, tokens]; itself if it stays."""
         assert self._attended is not None
         (query, key, scaling), self._attended = self._attended, None
@@ -84,7 +87,7 @@ class MergedPatches:
         _check_joined(into, sizes.shape, leaving)
         return torch.nn.functional.pad(into + first, (first, 0))
 
-    def _merge(self, hidden: torch.Tensor, into: torch.Tensor, leaving: int) -> torch.Tensor:
+    def _merge(self, hidden: Tensor, into: Tensor, leaving: int) -> Tensor:
         """Tokens that go to the same one become their mean, weighted by patches.
 
         Args:
@@ -102,9 +105,7 @@ class MergedPatches:
         self.owner = slot.gather(1, owner)
         return (total / self.sizes[..., None]).to(hidden)
 
-    def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
+    def _attention(self, query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
         """Attention of a patch of each token [pictures, tokens], the CLS token aside."""
         first, key = self.first, self.spread(key)
         if first:
@@ -121,9 +122,9 @@ def _check_joined(into: Any, shape: torch.Size, leaving: int) -> None:
 
     Where the tokens go is looked at on a CPU alone: on a GPU the host would wait for each block.
     """
-    if not isinstance(into, torch.Tensor) or into.dtype != torch.int64 or into.shape != shape:
+    if not isinstance(into, Tensor) or into.dtype != torch.int64 or into.shape != shape:
         given = type(into).__name__
-        if isinstance(into, torch.Tensor):
+        if isinstance(into, Tensor):
             given = f"{into.dtype} {list(into.shape)}"
         raise ValueError(
             f"Method.merge must return a LongTensor {list(shape)}, the position of the token that each "
@@ -143,11 +144,7 @@ def _check_joined(into: Any, shape: torch.Size, leaving: int) -> None:
 
 
 def plan_merging(
-    args: tuple,
-    kwargs: dict[str, Any],
-    prompts: Sequence[tuple[int, int]],
-    blocks: int,
-    has_cls: bool,
+    args: tuple, kwargs: Mapping[str, Any], prompts: Prompts, blocks: int, has_cls: bool
 ) -> MergedPatches | None:
     """Plan what leaves behind each block, before the first of them runs; None leaves the tower as it is.
 
@@ -157,7 +154,7 @@ def plan_merging(
 
     Args:
         args, kwargs: what the first block is called with.
-        prompts: visual tokens that enter the decoder, and of how many, for each prompt.
+        prompts: those that the pictures belong to.
         blocks: how many there are, up to the one whose output the decoder receives.
         has_cls: whether a CLS token comes first.
     """

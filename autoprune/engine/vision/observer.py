@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ...contract import Tower
@@ -23,7 +22,7 @@ from ...errors import UnsupportedError
 from ..locate import Model
 from .call import Call
 from .maps import as_configured
-from .merging import Rule, plan_merging
+from .merging import Prompts, Rule, plan_merging
 from .tower import TowerParts
 from .view import VisionView, in_prompt_order
 
@@ -39,12 +38,12 @@ class TowerState:
     """What one thread knows of a tower, from one hook to the next.
 
     call: the computation that is under way.
-    expected: how many visual tokens enter the decoder, and of how many, for each prompt of the next one.
+    expected: the prompts that the next one belongs to.
     ready: what was seen in those that are over, by medium; it waits for its forward.
     """
 
     call: Call | None = None
-    expected: Sequence[tuple[int, int]] = ()
+    expected: Prompts = ()
     ready: dict[str, VisionView] = field(default_factory=dict)
 
 
@@ -95,15 +94,15 @@ class TowerObserver:
         """Drop, in all threads, what is left of computations that did not come to their end."""
         self._thread = _Thread()
 
-    def expect(self, prompts: Sequence[tuple[int, int]]) -> None:
-        """Tell what the prompts of the next computation keep, as `TowerState.expected`."""
+    def expect(self, prompts: Prompts) -> None:
+        """Tell to which prompts the next computation belongs; to none, and no patches merge."""
         self.state.expected = prompts
 
     def forget(self) -> None:
         """Drop what waits for `collect` in this thread."""
         self.state.ready = {}
 
-    def collect(self, input_ids: torch.Tensor | None, visual: np.ndarray) -> VisionView | None:
+    def collect(self, input_ids: Tensor | None, visual: np.ndarray) -> VisionView | None:
         """What was seen in this thread since the last call, in the order of the prompts.
 
         Args:
@@ -165,12 +164,7 @@ class TowerObserver:
         return encoded
 
     def watch(
-        self,
-        medium: str,
-        get_features: Callable,
-        signature: inspect.Signature,
-        *args: Any,
-        **kwargs: Any,
+        self, medium: str, get_features: Callable, signature: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Call `get_image_features` or `get_video_features`, and keep what is seen meanwhile."""
         arguments = dict(signature.bind(*args, **kwargs).arguments)
@@ -196,7 +190,7 @@ class TowerObserver:
             blocks = len(self.parts.merging)
             call.merged = plan_merging(args, kwargs, call.prompts, blocks, self.parts.has_cls)
 
-    def after_block(self, index: int, output: torch.Tensor) -> torch.Tensor | None:
+    def after_block(self, index: int, output: Tensor) -> Tensor | None:
         """What the output of one of `TowerParts.merging` becomes; None leaves it."""
         call = self.state.call
         if call is None or (merged := call.merged) is None:
@@ -209,9 +203,9 @@ class TowerObserver:
         self,
         attend: Callable,
         module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attention_mask: Any,
         *args: Any,
         **kwargs: Any,
