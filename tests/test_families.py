@@ -14,7 +14,7 @@ from autoprune.commands.families import describe
 from autoprune.contract import Tower
 from autoprune.engine.locate import locate
 from autoprune.engine.vision import maps as vision_maps
-from autoprune.engine.vision.tower import VisionTap
+from autoprune.engine.vision.tower import TowerParts
 from autoprune.loading import is_hub_name
 from tests import zoo
 from tests.engine import test_backends
@@ -56,14 +56,14 @@ def test_every_row_names_a_checkpoint_of_its_own_and_the_readme_shows_it():
 
 @ROWS
 def test_a_row_says_how_the_engine_scores_patches(family):
-    known = vision_maps.FAMILIES.get(family.model_type)
+    known = vision_maps.PATCH_LAYOUTS.get(family.model_type)
     assert (known is not None) == (family.vision is not None)
     assert (getattr(known, "video", None) is not None) == (family.video and known is not None)
     located = locate(model_of(family.name, family.backends[0]))
-    tap = VisionTap(located.base, located.vision, Tower(attention=True), rule=None)
-    assert tap.available == (family.vision is not None)
-    if tap.available:
-        assert tap.has_cls == (family.vision == "cls")
+    parts = TowerParts.of(located.base, located.vision, Tower(attention=True))
+    assert (parts.attention is not None) == (family.vision is not None)
+    if parts.attention is not None:
+        assert parts.has_cls == (family.vision == "cls")
 
 
 @ROWS
@@ -74,7 +74,7 @@ def test_a_row_tells_of_sliding_layers(family):
 
 
 def test_the_engine_scores_no_family_without_a_row():
-    assert vision_maps.FAMILIES.keys() <= families.MODEL_TYPES
+    assert vision_maps.PATCH_LAYOUTS.keys() <= families.MODEL_TYPES
 
 
 @pytest.mark.parametrize("check", families.CHECKS, ids=lambda check: check.name)

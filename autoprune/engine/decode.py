@@ -1,21 +1,20 @@
-"""Decoding on a shrunken cache: the masks and positions that follow from what each layer still holds."""
+"""Decoding on a pruned cache: the masks and positions that follow from what each layer still holds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import UnsupportedError
-from .attention.masks import as_mask, decode_mask, shown_columns
+from .attention.masks import additive, as_mask, decode_mask, shown_columns
 from .attention.tap import no_plans
-from .cache.held import HOLDING, Holding
-from .cache.pruned import PrunedCache, is_static, static_step
-from .refusals import refuse_moved_rows
-
-if TYPE_CHECKING:
-    from .locate import Located
+from .cache.pruned import MEMORY, LayerMemory, PrunedCache, refuse_moved_rows
+from .cache.static import narrowed
+from .locate import Located
 
 
 def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
@@ -26,6 +25,12 @@ def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
             "pass one for the whole conversation"
         )
     return valid[:, :columns]
+
+
+def _dtype(mask: Any, layer: Any) -> torch.dtype:
+    """Of a mask that is added to the scores: the model's own, or what attention makes of a bool mask."""
+    given = isinstance(mask, torch.Tensor) and mask.is_floating_point()
+    return mask.dtype if given else layer.keys.dtype
 
 
 class Decode:
@@ -48,72 +53,102 @@ class Decode:
         self.implementation = located.implementation
         batch, self.queries = shape
         refuse_moved_rows(cache, batch)
-        # A static cache counts on the device, and its layers need no count here.
-        self.static = is_static(cache.layers[0])
-        if not self.static and (cropped := pruned.prompt_length - cache.get_seq_length()) > 0:
+        static = pruned.static
+        if not static and (cropped := pruned.prompt_length - cache.get_seq_length()) > 0:
             pruned.shorten(cache, cropped)
-        self.past = 0 if self.static else cache.get_seq_length() - pruned.prompt_length
+        # New tokens so far. A static cache counts them on the device, and its masks need no count here.
+        self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
         several = self.queries > 1
         valid = shown_columns(mask, batch) if several or pruned.has_gaps else None
         if several and valid is not None:
             valid = _so_far(valid, int(cache.get_seq_length()) + self.queries)
-            pruned.has_gaps = pruned.has_gaps or pruned.hides(cache, valid)
-            if self.static and pruned.has_gaps:
-                pruned.hide(cache, valid)
+            pruned.note_hidden(cache, valid)
         self.valid = valid if pruned.has_gaps else None
         # Whether a new token sees all that is there, so that it needs no mask.
-        self.sees_all = not several and not self.static and pruned.sees_all(located.windows)
+        self.sees_all = not several and not static and pruned.sees_all(located.windows)
         self._made: dict[Any, Any] = {}
 
-    def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before_layer(
+        self, index: int, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """What fits the tokens that the layer holds; None if that is what it is given."""
         mask = kwargs.get("attention_mask")
         if self.sees_all:
             return None if mask is None else (args, {**kwargs, "attention_mask": None})
-        layer = self.cache.layers[index]
-        if self.static:
-            return args, static_step(self.located, layer, args[0], kwargs)
-        held, window = getattr(layer, HOLDING), self.located.windows[index]
-        held.expected = True
-        key = "mask", held.stage, held.rows, id(mask), window, self._key_length(layer, held)
-        if key not in self._made:
-            self._made[key] = self._mask(mask, held, layer, window)
-        kwargs = {**kwargs, "attention_mask": self._made[key]}
-        if self.pruned.compacted and held.renumbered:
-            key = "rotary", held.stage, held.rows
-            if key not in self._made:
-                self._made[key] = self.located.text.rotary_emb(args[0], self._positions(held))
-            kwargs["position_embeddings"] = self._made[key]
+        layer, window = self.cache.layers[index], self.located.windows[index]
+        memory: LayerMemory = getattr(layer, MEMORY)
+        memory.expected = True
+        if self.pruned.static:
+            fitting = self._static_mask(mask, memory, layer)
+        else:
+            fitting = self._once(
+                ("mask", memory.stage, memory.held, id(mask), window, self._keys(layer, memory)),
+                lambda: self._mask(mask, memory, layer, window),
+            )
+        kwargs = {**kwargs, "attention_mask": fitting}
+        if memory.renumbered:
+            kwargs["position_embeddings"] = self._once(
+                ("rotary", memory.stage, memory.held),
+                lambda: self.located.text.rotary_emb(args[0], self._positions(memory)),
+            )
         return args, kwargs
 
-    def attend(self, attend, *args, **kwargs):
+    def attend(self, attend: Callable, *args: Any, **kwargs: Any) -> Any:
         """The attention of one decoder layer."""
         with no_plans:
             return attend(*args, **kwargs)
 
-    def _key_length(self, layer: Any, held: Holding) -> int:
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What layers that hold the same share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def _new(self) -> torch.Tensor:
+        """LongTensor [queries], the numbers of these new tokens: 0 for the one behind the prompt."""
+        layer = self.cache.layers[0]
+        memory: LayerMemory = getattr(layer, MEMORY)
+        device = memory.held.columns.device
+        if not self.pruned.static:
+            return torch.arange(self.past, self.past + self.queries, device=device)
+        first = (layer.cumulative_length.to(device) - memory.width)[None]
+        return first if self.queries == 1 else first + torch.arange(self.queries, device=device)
+
+    def _positions(self, memory: LayerMemory) -> torch.Tensor:
+        """Compacted positions of the new tokens, [batch, queries]."""
+        return memory.held.lengths(memory.stage)[:, None] + self._new
+
+    def _static_mask(self, mask: Any, memory: LayerMemory, layer: Any) -> Any:
+        """For one new token, one mask is made for all layers, of which each gets its own slots."""
+        assert memory.slots is not None
+        slots, number = memory.slots, memory.number
+        if self.queries > 1 or isinstance(mask, BlockMask):
+            return as_mask(slots.seen(self._new, number), mask)
+        dtype = _dtype(mask, layer)
+        whole = self._once(("slots", dtype), lambda: additive(slots.seen(self._new), dtype))
+        return slots.of_layer(whole, number)
+
+    def _keys(self, layer: Any, memory: LayerMemory) -> int:
+        """Keys that the layer's attention will have; a sliding layer has let its oldest tokens go."""
         if getattr(layer, "is_sliding", False):
             return layer.keys.shape[-2] + self.queries
-        return held.width + self.past + self.queries
+        return memory.width + self.past + self.queries
 
-    def _mask(self, mask: Any, held: Holding, layer: Any, window: int | None) -> Any:
+    def _mask(self, mask: Any, memory: LayerMemory, layer: Any, window: int | None) -> Any:
         several = self.queries > 1 or window is not None or self.valid is not None
         if not (several or self.pruned.padded):
             return None
         plain = "flash" not in self.implementation and not isinstance(mask, BlockMask)
         if plain and not several:
-            # The same that the attention would make of a bool mask, in each layer and at each step.
-            given = mask is not None and mask.is_floating_point()
-            dtype = mask.dtype if given else layer.keys.dtype
-            return held.rows.mask(held.stage, self.past + 1, dtype)
+            # Made once for many steps and all layers of a stage, not in each layer at each step.
+            return memory.held.mask(memory.stage, self.past + 1, _dtype(mask, layer))
         if mask is None and self.implementation == "eager":
             mask = layer.keys
-        first, batch = self.pruned.prompt_length, len(held.rows)
-        new = torch.arange(first, first + self.past + self.queries, device=held.column.device)
-        column = torch.cat([held.column, new.expand(batch, -1)], dim=1)
-        # A sliding layer has let its oldest tokens go.
-        length = self._key_length(layer, held)
-        column = column[:, column.shape[1] - length :]
+        first, held = self.pruned.prompt_length, memory.column
+        new = torch.arange(first, first + self.past + self.queries, device=held.device)
+        column = torch.cat([held, new.expand(len(held), -1)], dim=1)
+        column = column[:, column.shape[1] - self._keys(layer, memory) :]
         if "flash" in self.implementation:
             return self._flash_mask(column, new[self.past :], window)
         return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
@@ -135,6 +170,25 @@ class Decode:
             real = real & (column > new[-1] - window)
         return real.long()
 
-    def _positions(self, held: Holding) -> torch.Tensor:
-        new = torch.arange(self.past, self.past + self.queries, device=held.rows.columns.device)
-        return held.rows.length(held.stage)[:, None] + new
+
+def compiled_step(
+    located: Located, layer: Any, hidden: torch.Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Layer arguments for new tokens on a layer of a static cache, inside torch.compile.
+
+    It reads nothing from the device, so that one graph serves all prompts.
+    """
+    memory = LayerMemory.of(layer)
+    if memory is None:
+        return narrowed(layer, kwargs)
+    memory.expected = True
+    slots, number = memory.slots, memory.number
+    assert slots is not None
+    new = torch.arange(hidden.shape[1], device=slots.widths.device)
+    new = new + layer.cumulative_length.to(new.device) - slots.widths[number]
+    mask = as_mask(slots.seen(new, number), kwargs.get("attention_mask"))
+    kwargs = {**kwargs, "attention_mask": mask}
+    if memory.renumbered:
+        positions = slots.lengths[number][:, None] + new
+        kwargs["position_embeddings"] = located.text.rotary_emb(hidden, positions)
+    return kwargs

@@ -13,10 +13,10 @@ from torch import nn
 from ..contract import ModelShape, Prompts, PromptState
 from ..trace import Trace
 from .cache.argument import cache_of
-from .cache.pruned import PrunedCache, is_static
-from .cache.static import PrunedStaticCache
+from .cache.pruned import PrunedCache, refuse_lost_memory
+from .cache.static import PrunedStaticCache, is_static
 from .decode import Decode
-from .generate import take_drafts
+from .generate import drafts_follow
 from .locate import Located
 from .prefill import Prefill
 from .record import Record
@@ -24,14 +24,12 @@ from .refusals import (
     refuse_backend,
     refuse_cache,
     refuse_compiled_parts,
-    refuse_lost_memory,
     refuse_mode,
     refuse_new_images,
 )
 from .tokens.layout import Layout, on_host, read_layout
 from .tokens.placeholders import visual_ids
-from .vision.merging import has_pixels
-from .vision.tower import VisionTap
+from .vision.observer import TowerObserver, has_pixels
 from .vision.view import VisionView
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ class Forwards:
         wanted = method.tower()
         if vision_scores is not None:
             wanted = replace(wanted, attention=False, merge=False)
-        self.vision = VisionTap(located.base, located.vision, wanted, method.merge)
+        self.vision = TowerObserver(located.base, located.vision, wanted, method.merge)
         self.visual_mask = visual_mask
         self.vision_scores = vision_scores
         self.trace = trace
@@ -71,7 +69,7 @@ class Forwards:
             num_layers=len(self.located.layers),
             cost=self.located.present_cost(),
             has_vision_scores=self.vision.available or self.vision_scores is not None,
-            has_cls=self.vision.has_cls,
+            has_cls=self.vision.parts.has_cls,
         )
 
     def forget(self) -> None:
@@ -81,7 +79,7 @@ class Forwards:
     def before_model(self, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
-        self._local.drafts = asked - 1 if take_drafts(cache) and isinstance(asked, int) else 0
+        self._local.drafts = asked - 1 if drafts_follow(cache) and isinstance(asked, int) else 0
 
     def before_base(self, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
@@ -97,13 +95,13 @@ class Forwards:
         several = new is not None and new.shape[1] > 1
         has_images = has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs"))
         if several and (has_images or self.visual_mask is not None):
-            refuse_compiled_parts(self.located, self.vision.tapped)
+            refuse_compiled_parts(self.located, self.vision.parts.observed)
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
         filled = _is_filled(cache, several)
         is_prompt = ids is not None and several and not (filled and PrunedCache.of(cache))
         host = on_host(ids, mask) if is_prompt else (ids, mask)
         found = visual_ids(self.located, host[0], args, kwargs) if is_prompt else ()
-        self.vision.merging.forget()
+        self.vision.expect(())
         if is_prompt and has_pixels(kwargs):
             self._expect(*host, found, drafts)
         self._local.prompt = {
@@ -117,20 +115,20 @@ class Forwards:
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
         """The same as `before_base` for a tower that runs before the model does, in `generate`."""
-        if self.vision.merging.blocks:
+        if self.vision.parts.merging:
             self._expect(*on_host(ids, mask), self.located.visual_ids)
 
     def _expect(
         self, ids: torch.Tensor, mask: Any, found: tuple[int, ...], drafts: int = 0
     ) -> None:
         """Tell a tower that merges, before it runs, what the prompts keep of their visual tokens."""
-        if not self.vision.merging.blocks:
+        if not self.vision.parts.merging:
             return
         layout = read_layout(ids, mask, ids.shape, found, self.visual_mask, drafts)
         prompts = set(zip(layout.num_visual, layout.num_text, strict=True))
         shape = self.shape
         depth, cost = shape.num_layers, shape.cost
-        self.vision.merging.expect(
+        self.vision.expect(
             [(self.method.capacity(depth, *p, cost=cost)[0], p[0]) for p in prompts if p[0]]
         )
 
@@ -206,7 +204,7 @@ class Forwards:
         return output
 
     def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:
-        collected = self.vision.take(prompt["host"][0], layout.visual)
+        collected = self.vision.collect(prompt["host"][0], layout.visual)
         if self.vision_scores is None:
             return collected
         scores = self.vision_scores.flatten()

@@ -15,16 +15,16 @@ from torch import nn
 from ..errors import UnsupportedError
 from .attention import tap
 from .cache.argument import cache_of
-from .cache.pruned import PrunedCache, is_static, narrowed, static_step
+from .cache.pruned import PrunedCache
+from .cache.static import is_static, narrowed
 from .cover import Cover
-from .decode import Decode
+from .decode import Decode, compiled_step
 from .forwards import Forwards
-from .generate import WATCHED, Repeats
+from .generate import WRAPPERS, Repeats, around_encoding
 from .locate import Located
 from .prefill import Prefill
 from .refusals import refuse_compiled_growth, refuse_compiled_prefill
-from .vision.merging import watch_encoding
-from .vision.tower import MEDIA, VisionTap
+from .vision.observer import MEDIA, TowerObserver
 
 if TYPE_CHECKING:
     from .contexts import Context
@@ -85,8 +85,8 @@ class Hooks:
         self._install_outer(located.outer)
         self._install_on(forwards.vision)
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
-        tagged |= dict.fromkeys(forwards.vision.tapped, self._attend_in_tower)
-        names = {module.config._attn_implementation for module in forwards.vision.tapped}
+        tagged |= dict.fromkeys(forwards.vision.parts.observed, self._attend_in_tower)
+        names = {module.config._attn_implementation for module in forwards.vision.parts.observed}
         names.add(located.implementation)
         forwards.implementation = located.implementation
         tap.tag(tagged, names)
@@ -129,7 +129,7 @@ class Hooks:
         for index, layer in enumerate(layers):
             self._before(layer, self._layer_hook(index))
 
-    def _install_on(self, vision: VisionTap) -> None:
+    def _install_on(self, vision: TowerObserver) -> None:
         """Watch what `vision` watches, which may be more than the contexts so far do."""
         around = {
             f"get_{medium}_features": partial(self._watching, medium)
@@ -137,7 +137,7 @@ class Hooks:
             if vision.watches(medium)
         }
         self._cover(self.located.base).wrap(around)
-        blocks = vision.merging.blocks
+        blocks = vision.parts.merging
         if blocks and blocks[0] not in self._covers:
             self._before(blocks[0], self._before_tower)
             for index, block in enumerate(blocks):
@@ -154,8 +154,8 @@ class Hooks:
             self._before(outer, self._before_model)
         watched = {"generate": self._generating}
         watched |= {"_expand_inputs_for_generation": self._repeats.expanding}
-        watched |= watch_encoding(self._tell_prompt, self._forget_prompt)
-        self._cover(outer).wrap(WATCHED | watched)
+        watched |= around_encoding(self._tell_prompt, self._forget_prompt)
+        self._cover(outer).wrap(WRAPPERS | watched)
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._cover(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -227,7 +227,7 @@ class Hooks:
 
     def _forget_prompt(self) -> None:
         if (context := self._only_context()) is not None:
-            context.forwards.vision.merging.forget()
+            context.forwards.vision.expect(())
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
@@ -286,7 +286,7 @@ class Hooks:
             if pruned is not None and (has_mask or not pruned.sees_all(self.located.windows)):
                 refuse_compiled_growth()
             return None
-        return args, static_step(self.located, layers[index], args[0], kwargs)
+        return args, compiled_step(self.located, layers[index], args[0], kwargs)
 
     def _attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
         """The attention of a decoder layer."""
@@ -304,12 +304,12 @@ class Hooks:
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if (forwards := self._local.watching) is not None:
-            forwards.vision.merging.enter(args, kwargs)
+            forwards.vision.before_blocks(args, kwargs)
 
     def _after_block(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block of the vision tower."""
         forwards = self._local.watching
-        return None if forwards is None else forwards.vision.merging.after(index, output)
+        return None if forwards is None else forwards.vision.after_block(index, output)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if torch.compiler.is_compiling():

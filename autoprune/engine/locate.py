@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
 from ..policy.cost import DecoderCost
 from .cache import argument as cache_argument
-from .refusals import refuse_compiled
 
 NOT_SUPPORTED = (
     "this decoder is not supported: take a model of a family that `autoprune families` lists, or see "
@@ -40,6 +39,10 @@ LAYER_ARGUMENTS = {
 }
 
 
+# A model of transformers, or its decoder: what else they have differs by family.
+Model = Any
+
+
 @dataclass(frozen=True)
 class Located:
     """The parts of one model that pruning touches.
@@ -52,9 +55,9 @@ class Located:
     windows: the sliding window of each decoder layer, in positions; None where it sees all before it.
     """
 
-    outer: nn.Module
-    base: nn.Module
-    text: nn.Module
+    outer: Model
+    base: Model
+    text: Model
     layers: list[nn.Module]
     attentions: list[nn.Module]
     vision: nn.Module
@@ -73,7 +76,7 @@ class Located:
         return self.cost if size == self.cost.dtype_bytes else replace(self.cost, dtype_bytes=size)
 
 
-def locate(model: nn.Module) -> Located:
+def locate(model: Model) -> Located:
     """Locate the decoder, its layers and the vision tower of `model`.
 
     Raises:
@@ -111,9 +114,9 @@ def locate(model: nn.Module) -> Located:
 
 
 def _located(
-    model: nn.Module,
-    base: nn.Module,
-    text: nn.Module,
+    model: Model,
+    base: Model,
+    text: Model,
     vision: nn.Module,
     visual_ids: tuple[int, ...],
 ) -> Located:
@@ -144,21 +147,7 @@ def warn_if_untested(located: Located) -> None:
         )
 
 
-def tower_attentions(blocks: Sequence[nn.Module]) -> list[nn.Module | None]:
-    """The attention module of each block of a vision tower."""
-    return [
-        next((module for module in block.modules() if hasattr(module, "is_causal")), None)
-        for block in blocks
-    ]
-
-
-def tower_blocks(vision: nn.Module, depth: int | None) -> list[nn.Module]:
-    """The blocks of a vision tower, which are `depth`; none if they are not found."""
-    stacks = (m for m in vision.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    return list(next(stacks, ()))
-
-
-def _layers(text: nn.Module) -> list[nn.Module]:
+def _layers(text: Model) -> list[nn.Module]:
     depth = getattr(text.config, "num_hidden_layers", None)
     stacks = [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not stacks:
@@ -177,7 +166,7 @@ def _layers(text: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _windows(text: nn.Module, depth: int) -> list[int | None]:
+def _windows(text: Model, depth: int) -> list[int | None]:
     window = getattr(text.config, "sliding_window", None)
     kinds = getattr(text.config, "layer_types", None) or ["sliding_attention"] * depth
     unknown = sorted(set(kinds) - set(LAYER_TYPES))
@@ -203,6 +192,14 @@ def _check_arguments(layer: nn.Module) -> None:
         raise UnsupportedError(
             f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; {NOT_SUPPORTED}"
         )
+
+
+def refuse_compiled(part: str) -> None:
+    """Raise UnsupportedError: a part of the model cannot be seen, as torch.compile was applied to it."""
+    raise UnsupportedError(
+        f"a part of the model was compiled by itself ({part}), and pruning cannot look into it; leave "
+        "it uncompiled, and compile decoding as a whole (docs/api.md, handle.static_cache)"
+    )
 
 
 def _attention(layer: nn.Module) -> nn.Module:

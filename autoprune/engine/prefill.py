@@ -374,7 +374,11 @@ class Prefill:
                 for i, states in enumerate(output["hidden_states"])
             )
         if self.cache is not None:
-            PrunedCache.remember(self)
+            entering = [self.stage_of(layer).tokens for layer in range(len(self.located.layers))]
+            compacted = self.method.positions == "compacted"
+            PrunedCache.remember(
+                self.cache, entering, self.layout, compacted, backend=self.implementation
+            )
         return output
 
     def record(self) -> Record:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from transformers.cache_utils import DynamicLayer
 
+from ..contract import MethodContract
 from ..errors import UnsupportedError
 from .cache.argument import cache_of, is_paged
-from .cache.held import holding
-from .cache.pruned import is_static
-from .cache.static import PrunedStaticCache
-
-if TYPE_CHECKING:
-    from ..contract import MethodContract
-    from .locate import Located
+from .cache.static import is_static
+from .locate import Located, refuse_compiled
 
 
 def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> None:
@@ -66,33 +61,6 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
         )
 
 
-def refuse_moved_rows(cache: Any, batch: int) -> None:
-    """A pruned cache whose rows were joined, taken or replaced by other means than its own methods."""
-    for layer in cache.layers:
-        held = holding(layer)
-        if held is None or len(held.rows) != batch:
-            remembered = "nothing" if held is None else f"{len(held.rows)} rows"
-            raise UnsupportedError(
-                f"{batch} rows go on with a pruned cache of which a layer remembers {remembered}; move "
-                "its rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the "
-                "prompts anew"
-            )
-
-
-def refuse_lost_memory(cache: Any, batch: int) -> None:
-    """A batch on a cache that was made anew from the keys of a pruned one, without what it remembered."""
-    if batch == 1:
-        return
-    plain = (
-        layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized
-    )
-    if len({layer.get_seq_length() for layer in plain}) > 1:
-        raise UnsupportedError(
-            "the layers of this cache differ in length, as a pruned one's do, but nothing is remembered of "
-            "where its prompts are padded; go on with the cache itself, or a copy by copy.deepcopy"
-        )
-
-
 def refuse_new_images(cache: Any) -> None:
     """Pictures that arrive when the cache already holds tokens."""
     if is_static(cache.layers[0]):
@@ -124,14 +92,6 @@ def refuse_compiled_growth() -> None:
     raise UnsupportedError(
         "decoding with torch.compile needs a static cache once a prompt is pruned, as the masks of a growing "
         "one are made outside of it; pass handle.static_cache(...) as its cache (docs/api.md)"
-    )
-
-
-def refuse_compiled(part: str) -> None:
-    """Raise UnsupportedError: a part of the model cannot be seen, as torch.compile was applied to it."""
-    raise UnsupportedError(
-        f"a part of the model was compiled by itself ({part}), and pruning cannot look into it; leave "
-        "it uncompiled, and compile decoding as a whole (docs/api.md, handle.static_cache)"
     )
 
 
@@ -175,15 +135,3 @@ def refuse_unseen_attention(located: Located) -> None:
         f"{type(located.attentions[0]).__name__} does not call transformers' attention interface, so prompts "
         "that keep different numbers of tokens cannot run in one batch; prune one prompt at a time"
     )
-
-
-def refuse_length(cache: Any, prompt: int, total: int) -> None:
-    """More new tokens than an empty `PrunedStaticCache` has room for."""
-    if not isinstance(cache, PrunedStaticCache):
-        return
-    new = total - prompt
-    if new > cache.max_new_tokens and not cache.get_seq_length():
-        raise ValueError(
-            f"this static cache was made for max_new_tokens={cache.max_new_tokens}, and {new} are "
-            "to be generated; make one with more"
-        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
-from transformers import DynamicCache, LlavaConfig
+from transformers import DynamicCache, LlavaConfig, StaticCache
 
 from autoprune import AutoPrune, Budget
 from autoprune.bench.variants import Replay
@@ -86,6 +87,34 @@ def test_a_step_of_a_ragged_batch_launches_nothing_more_than_masks_need(kv_heads
             step(model, cache, 8)
     copies = {"aten::clone"} if kv_heads < zoo.HEADS and attention == "sdpa" else set()
     assert set(counted - expected) <= copies
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("method", "prompts"), [(METHODS["deep"], 1), (Replay(RAGGED), 8)], ids=["one", "ragged"]
+)
+def test_a_step_on_a_static_cache_makes_one_mask_for_all_layers(method, prompts, attention):
+    model = model_of(4, attention)
+    inputs = zoo.inputs("llava", model) if prompts == 1 else eight(model)
+    text = model.config.get_text_config()
+
+    def second_step():
+        cache = StaticCache(config=text, max_cache_len=inputs["input_ids"].shape[1] + 2)
+        model(**inputs, past_key_values=cache)
+        step(model, cache, prompts)
+        with launches() as counted:
+            step(model, cache, prompts)
+        return counted
+
+    expected = second_step()
+    with method(model):
+        counted = second_step()
+    # Where the first new token is, and which slots see it, as numbers to be added.
+    added = {"sub.Tensor", "le.Tensor", "zeros", "scalar_tensor", "where.self"}
+    assert counted - expected <= Counter(f"aten::{name}" for name in added)
+    # The plain model's mask is converted in each layer.
+    spared = {"aten::where.self"} if attention == "sdpa" else set()
+    assert spared <= set(expected - counted)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import transformers
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine.cache import rows
-from autoprune.engine.cache.held import holding
+from autoprune.engine.cache import columns as cache_columns
+from autoprune.engine.cache.pruned import LayerMemory
 from tests import oracle, zoo
 from tests.scattered import DEEP, PRE_LLM, Scattered
 
@@ -356,7 +356,7 @@ def assistant():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch):
-    monkeypatch.setattr(rows, "ROOM", 2)
+    monkeypatch.setattr(cache_columns, "ROOM", 2)
     model = model_of("llava", attention)
     inputs = zoo.inputs("llava", model, "padded3")
     tokens = torch.randint(10, 100, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -365,7 +365,7 @@ def test_masks_of_a_ragged_batch_are_made_for_many_steps(attention, monkeypatch)
         logits, made = [conversation.logits[:, -1:]], []
         for step in range(tokens.shape[1]):
             logits.append(conversation.feed(tokens[:, step : step + 1]))
-            (held,) = {holding(layer).rows for layer in conversation.cache.layers}
+            (held,) = {LayerMemory.of(layer).held for layer in conversation.cache.layers}
             made.append({dtype: id(masks) for dtype, masks in held._masks.items()})
     columns = oracle.columns_from_trace(trace.samples, inputs["attention_mask"], zoo.LAYERS)
     close(torch.cat(logits, dim=1), oracle.oracle_logits(model, inputs, columns, tokens))

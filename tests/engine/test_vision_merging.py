@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import autoprune
 from autoprune import Budget
 from autoprune.contract import Selection, Tower
-from autoprune.engine.vision.maps import FAMILIES
+from autoprune.engine.vision.maps import PATCH_LAYOUTS
 from autoprune.methods.folder import Folder
 from autoprune.methods.tome import ToMe
 from autoprune.methods.turbo import Turbo
@@ -252,12 +252,12 @@ def test_tiles_and_towers_without_cls_token_merge_too(family):
     [
         name
         for name, family in zoo.FAMILIES.items()
-        if not getattr(FAMILIES.get(family.config().model_type), "merges", False)
+        if not getattr(PATCH_LAYOUTS.get(family.config().model_type), "merges", False)
     ],
 )
 def test_towers_of_other_families_see_every_patch(family):
     model = zoo.build(family, zoo.FAMILIES[family].attentions[0])
-    assert not ToMe(4)(model).vision.merging.blocks
+    assert not ToMe(4)(model).vision.parts.merging
 
 
 def test_it_stays_at_the_towers_end_where_it_must():

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from autoprune.contract import Tower
-from autoprune.engine.vision.maps import FAMILIES, token_places
+from autoprune.engine.vision.maps import PATCH_LAYOUTS, token_places
 from tests import zoo
 from tests.engine.test_vision_scores import (
     SETTINGS,
@@ -140,7 +140,7 @@ def test_a_token_shows_what_the_picture_has_at_its_place(unmixed, media, request
 def test_a_shrunk_picture_has_a_smaller_grid():
     base = model_of("llava_onevision").base_model
     arguments = {"image_sizes": torch.tensor([[56, 112]]), "vision_aspect_ratio": "anyres_max_1"}
-    places = token_places(FAMILIES["llava_onevision"].image, base, (3, 16), arguments)
+    places = token_places(PATCH_LAYOUTS["llava_onevision"].image, base, (3, 16), arguments)
     # 4 x 8 tokens are to be 16: both sides are divided by the root of 2.
     assert same(places, lines([SMALL, (2, 5, "row")]))
 
@@ -151,7 +151,7 @@ def test_a_lone_tile_of_several_pictures_is_a_square():
         "image_sizes": torch.tensor([[56, 112], [56, 56]]),
         "batch_num_images": torch.tensor([2]),
     }
-    places = token_places(FAMILIES["llava_onevision"].image, base, (2, 16), arguments)
+    places = token_places(PATCH_LAYOUTS["llava_onevision"].image, base, (2, 16), arguments)
     square = lines([(4, 4, "end")])
     assert same(places[:17, 1:], square[:, 1:])
     assert same(places[17:, 1:], square[:, 1:])
@@ -193,6 +193,6 @@ def test_a_cls_token_among_the_visual_tokens_leaves_no_places():
 
 
 def test_pictures_of_unknown_shapes_leave_no_places():
-    base, to_tokens = model_of("llava").base_model, FAMILIES["llava"].image
+    base, to_tokens = model_of("llava").base_model, PATCH_LAYOUTS["llava"].image
     for shape in [(16,), (2, 15)]:
         assert token_places(to_tokens, base, shape, {}) is None

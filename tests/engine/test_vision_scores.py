@@ -12,13 +12,15 @@ import transformers
 from torch import nn
 
 from autoprune import AutoPrune
-from autoprune.engine.vision import tower as vision
-from autoprune.engine.vision.maps import FAMILIES
+from autoprune.engine.vision import call as vision
+from autoprune.engine.vision.maps import PATCH_LAYOUTS
 from tests import zoo
 from tests.watch import observe, tower_values, vision_scores
 
 SCORED = {
-    name: family for name, family in zoo.FAMILIES.items() if family.config().model_type in FAMILIES
+    name: family
+    for name, family in zoo.FAMILIES.items()
+    if family.config().model_type in PATCH_LAYOUTS
 }
 SETTINGS = [
     pytest.param(name, media, id=f"{name}-{media}")
@@ -121,13 +123,13 @@ def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
 def patches_seen(monkeypatch, model, arguments, media: str) -> torch.Tensor:
     """The scores that the map from patches to tokens was given first, flat."""
     key = model.config.model_type
-    to_tokens, seen = getattr(FAMILIES[key], media), []
+    to_tokens, seen = getattr(PATCH_LAYOUTS[key], media), []
 
     def spy(base, patches, call):
         seen.append(patches)
         return to_tokens(base, patches, call)
 
-    monkeypatch.setitem(FAMILIES, key, dataclasses.replace(FAMILIES[key], **{media: spy}))
+    monkeypatch.setitem(PATCH_LAYOUTS, key, dataclasses.replace(PATCH_LAYOUTS[key], **{media: spy}))
     observe(model, arguments)
     return seen[0].flatten()
 
@@ -284,5 +286,5 @@ def test_of_several_selected_layers_the_deepest_counts():
     for layers, block in [([-2, 1], 1), ([1, -1], 2), (0, None)]:
         config.vision_feature_layer = layers
         model = transformers.LlavaForConditionalGeneration(config).eval()
-        tapped = AutoPrune(budget=4)(model).vision.attention
+        tapped = AutoPrune(budget=4)(model).vision.parts.attention
         assert tapped is (None if block is None else blocks_of(model)[block].self_attn)

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from autoprune.contract import Tower
-from autoprune.engine.vision.maps import FAMILIES
-from autoprune.engine.vision.tower import VisionTap
+from autoprune.engine.vision.call import Call
+from autoprune.engine.vision.maps import PATCH_LAYOUTS
 from tests import zoo
 from tests.engine.test_vision_scores import (
     SETTINGS,
@@ -36,14 +36,14 @@ NAMES = {
 def spied(monkeypatch, model, arguments, media: str, wanted: Tower):
     """What is seen; the family's map, and what it was given last."""
     key = model.config.model_type
-    to_tokens, given = getattr(FAMILIES[key], media), []
+    to_tokens, given = getattr(PATCH_LAYOUTS[key], media), []
 
     def spy(base, patches, call):
         given.append((base, patches, call))
         return to_tokens(base, patches, call)
 
     with monkeypatch.context() as patched:
-        patched.setitem(FAMILIES, key, dataclasses.replace(FAMILIES[key], **{media: spy}))
+        patched.setitem(PATCH_LAYOUTS, key, dataclasses.replace(PATCH_LAYOUTS[key], **{media: spy}))
         return observe(model, arguments, wanted), to_tokens, given[-1]
 
 
@@ -181,7 +181,7 @@ def test_a_share_of_the_depth_is_rounded_up_to_a_block(depth, share, block):
     config = zoo.FAMILIES["llava"].config()
     config.vision_config.num_hidden_layers = depth
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    tapped = Watch(wanted=Tower(middle=share))(model).vision.middle
+    tapped = Watch(wanted=Tower(middle=share))(model).vision.parts.middle
     assert tapped is blocks_of(model)[block].self_attn
 
 
@@ -196,7 +196,7 @@ def test_only_what_is_asked_for_is_seen(name, asked):
 
 
 def test_nothing_is_touched_for_a_method_that_asks_for_nothing(monkeypatch):
-    monkeypatch.setattr(VisionTap, "observe", lambda *args, **kwargs: pytest.fail("tapped"))
+    monkeypatch.setattr(Call, "observe", lambda *args, **kwargs: pytest.fail("tapped"))
     model, method = model_of("llava"), Watch(wanted=Tower())
     before = dict(model.base_model.__dict__)
     with method(model), torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from ...contract import Positions
 from ...errors import UnsupportedError
 from ..cache import argument as cache_argument
-from ..cache.pruned import is_static
+from ..cache.static import is_static
 from ..locate import Located
 from ..tokens.cut import Stage
 from ..tokens.present import Tokens

@@ -152,8 +152,13 @@ def as_mask(allowed: torch.Tensor, like: Any) -> Any:
         )  # fmt: skip
     if not isinstance(like, torch.Tensor) or like.dtype == torch.bool:
         return allowed
-    zero = torch.zeros((), dtype=like.dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(like.dtype).min)
+    return additive(allowed, like.dtype)
+
+
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as one that is added to the scores."""
+    zero = torch.zeros((), dtype=dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(dtype).min)
 
 
 def _finish(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Tensor:

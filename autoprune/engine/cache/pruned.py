@@ -1,36 +1,96 @@
-"""What a shrunken cache remembers of its prompt, and what a static one is told of it."""
+"""What a cache remembers of prompts that were pruned, and how it travels with the cache.
+
+A layer's class is replaced by one that derives from it, for as long as the layer holds pruned prompts. So
+whoever moves rows, resets, copies or stores a cache does it by the layers' own methods, and nothing has to be
+watched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache, wraps
+from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
+from transformers.cache_utils import DynamicLayer
 
 from ...errors import UnsupportedError
-from ...parts.transfer import to_device
-from ..attention.masks import as_mask
+from ..tokens.layout import Layout
 from ..tokens.present import Tokens
-from .held import DROPPED, HOLDING, PADDING, VALID, hold, holding, put, release
-from .rows import Rows
+from .columns import MOVES, HeldColumns
+from .static import Slots, is_static
 
-if TYPE_CHECKING:
-    from ..locate import Located
-    from ..prefill import Prefill
+# The attribute of a layer that holds its `LayerMemory`, and of a cache that holds its `CacheMemory`.
+MEMORY = "_autoprune"
 
-DRAFTS = "_autoprune_drafts"
+# Until then, a positive number said how many columns a crop leaves.
+CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.18")
+
+
+@dataclass(eq=False)
+class CacheMemory:
+    """What stays with a cache when its layers are reset.
+
+    drafts_follow: whether the next forward brings drafts along, in assisted decoding.
+    slots: of a static cache that held a pruned prompt.
+    """
+
+    drafts_follow: bool = False
+    slots: Slots | None = None
+
+    @staticmethod
+    def of(cache: Any) -> CacheMemory:
+        """That of a cache, which begins with an empty one."""
+        return cache.__dict__.setdefault(MEMORY, CacheMemory())
+
+
+@dataclass(eq=False)
+class LayerMemory:
+    """What one layer of a cache remembers until it is reset.
+
+    pruned: what all layers have in common.
+    number: which of them this is.
+    held, stage: its tokens are those of this stage, in rows that are moved as the layer's.
+    renumbered: whether new tokens go on with compacted positions, where they are others than the model's own.
+    dropped: how many tokens fewer than the prompt has it reports, or None. A static layer has a tensor [].
+    slots: of a static cache.
+    expected: whether the next tokens come with a mask and positions for them.
+    """
+
+    pruned: PrunedCache
+    number: int
+    held: HeldColumns
+    stage: int
+    renumbered: bool
+    dropped: int | torch.Tensor | None = None
+    slots: Slots | None = None
+    expected: bool = False
+
+    @staticmethod
+    def of(layer: Any) -> LayerMemory | None:
+        return getattr(layer, MEMORY, None)
+
+    @property
+    def column(self) -> torch.Tensor:
+        """LongTensor [batch, n], the column of the prompt that each token came from; -1 for padding."""
+        return self.held.of_stage(self.stage)
+
+    @property
+    def width(self) -> int:
+        return self.held.widths[self.stage]
 
 
 @dataclass(eq=False)
 class PrunedCache:
-    """What was cut from a cache at prefill; it lives on the cache's layers, so generations never share it.
+    """What all layers of a cache remember in common of the prompts that were cut.
 
-    What belongs to a prompt is in `Rows`, which go where the rows of a layer go.
+    It lives on the layers, so generations never share it. What differs by prompt is in `HeldColumns`.
 
     prompt_length: columns of the padded prompt; new tokens get the columns behind it.
     tail: of these columns, how many of the last are text in every prompt.
-    renumbered: for each stage, whether compacted positions are others than the model's own.
     compacted: whether new tokens continue each layer's own compacted positions.
     padded: whether a layer's cache holds padding.
     static: whether its layers have a fixed size.
@@ -40,7 +100,6 @@ class PrunedCache:
 
     prompt_length: int
     tail: int
-    renumbered: tuple[bool, ...]
     compacted: bool
     padded: bool
     static: bool
@@ -48,55 +107,68 @@ class PrunedCache:
     has_gaps: bool = False
 
     @classmethod
-    def remember(cls, prefill: Prefill) -> None:
-        layers, depth = prefill.cache.layers, len(prefill.located.layers)
-        drafts, length = prefill.layout.drafts, prefill.layout.length
-        stages = [prefill.stage_of(layer) for layer in range(depth)]
-        own = list(dict.fromkeys(stages))
-        held = [stage.tokens.without_last(drafts) for stage in own]
+    def remember(
+        cls, cache: Any, entering: Sequence[Tokens], layout: Layout, compacted: bool, backend: str
+    ) -> None:
+        """Let the layers of a cache remember what a prefill left in them.
+
+        Args:
+            entering: the tokens that entered each layer; the same object where there was no cut between.
+            compacted: whether the method compacts positions.
+            backend: the attention that the cache was filled by.
+        """
+        own: list[Tokens] = list(dict.fromkeys(entering))
+        stages = [own.index(tokens) for tokens in entering]
+        held = [tokens.without_last(layout.drafts) for tokens in own]
+        columns, dropped = HeldColumns.of(held), layout.length - held[0].width
         pruned = cls(
-            length,
-            prefill.layout.tail,
-            renumbered=tuple(tokens.renumbered for tokens in held),
-            compacted=prefill.method.positions == "compacted",
+            layout.length,
+            layout.tail,
+            compacted,
             padded=any(tokens.padded for tokens in held),
-            static=is_static(layers[0]),
-            backend=prefill.implementation,
+            static=is_static(cache.layers[0]),
+            backend=backend,
         )
-        rows = Rows.of(held)
-        for layer, stage in zip(layers, map(own.index, stages), strict=False):
-            hold(layer, pruned, rows, stage)
-            if is_static(layer):
-                _mark_valid(layer, held[stage])
-        if held[0].width < length:
-            _report_length(layers[0], length - held[0].width)
+        slots = None
+        if pruned.static:
+            kept = CacheMemory.of(cache)
+            by_layer = [held[stage] for stage in stages]
+            slots = kept.slots = Slots.of(cache.layers, by_layer, layout.length, kept.slots)
+        for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
+            renumbered = compacted and held[stage].renumbered
+            memory = LayerMemory(pruned, number, columns, stage, renumbered, slots=slots)
+            if number == 0 and dropped:
+                memory.dropped = dropped if slots is None else slots.dropped
+            base: type = type(layer)
+            layer.__class__ = _pruned_class(base)
+            setattr(layer, MEMORY, memory)
 
     @staticmethod
     def of(cache: Any) -> PrunedCache | None:
         layers = getattr(cache, "layers", ())
-        held = holding(layers[0]) if layers else None
-        return None if held is None else held.pruned
-
-    @property
-    def has_like_rows(self) -> bool:
-        """Whether all rows have their tokens at the same places, and none hides any."""
-        return not (self.padded or self.has_gaps)
+        memory = LayerMemory.of(layers[0]) if layers else None
+        return None if memory is None else memory.pruned
 
     def sees_all(self, windows: Sequence[int | None]) -> bool:
         """Whether a new token sees all that is there at the model's own positions, and needs no mask."""
-        return self.has_like_rows and not self.compacted and not any(windows)
+        return not (self.padded or self.has_gaps or self.compacted or any(windows))
 
-    def reason_for_hooks(self, new: int) -> str | None:
-        """Why the plain model cannot go on with so many new tokens; None if it can."""
+    def refuse_plain_model(self, new: int) -> None:
+        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens."""
         if self.static:
-            return "the slots of its layers do not hold the columns of the prompt any more"
-        if self.padded:
-            return "its prompts have different lengths in it, which only pruning makes masks for"
-        if self.compacted and any(self.renumbered):
-            return "its positions were numbered anew, which only pruning goes on with"
-        if new > 1 and "flash" not in self.backend:
-            return "several new tokens at once need masks of each layer's own"
-        return None
+            reason = "the slots of its layers do not hold the columns of the prompt any more"
+        elif self.padded:
+            reason = "its prompts have different lengths in it, which only pruning makes masks for"
+        elif self.compacted:
+            reason = "its positions were numbered anew, which only pruning goes on with"
+        elif new > 1 and "flash" not in self.backend:
+            reason = "several new tokens at once need masks of each layer's own"
+        else:
+            return
+        raise UnsupportedError(
+            f"this cache was pruned, and {reason}; go on in the context that pruned it, or before its handle "
+            "is detached"
+        )
 
     def shorten(self, cache: Any, columns: int) -> None:
         """Follow a cache that was cropped into its prompt, by so many of the last columns.
@@ -109,90 +181,128 @@ class PrunedCache:
                 f"the cache was cropped by {columns} columns of its pruned prompt, of which only the last "
                 f"{self.tail} are text in every prompt; crop less, or run the prompt anew"
             )
-        shorter: dict[Rows, Rows] = {}
-        for held in filter(None, map(holding, cache.layers)):
-            if held.rows not in shorter:
-                shorter[held.rows] = held.rows.without_last(columns)
-            held.rows = shorter[held.rows]
+        shorter: dict[HeldColumns, HeldColumns] = {}
+        for memory in filter(None, map(LayerMemory.of, cache.layers)):
+            if memory.held not in shorter:
+                shorter[memory.held] = memory.held.without_last(columns)
+            memory.held = shorter[memory.held]
         self.prompt_length, self.tail = self.prompt_length - columns, self.tail - columns
 
-    def hides(self, cache: Any, valid: torch.Tensor) -> bool:
-        """Whether the caller's mask, bool [batch, columns so far], hides any that is held or given."""
-        column = getattr(cache.layers[0], HOLDING).column
-        shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
-        return not bool(shown.all() & valid[:, self.prompt_length :].all())
+    def note_hidden(self, cache: Any, valid: torch.Tensor) -> None:
+        """Note whether the caller's mask, bool [batch, columns so far], hides any that is held or given.
 
-    def hide(self, cache: Any, valid: torch.Tensor) -> None:
-        """Tell the layers of a static cache what the caller's mask, as for `hides`, hides."""
-        first = self.prompt_length
-        for layer in cache.layers:
-            held = getattr(layer, HOLDING)
-            column, width = held.column, held.width
-            seen = getattr(layer, VALID).clone()
-            seen[:, :width] = valid.gather(1, column.clamp(min=0)) & (column >= 0)
-            seen[:, width : width + valid.shape[1] - first] = valid[:, first:]
-            put(layer, VALID, seen)
+        A static cache is told what it hides.
+        """
+        memories = [memory for layer in cache.layers if (memory := LayerMemory.of(layer))]
+        column, new = memories[0].column, valid[:, self.prompt_length :]
+        if not self.has_gaps:
+            shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
+            self.has_gaps = not bool(shown.all() & new.all())
+        for memory in memories if self.has_gaps else ():
+            if memory.slots is not None:
+                shown = valid.gather(1, memory.column.clamp(min=0)) & (memory.column >= 0)
+                shown = torch.cat([shown, new], dim=1)
+                memory.slots.show(memory.number, shown, memory.width)
 
     @staticmethod
     def forget(cache: Any) -> None:
         """Before a new prefill: a cache may be used again after a reset."""
         if cache is not None:
-            cache.__dict__.pop(DRAFTS, None)
             for layer in getattr(cache, "layers", ()):
-                release(layer)
+                _forget(layer)
+            CacheMemory.of(cache).drafts_follow = False
 
 
-def is_static(layer: Any) -> bool:
-    """Whether a cache layer has a fixed size (its count of tokens is then a tensor on the device)."""
-    return hasattr(layer, "max_cache_len")
+def refuse_moved_rows(cache: Any, batch: int) -> None:
+    """A pruned cache whose rows were joined, taken or replaced by other means than its own methods."""
+    for memory in map(LayerMemory.of, cache.layers):
+        if memory is None or len(memory.held) != batch:
+            remembered = "nothing" if memory is None else f"{len(memory.held)} rows"
+            raise UnsupportedError(
+                f"{batch} rows go on with a pruned cache of which a layer remembers {remembered}; move "
+                "its rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the "
+                "prompts anew"
+            )
 
 
-def _mark_valid(layer: Any, tokens: Tokens) -> None:
-    """Tell a static cache layer which of its slots hold real tokens; new tokens always are."""
-    valid = torch.ones(tokens.column.shape[0], layer.max_cache_len, dtype=torch.bool)
-    valid = valid.to(tokens.column.device)
-    valid[:, : tokens.width] = tokens.column >= 0
-    put(layer, VALID, valid)
-    held = getattr(layer, HOLDING)
-    if held.pruned.compacted and held.renumbered:
-        padding = [tokens.width - n for n in tokens.lengths]
-        put(layer, PADDING, to_device(padding, tokens.column.device))
+def refuse_lost_memory(cache: Any, batch: int) -> None:
+    """A batch on a cache that was made anew from the keys of a pruned one, without what it remembered."""
+    if batch == 1:
+        return
+    plain = (
+        layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized
+    )
+    if len({layer.get_seq_length() for layer in plain}) > 1:
+        raise UnsupportedError(
+            "the layers of this cache differ in length, as a pruned one's do, but nothing is remembered of "
+            "where its prompts are padded; go on with the cache itself, or a copy by copy.deepcopy"
+        )
 
 
-def narrowed(layer: Any, kwargs: dict) -> dict:
-    """Layer arguments with the model's own mask cut to the length of a static layer.
+@cache
+def _pruned_class(base: type) -> type:
+    """The class of layers of class `base` while they hold pruned prompts."""
 
-    The model makes one mask, for the longest layer. A layer that was not cut holds column j in slot j.
-    """
-    mask = kwargs.get("attention_mask")
-    if not is_static(layer) or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        return kwargs
-    return {**kwargs, "attention_mask": mask[..., : layer.max_cache_len]}
+    class Pruned(base):
+        # The class behind it is known to transformers by its type, if it has one.
+        _layer_type = None
+
+        def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            memory = getattr(self, MEMORY)
+            if not memory.expected:
+                memory.pruned.refuse_plain_model(key_states.shape[-2])
+            memory.expected = False
+            return super().update(key_states, *args, **kwargs)
+
+        def get_seq_length(self) -> Any:
+            """That of the whole prompt where layer 0 was cut: positions of new tokens are counted from it."""
+            length, dropped = super().get_seq_length(), getattr(self, MEMORY).dropped
+            return length if dropped is None else length + dropped
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if tokens_to_remove > 0 and CROPS_TO_LENGTH and not self.is_sliding:
+                # The layer has fewer tokens than the conversation has columns.
+                memory = getattr(self, MEMORY)
+                columns = memory.pruned.prompt_length - memory.width + super().get_seq_length()
+                tokens_to_remove = min(tokens_to_remove - columns, 0)
+            super().crop(tokens_to_remove)
+
+        def reset(self) -> None:
+            _forget(self)
+            self.reset()
+
+        def __reduce__(self) -> tuple:
+            return _blank, (base,), self.__dict__
+
+    Pruned.__name__ = Pruned.__qualname__ = f"Pruned{base.__name__}"
+    for name in MOVES:
+        if move := getattr(base, name, None):
+            setattr(Pruned, name, _with_memory(name, move))
+    return Pruned
 
 
-def static_step(located: Located, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
-    """Layer arguments for new tokens on a layer of a static cache.
-
-    Reads nothing from the device, so it can be compiled.
-    """
-    valid = getattr(layer, VALID, None)
-    if valid is None:
-        return narrowed(layer, kwargs)
-    getattr(layer, HOLDING).expected = True
-    slots = torch.arange(valid.shape[1], device=valid.device)
-    queries = torch.arange(hidden.shape[1], device=valid.device)
-    last = layer.cumulative_length.to(valid.device) + queries
-    allowed = valid[:, None, None, :] & (slots[None, :] <= last[:, None])
-    kwargs = {**kwargs, "attention_mask": as_mask(allowed, kwargs.get("attention_mask"))}
-    padding = getattr(layer, PADDING, None)
-    if padding is not None:
-        kwargs["position_embeddings"] = located.text.rotary_emb(hidden, last - padding[:, None])
-    return kwargs
+def _blank(base: type) -> Any:
+    """A layer without anything, for copies and pickles."""
+    layer_class: Any = _pruned_class(base)
+    return layer_class.__new__(layer_class)
 
 
-def _report_length(layer: Any, dropped: int) -> None:
-    """Let a cache layer that was cut before layer 0 report the length of the whole prompt."""
-    if is_static(layer):
-        put(layer, DROPPED, torch.full_like(layer.cumulative_length, dropped))
-    else:
-        setattr(layer, DROPPED, dropped)
+def _with_memory(name: str, move: Callable) -> Callable:
+    """A layer's method that moves rows, and moves what the layer remembers of them, too."""
+
+    @wraps(move)
+    def moved(layer: Any, argument: Any) -> None:
+        move(layer, argument)
+        memory = getattr(layer, MEMORY)
+        memory.held = memory.held.moved(name, argument)
+        # Rows that hold their tokens in the same places show the same slots.
+        if memory.slots is not None and (memory.pruned.padded or memory.pruned.has_gaps):
+            memory.slots.move(memory.number, name, argument)
+
+    return moved
+
+
+def _forget(layer: Any) -> None:
+    """Let a layer forget; harmless if it remembers nothing."""
+    if layer.__dict__.pop(MEMORY, None) is not None:
+        layer.__class__ = type(layer).__bases__[0]

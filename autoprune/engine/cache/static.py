@@ -1,10 +1,15 @@
-"""A static cache that is as long in every layer as pruning leaves a prompt there."""
+"""Static caches: layers of a fixed size, whose count of tokens is a tensor on the device.
+
+Compiled decoding reads tensors at the addresses where it found them first, and would otherwise be compiled or
+recorded again. So what is known of a prompt is written into the tensors of the prompt before it (`Slots`).
+"""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +17,120 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from ...contract import MethodContract, ModelShape
 from ...errors import UnsupportedError
+from ...parts.transfer import to_device
+from ..locate import Located
 from ..tokens.layout import Layout
-
-if TYPE_CHECKING:
-    from ..locate import Located
+from ..tokens.present import Tokens
+from .columns import MOVES, aligned, starts_of
 
 # How finely room is planned over the lengths of text, where a budget pays for both.
 TEXT_PIECES = 8
+# More new tokens than there will ever be.
+NEVER = torch.iinfo(torch.int32).max
+
+
+def is_static(layer: Any) -> bool:
+    """Whether a cache layer has a fixed size."""
+    return hasattr(layer, "max_cache_len")
+
+
+def narrowed(layer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Layer arguments with the model's own mask cut to the length of a static layer.
+
+    The model makes one mask, for the longest layer. A layer that was not cut holds column j in slot j.
+    """
+    mask = kwargs.get("attention_mask")
+    if not is_static(layer) or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return kwargs
+    return {**kwargs, "attention_mask": mask[..., : layer.max_cache_len]}
+
+
+@dataclass(eq=False)
+class Slots:
+    """What new tokens may see in the layers of a static cache, whose slots stand one layer behind the other.
+
+    first_new: int32 [batch, all layers' slots]. The number of the first new token that sees the slot. New
+        token 0 follows the prompt, so it is negative for the prompt's own tokens, and NEVER for padding.
+    widths: LongTensor [L], tokens of the prompt in each layer, padding included.
+    lengths: LongTensor [L, batch], the same without padding.
+    dropped: LongTensor [], how many fewer layer 0 has than the prompt.
+    starts, sizes: where each layer's slots begin, and how many it has.
+    """
+
+    first_new: torch.Tensor
+    widths: torch.Tensor
+    lengths: torch.Tensor
+    dropped: torch.Tensor
+    starts: list[int]
+    sizes: list[int]
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[Any], held: Sequence[Tokens], length: int, before: Slots | None
+    ) -> Slots:
+        """Of a prompt of so many columns.
+
+        Args:
+            layers: the cache's.
+            held: the tokens that each of them holds.
+            before: of an earlier prompt, whose tensors are used again if they fit.
+        """
+        device, widths = held[0].column.device, [tokens.width for tokens in held]
+        sizes = [layer.max_cache_len for layer in layers]
+        pieces = zip(sizes, widths, strict=True)
+        first_new = np.concatenate([np.arange(aligned(size)) - width for size, width in pieces])
+        slots = cls(
+            to_device(first_new.astype(np.int32), device).repeat(len(held[0].column), 1),
+            to_device(widths, device),
+            to_device([tokens.lengths for tokens in held], device),
+            to_device(length - widths[0], device),
+            starts_of([aligned(size) for size in sizes]),
+            sizes,
+        )
+        for number, tokens in enumerate(held):
+            if tokens.padded:
+                part = slots.of_layer(slots.first_new, number)[:, : tokens.width]
+                part.masked_fill_(tokens.column < 0, NEVER)
+        for name in ("first_new", "widths", "lengths", "dropped"):
+            setattr(slots, name, _in_place(getattr(slots, name), getattr(before, name, None)))
+        return slots
+
+    def of_layer(self, values: torch.Tensor, number: int) -> torch.Tensor:
+        """The slots of one layer, of values [..., all layers' slots]."""
+        start = self.starts[number]
+        return values[..., start : start + self.sizes[number]]
+
+    def seen(self, new: torch.Tensor, number: int | None = None) -> torch.Tensor:
+        """bool [batch, 1, queries, slots]: which slots the new tokens of these numbers [queries] may see.
+
+        Args:
+            number: of one layer; of all if it is None.
+        """
+        first_new = self.first_new if number is None else self.of_layer(self.first_new, number)
+        return first_new[:, None, None] <= new[:, None]
+
+    def show(self, number: int, shown: torch.Tensor, width: int) -> None:
+        """Let one layer show those of its slots that are True in bool [batch, so many], and no other of these.
+
+        Args:
+            width: tokens of the prompt in the layer.
+        """
+        part = self.of_layer(self.first_new, number)[:, : shown.shape[1]]
+        own = torch.arange(-width, shown.shape[1] - width, device=part.device, dtype=part.dtype)
+        part.copy_(torch.where(shown, own, NEVER))
+
+    def move(self, number: int, how: str, argument: Any) -> None:
+        """Move the rows of one layer, as the method `how` of `MOVES` does."""
+        for rows in (self.of_layer(self.first_new, number), self.lengths[number]):
+            rows.copy_(MOVES[how](rows, argument))
+
+
+def _in_place(value: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    """The value, at the address of an earlier one if that fits."""
+    if old is not None and old.shape == value.shape and old.device == value.device:
+        return old.copy_(value)
+    torch._dynamo.mark_static_address(value)
+    return value
 
 
 class ShortLayer(StaticLayer):
@@ -61,15 +173,24 @@ class PrunedStaticCache(StaticCache):
         num_text: int,
         max_new_tokens: int,
     ):
-        several = isinstance(num_visual, Sequence)
-        sizes = _counts("num_visual", num_visual if several else [num_visual], least=1)
+        given = num_visual if isinstance(num_visual, Sequence) else [num_visual]
+        sizes = _counts("num_visual", given, least=1)
         (self.num_text,) = _counts("num_text", [num_text], least=0)
         (new,) = _counts("max_new_tokens", [max_new_tokens], least=1)
         self.max_new_tokens = new
-        _refuse_backend(located)
+        if located.implementation not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"{located.implementation!r} attention cannot decode on a static cache whose layers differ "
+                "in length; use attn_implementation='sdpa'"
+            )
         width = max(sizes) + self.num_text + new
         super().__init__(config=located.text.config, max_cache_len=width)
-        _refuse_layers(self.layers, shape.num_layers)
+        plain = [layer for layer in self.layers if type(layer) is StaticLayer]
+        if not len(plain) == len(self.layers) == shape.num_layers:
+            raise UnsupportedError(
+                "static caches of models with sliding (or linear) layers cannot be pruned; use the default "
+                "cache"
+            )
         self.method, self.shape = method, shape
         self.sizes, self.largest = {0, *sizes}, max(sizes)
         self.room = np.max([self._room_for(size) for size in self.sizes], axis=0)
@@ -84,12 +205,20 @@ class PrunedStaticCache(StaticCache):
             # Less text never means fewer visual tokens.
             counts = self.method.capacity(self.shape.num_layers, num_visual, least, self.shape.cost)
             # The last token of a prompt that ends with its picture is in every layer.
-            counts = np.maximum(counts, 1) if num_visual else np.asarray(counts)
+            visual = np.maximum(counts, min(num_visual, 1))
             most = min(least + step - 1, self.num_text)
             # Before the first cut the padding of the prompt is there, too.
-            text = np.where(counts == num_visual, self.num_text, most)
-            room = np.maximum(room, counts + text)
+            text = np.where(visual == num_visual, self.num_text, most)
+            room = np.maximum(room, visual + text)
         return room
+
+    def refuse_length(self, new: int) -> None:
+        """Raise ValueError if so many new tokens are more than an empty cache was made for."""
+        if new > self.max_new_tokens and not self.get_seq_length():
+            raise ValueError(
+                f"this static cache was made for max_new_tokens={self.max_new_tokens}, and {new} are "
+                "to be generated; make one with more"
+            )
 
     def admit(self, method: MethodContract, shape: ModelShape, layout: Layout) -> None:
         """Refuse prompts that do not fit, before anything of them is computed.
@@ -110,7 +239,7 @@ class PrunedStaticCache(StaticCache):
                 "the budget pays for another number of tokens; make one with static_cache()"
             )
         batch, length = layout.real.shape
-        first = self.layers[0]
+        first: Any = self.layers[0]
         if first.is_initialized and first.batch_size != batch:
             raise ValueError(
                 f"this static cache holds a batch of {first.batch_size}, and is given one of {batch}; "
@@ -136,19 +265,3 @@ def _counts(name: str, given: Sequence[Any], least: int) -> list[int]:
     if not given or any(not isinstance(n, numbers.Integral) or n < least for n in given):
         raise ValueError(f"{name} must be a whole number of tokens from {least} on, got {given}")
     return [int(n) for n in given]
-
-
-def _refuse_backend(located: Located) -> None:
-    if located.implementation not in ("sdpa", "eager"):
-        raise UnsupportedError(
-            f"{located.implementation!r} attention cannot decode on a static cache whose layers differ "
-            "in length; use attn_implementation='sdpa'"
-        )
-
-
-def _refuse_layers(layers: Sequence[Any], depth: int) -> None:
-    if len(layers) != depth or any(type(layer) is not StaticLayer for layer in layers):
-        raise UnsupportedError(
-            "static caches of models with sliding (or linear) layers cannot be pruned; use the default "
-            "cache"
-        )

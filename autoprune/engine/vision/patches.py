@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..attention.tap import row_attention
 
@@ -17,7 +18,7 @@ BLUR, UNSURE, UNEQUAL = 4, 0.1, 2.0
 WEIGHTS_AT_ONCE = 1 << 24
 
 
-def cls_attention(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
+def cls_attention(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
     """Attention of the CLS token (the first) to the patches behind it, mean over heads.
 
     Args:
@@ -31,8 +32,8 @@ def cls_attention(query: torch.Tensor, key: torch.Tensor, scaling: float | None)
 
 
 def received_attention(
-    query: torch.Tensor, key: torch.Tensor, scaling: float | None, mask: Any = None
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, scaling: float | None, mask: Any = None
+) -> Tensor:
     """Attention that a patch receives: mean over heads and over the patches that may look at it.
 
     Args:
@@ -64,7 +65,7 @@ def received_attention(
     return received / senders.clamp(min=1)
 
 
-def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> torch.Tensor | None:
+def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> Tensor | None:
     """bool [images or 1, rows, patches]: which patches the rows from `start` on may look at."""
     if mask is None:
         return None
@@ -79,7 +80,7 @@ def _allowed(mask: Any, start: int, rows: int, images: int, patches: int) -> tor
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> torch.Tensor | None:
+def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> Tensor | None:
     """Which patches lie wholly in the constant border that pads a picture to a square.
 
     Args:
@@ -91,7 +92,7 @@ def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> torch.
         bool [pictures, patches]; None if the pixels do not fit that description. A picture of a
         single colour is not padding.
     """
-    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or len(shape) != 2:
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(shape) != 2:
         return None
     height, width = pixels.shape[-2:]
     side = height // patch_size
@@ -106,7 +107,7 @@ def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> torch.
     return padding & ~padding.all(dim=1, keepdim=True)
 
 
-def _border(pixels: torch.Tensor) -> torch.Tensor:
+def _border(pixels: Tensor) -> Tensor:
     """bool [pictures, height]: rows of one colour, unbroken from the top or the bottom edge."""
     flat = (pixels.amax(dim=-1) == pixels.amin(dim=-1)).all(dim=1)
     colour = pixels[..., 0]
@@ -117,7 +118,7 @@ def _border(pixels: torch.Tensor) -> torch.Tensor:
     return top | bottom
 
 
-def patches_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+def patches_outside(pixels: Tensor, patch_size: int) -> Tensor:
     """How far outside of its picture each patch begins, where the picture was padded to a square.
 
     Padding lies on both sides of a picture along one axis, in one colour and equally wide. So where one of
@@ -138,7 +139,7 @@ def patches_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     return torch.maximum(rows[:, :, None], columns[:, None, :]).flatten(1)
 
 
-def _rows_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+def _rows_outside(pixels: Tensor, patch_size: int) -> Tensor:
     """float32 [pictures, rows of patches]: how far each begins above or below the picture, in patches."""
     side = pixels.shape[-2]
     contrast = (pixels - pixels[:, :, :1, :1]).abs().mean(dim=(1, 3))
@@ -153,7 +154,7 @@ def _rows_outside(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     return outside.masked_fill(narrow[:, None] == 0, 0).clamp(min=0) / patch_size
 
 
-def _edge(contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _edge(contrast: Tensor) -> tuple[Tensor, Tensor]:
     """Where the picture begins behind a border, and whether it does so sharply, float and bool [pictures].
 
     Resizing blurs an edge; it is where half of the contrast is reached, between the middles of two rows.

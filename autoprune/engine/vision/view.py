@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -16,9 +17,9 @@ class VisionView:
     values: tensors [tokens, ...] under the names of `Observation`: vision_scores, vision_padding, ...
     """
 
-    values: dict[str, torch.Tensor]
+    values: dict[str, Tensor]
 
-    def per_prompt(self, counts: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+    def per_prompt(self, counts: Sequence[int]) -> dict[str, list[Tensor]]:
         """Split by prompt, repeating each prompt's values where generation expanded the batch.
 
         Returns:

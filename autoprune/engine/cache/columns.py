@@ -1,8 +1,8 @@
-"""What is remembered of pruned prompts, in the order of a cache's rows."""
+"""Which columns of its prompt each row of a cache holds, stage by stage, and the masks that follow from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ ALIGNED = 8
 ROOM = 128
 
 # The methods of a cache layer that move its rows, and what each does with the rows of a tensor.
-MOVES = {
+MOVES: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "reorder_cache": lambda rows, index: rows.index_select(0, index.to(rows.device)),
     "batch_select_indices": lambda rows, indices: rows[indices, ...],
     "batch_repeat_interleave": lambda rows, repeats: rows.repeat_interleave(repeats, dim=0),
@@ -24,20 +24,22 @@ MOVES = {
 
 
 class Masks(NamedTuple):
-    """Additive masks [batch, 1, 1, all stages' places], where each stage's begin, and new tokens they have
-    room for.
+    """Additive masks of all stages, made for many steps.
+
+    values: [batch, 1, 1, all stages' places]; starts: where each stage's begin.
+    room: new tokens that each stage has places for.
     """
 
-    masks: torch.Tensor
+    values: torch.Tensor
     starts: list[int]
     room: int
 
 
-class Rows:
+class HeldColumns:
     """Which tokens of its prompt each row of a cache holds, for all stages of a prefill.
 
-    It never changes: a layer whose rows are moved goes on with other `Rows`, and layers that are moved alike
-    have the same ones.
+    It never changes. When the rows of a layer are moved, the layer gets another `HeldColumns`; layers that
+    are moved alike share one.
 
     Args:
         columns: LongTensor [batch, all stages' places]. The column of the prompt that each token came from; -1
@@ -47,41 +49,42 @@ class Rows:
 
     def __init__(self, columns: torch.Tensor, starts: Sequence[int], widths: Sequence[int]):
         self.columns, self.starts, self.widths = columns, tuple(starts), tuple(widths)
-        self._forget()
+        self._clear()
 
     @classmethod
-    def of(cls, stages: Sequence[Tokens]) -> Rows:
+    def of(cls, stages: Sequence[Tokens]) -> HeldColumns:
         widths = [tokens.width for tokens in stages]
-        sizes = [_aligned(width) for width in widths]
-        columns = [tokens.column for tokens in stages]
-        spare = columns[0].new_full((len(columns[0]), ALIGNED), -1)
-        pieces = zip(columns, sizes, widths, strict=True)
+        sizes = [aligned(width) for width in widths]
+        spare = stages[0].column.new_full((len(stages[0].column), ALIGNED), -1)
         parts = [
-            part for column, size, width in pieces for part in (column, spare[:, : size - width])
+            part
+            for tokens, size in zip(stages, sizes, strict=True)
+            for part in (tokens.column, spare[:, : size - tokens.width])
         ]
-        return cls(torch.cat(parts, dim=1), _starts(sizes), widths)
+        return cls(torch.cat(parts, dim=1), starts_of(sizes), widths)
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
+        """Forget what was made of the columns."""
         self._masks: dict[torch.dtype, Masks] = {}
         self._lengths: list[torch.Tensor] | None = None
-        self._moved: tuple[str, Any, int | None, Rows] | None = None
+        self._moved: tuple[str, Any, int | None, HeldColumns] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"columns": self.columns, "starts": self.starts, "widths": self.widths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._clear()
 
     def __len__(self) -> int:
         return len(self.columns)
 
-    def column(self, stage: int) -> torch.Tensor:
+    def of_stage(self, stage: int) -> torch.Tensor:
         """LongTensor [batch, n], columns of the tokens of a stage."""
         start = self.starts[stage]
         return self.columns[:, start : start + self.widths[stage]]
 
-    def length(self, stage: int) -> torch.Tensor:
+    def lengths(self, stage: int) -> torch.Tensor:
         """LongTensor [batch], real tokens of a stage."""
         if self._lengths is None:
             real = self.columns >= 0
@@ -90,32 +93,32 @@ class Rows:
         return self._lengths[stage]
 
     def mask(self, stage: int, new: int, dtype: torch.dtype) -> torch.Tensor:
-        """What the last of `new` tokens behind a stage's may see, all but padding; it is made for many steps.
+        """Which tokens of a stage, and which of `new` ones behind them, the last of these may see.
 
         Returns:
-            Additive mask [batch, 1, 1, n + new].
+            Additive mask [batch, 1, 1, n + new] that hides padding alone.
         """
         made = self._masks.get(dtype)
         if made is None or made.room < new:
             made = self._masks[dtype] = self._make_masks(max(new, ROOM) + new, dtype)
         start = made.starts[stage]
-        return made.masks[..., start : start + self.widths[stage] + new]
+        return made.values[..., start : start + self.widths[stage] + new]
 
     def _make_masks(self, room: int, dtype: torch.dtype) -> Masks:
-        sizes = [_aligned(width + room) for width in self.widths]
-        starts, least = _starts(sizes), torch.finfo(dtype).min
-        masks = torch.zeros(len(self), 1, 1, sum(sizes), dtype=dtype, device=self.columns.device)
+        sizes = [aligned(width + room) for width in self.widths]
+        starts, least = starts_of(sizes), torch.finfo(dtype).min
+        values = torch.zeros(len(self), 1, 1, sum(sizes), dtype=dtype, device=self.columns.device)
         blocked = (self.columns < 0)[:, None, None]
         for start, first, width in zip(starts, self.starts, self.widths, strict=True):
             part = blocked[..., first : first + width]
-            masks[..., start : start + width].masked_fill_(part, least)
-        return Masks(masks, starts, room)
+            values[..., start : start + width].masked_fill_(part, least)
+        return Masks(values, starts, room)
 
-    def without_last(self, columns: int) -> Rows:
+    def without_last(self, columns: int) -> HeldColumns:
         """Without the last columns of the prompt, which are text in every row."""
-        return Rows(self.columns, self.starts, [width - columns for width in self.widths])
+        return HeldColumns(self.columns, self.starts, [width - columns for width in self.widths])
 
-    def moved(self, how: str, argument: Any) -> Rows:
+    def moved(self, how: str, argument: Any) -> HeldColumns:
         """As the method `how` of `MOVES` leaves them.
 
         A cache moves its layers one by one; they get the same answer.
@@ -126,9 +129,9 @@ class Rows:
             if before == how and given is argument and version == its_version is not None:
                 return answer
         move = MOVES[how]
-        answer = Rows(move(self.columns, argument), self.starts, self.widths)
+        answer = HeldColumns(move(self.columns, argument), self.starts, self.widths)
         for dtype, made in self._masks.items():
-            answer._masks[dtype] = made._replace(masks=move(made.masks, argument))
+            answer._masks[dtype] = made._replace(values=move(made.values, argument))
         self._moved = how, argument, version, answer
         return answer
 
@@ -142,9 +145,11 @@ def _version(argument: Any) -> int | None:
     return 0 if argument.is_inference() else argument._version
 
 
-def _aligned(number: int) -> int:
+def aligned(number: int) -> int:
+    """The next multiple of `ALIGNED`."""
     return -(-number // ALIGNED) * ALIGNED
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
+def starts_of(sizes: Sequence[int]) -> list[int]:
+    """Where pieces of these sizes begin, one behind the other."""
     return [0, *accumulate(sizes)][:-1]
