@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Selection
+from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Ranking, Selection
 from ..parts.mergers import get_merger
 from ..parts.scorers import as_shares, text_attention, vision_attention
 from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_every, falls
@@ -60,6 +60,9 @@ class AutoPrune(Method):
             every choice is predicted to take 3 % longer than the plain prefill, nothing is pruned (except
             under a budget of bytes, which is always kept). In `plan`, and for a device that was not
             measured, "auto" is 1.
+        rank_every: from the measurement on, rank tokens anew only every so many layers. Cuts between follow
+            the last ranking and are planned together, so each is nearly free. 1 ranks at every cut; a
+            `merger` always does.
         first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
             decoder, which makes budgets feasible that could not even pay for layer 0.
         text_weight: weight of the text's attention against the vision tower's in the first cut, both
@@ -91,6 +94,7 @@ class AutoPrune(Method):
     mi_layer: int = 1
     prior: Literal["curve", "linear"] = "curve"
     cut_every: int | Literal["auto"] = 1
+    rank_every: int = 1
     first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
     text_weight: float = 1.0
     merger: str | None = None
@@ -115,6 +119,10 @@ class AutoPrune(Method):
         if self.cut_every != "auto" and not (whole and self.cut_every >= 1):
             raise ValueError(
                 f'cut_every must be a whole number of layers, 1 or more, or "auto", got {self.cut_every!r}'
+            )
+        if self.rank_every < 1:
+            raise ValueError(
+                f"rank_every must be a number of layers, 1 or more, got {self.rank_every!r}"
             )
         for name, allowed in (
             ("prior", ("curve", "linear")),
@@ -231,7 +239,7 @@ class AutoPrune(Method):
             state.notes["decision"] = decision.reason
             if decision.cut_every is None:
                 whole = np.array([[n] * sizes.num_layers for n in sizes.num_visual])
-                state.notes["adaptive"], state.schedule = None, whole.tolist()
+                state.notes["adaptive"] = None
                 self._follow(whole, state)
                 return
             schedule = self._schedule(decision.cut_every)
@@ -239,6 +247,8 @@ class AutoPrune(Method):
         self._follow(schedule.before_measuring(sizes), state)
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
+        if cut < state.notes.get("ranked until", 0):
+            return None
         due = state.notes["due"][cut]
         if cut == 0:
             return Needs(vision=True) if due else None
@@ -248,21 +258,26 @@ class AutoPrune(Method):
             return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
 
-    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+    def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
         if seen.cut == self.mi_layer + 1:
             measured = [self._disturbed(bits) for bits in self._measure(seen)]
             information = self._information_for_schedule(measured)
             plan = state.notes["adaptive"].after_measuring(_sizes(state), information)
-            state.mutual_information, state.schedule = measured, plan.tolist()
+            state.mutual_information = measured
             self._follow(plan, state)
-        counts = state.notes["plan"][:, seen.cut].tolist()
-        if counts == seen.counts:
-            return None
-        merge = get_merger(self.merger if seen.cut > 1 else None)
-        return merge(seen, self._scores(seen), counts)
+        if self.merger is not None and seen.cut > 1:
+            counts = state.notes["plan"][:, seen.cut].tolist()
+            merge = get_merger(self.merger)
+            return None if counts == seen.counts else merge(seen, self._scores(seen), counts)
+        until = seen.cut + (1 if seen.cut < 2 else self.rank_every)
+        if seen.cut <= self.mi_layer:
+            until = min(until, self.mi_layer + 1)
+        state.notes["ranked until"] = until
+        return Ranking(self._scores(seen), until)
 
     def _measure(self, seen: Observation) -> list[float]:
         """Each prompt's mutual information in bits."""
+        assert seen.attention is not None
         per_head = mutual_information(
             seen.attention,
             None if seen.no_padding else seen.text_mask,
@@ -277,6 +292,7 @@ class AutoPrune(Method):
 
     def _follow(self, plan: np.ndarray, state: PromptState) -> None:
         """Take up a plan [prompts, L], and note before which layers it falls for any prompt."""
+        state.schedule = plan.tolist()
         state.notes["plan"], state.notes["due"] = plan, falls(plan, state.prompts.num_visual)
 
     def _disturbed(self, bits: float) -> float:

@@ -15,6 +15,7 @@ from ..contract import (
     Patches,
     Positions,
     PromptState,
+    Ranking,
     Selection,
     Tower,
 )
@@ -151,11 +152,11 @@ class PerPrompt(Method):
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         parts: list[Part] = state.notes["parts"]
         for part in parts:
-            part.needs = None if part.method is None else part.method.needs(cut, part.state)
+            part.needs = part.needs_at(cut)
         report(parts, state)
         return union_of([part.needs for part in parts if part.needs is not None])
 
-    def select(self, seen: Observation, state: PromptState) -> Selection | None:
+    def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
         parts: list[Part] = state.notes["parts"]
         if len(parts) == 1:
             (part,) = parts
@@ -167,7 +168,7 @@ class PerPrompt(Method):
             if part.method is None or part.needs is None:
                 continue
             own = part.shown(looks[look_of(part.needs)])
-            selection = part.method.select(own, part.state)
+            selection = part.decide(own)
             if selection is None or (
                 selection.merged is None and list(selection.counts) == part.counts
             ):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..contract import Merged, Needs, Observation, PromptState, Rows, Selection, Tower
+from ..parts.selectors import required_first, top_k
 from ..parts.transfer import to_device
 from .base import Method
 
@@ -41,6 +42,7 @@ class Part:
     state: what `method` carries from cut to cut.
     needs: what it must see at the next cut.
     selection, counts: its decision of the last cut, and how many of the tokens before it stay.
+    ranking: from which its cuts follow, with scores of the tokens that are left.
     """
 
     method: Method | None
@@ -49,7 +51,40 @@ class Part:
     needs: Needs | None = None
     selection: Selection | None = None
     counts: list[int] = field(default_factory=list)
+    ranking: Ranking | None = None
     _index: torch.Tensor | None = None
+
+    def needs_at(self, cut: int) -> Needs | None:
+        """What the method must see at a cut; nothing of it where the cut follows from a ranking."""
+        if self.method is None:
+            return None
+        needs, ranking = self.method.needs(cut, self.state), self.ranking
+        if needs is None and ranking is not None and cut < ranking.until:
+            assert self.state.schedule is not None
+            falls = any(plan[cut] < plan[cut - 1] for plan in self.state.schedule)
+            return Needs() if falls else None
+        return needs
+
+    def decide(self, seen: Observation) -> Selection | None:
+        """The method's decision of one cut, of which `seen` shows its own prompts."""
+        assert self.method is not None
+        if self.ranking is None or seen.cut >= self.ranking.until:
+            answer = self.method.select(seen, self.state)
+            if not isinstance(answer, Ranking):
+                return answer
+            self.ranking = replace(answer, scores=required_first(answer.scores, seen))
+        assert self.state.schedule is not None
+        counts = [
+            max(plan[seen.cut], least)
+            for plan, least in zip(self.state.schedule, self._required(), strict=True)
+        ]
+        kept = top_k(self.ranking.scores, counts, seen.mask)
+        left = self.ranking.scores.gather(1, kept.clamp(min=0))
+        self.ranking = replace(self.ranking, scores=left)
+        return Selection(kept, counts)
+
+    def _required(self) -> Sequence[int]:
+        return self.state.prompts.required or [0] * len(self.rows)
 
     @property
     def names(self) -> str:
