@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..contract import Merged, Needs, Observation, PromptState, Rows, Selection, Tower
+from ..contract import Merged, Needs, Observation, PromptState, Ranking, Rows, Selection, Tower
 from ..parts.selectors import required_first, top_k
 from ..parts.transfer import to_device
 from .base import Method
