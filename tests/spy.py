@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autoprune.contract import Observation, Selection
+from autoprune.contract import Observation, Ranking, Selection
 from autoprune.methods.base import Method
 
 Inputs = dict[str, torch.Tensor]
@@ -56,8 +56,11 @@ class Spy(Method):
     def needs(self, cut, state):
         return self.method.needs(cut, state)
 
-    def select(self, seen: Observation, state) -> Selection | None:
+    def select(self, seen: Observation, state) -> Selection | Ranking | None:
         selection = self.method.select(seen, state)
+        if isinstance(selection, Ranking):
+            self._follow(seen.cut, selection, state.schedule)
+            return selection
         if selection is None or (
             selection.merged is None and list(selection.counts) == list(seen.counts)
         ):
@@ -72,6 +75,34 @@ class Spy(Method):
         self.decisions[-1].anchors[seen.cut] = anchors
         self.decisions[-1].states[seen.cut] = states
         return selection
+
+    def _follow(self, cut: int, ranking: Ranking, schedule: list[list[int]]) -> None:
+        """Write down every cut that follows from a ranking: each keeps the best of what is there."""
+        scores = [
+            dict(zip(present.tolist(), row.tolist(), strict=False))
+            for present, row in zip(self._present, ranking.scores, strict=True)
+        ]
+        for layer in range(cut, ranking.until):
+            before = self._present
+            self._present = [
+                _best(present, scores[i], schedule[i][layer], self._required[i] > 0)
+                for i, present in enumerate(before)
+            ]
+            if any(len(a) < len(b) for a, b in zip(self._present, before, strict=True)):
+                self.decisions[-1].anchors[layer] = self._present
+                self.decisions[-1].states[layer] = [{} for _ in before]
+
+
+def _best(
+    present: torch.Tensor, scores: dict[int, float], count: int, required: bool
+) -> torch.Tensor:
+    """The best `count` of the tokens present, in their order; the last one is among them if required."""
+    order = sorted(present.tolist(), key=lambda i: (-scores[i], i))
+    if required:
+        last = int(present[-1])
+        order.remove(last)
+        order, count = [last, *order], max(count, 1)
+    return torch.tensor(sorted(order[:count]), dtype=torch.long)
 
 
 def _of_prompt(

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.gather import tokens_at
 from ..parts.scorers import cosine
 from ..parts.selectors import ranks, top_k
 from ..parts.transfer import to_device
@@ -66,7 +67,7 @@ class DART(AfterLayer):
         # A budget below the number of visual pivots keeps the first of them only.
         visual_real = visual_real & (visual_real.cumsum(dim=1) <= keep[:, None])
         words, words_real = _pivots(seen.text_keys(), text, self.text_pivots)
-        pivots = torch.cat([_rows(hidden, visual), _rows(text_hidden, words)], dim=1)
+        pivots = torch.cat([tokens_at(hidden, visual), tokens_at(text_hidden, words)], dim=1)
         real = torch.cat([visual_real, words_real], dim=1)
 
         taken = torch.zeros_like(free).scatter(1, visual, visual_real)
@@ -90,11 +91,6 @@ def _pivots(
     norm = keys.float().abs().sum(dim=(1, 3)).to(mask.device).masked_fill(~mask, float("-inf"))
     best = norm.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best, mask.gather(1, best)
-
-
-def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """states [batch, n, size] at index [batch, m]."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[2]))
 
 
 def _shares(total: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

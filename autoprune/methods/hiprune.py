@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.gather import tokens_at
 from ..parts.scorers import real_patches, required_vision
 from ..parts.selectors import ranks, top_by_tier, top_k
 from ..parts.transfer import to_device
@@ -77,7 +78,6 @@ def neighbours(places: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         places: as `Observation.places`, [batch, V, 3].
         anchors: LongTensor [batch, A], positions; -1 is padding.
     """
-    index = anchors.clamp(min=0)[..., None].expand(-1, -1, 3)
-    apart = (places.gather(1, index)[:, :, None] - places[:, None]).abs()
+    apart = (tokens_at(places, anchors.clamp(min=0))[:, :, None] - places[:, None]).abs()
     touches = (apart[..., 0] == 0) & (apart[..., 1:].sum(dim=-1) == 1)
     return (touches & (anchors >= 0)[..., None]).any(dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ..contract import Needs, Observation, PromptState, Selection
+from ..parts.gather import tokens_at
 from ..parts.mergers import absorb
 from ..parts.selectors import top_k
 from ..parts.transfer import to_device
@@ -109,13 +110,13 @@ def clusters(
         recover: other tokens within so many cutoffs of a centre join it.
     """
     real, place = survivors >= 0, survivors.clamp(min=0)
-    chosen = vectors.gather(1, place[..., None].expand(-1, -1, vectors.shape[2]))
+    chosen = tokens_at(vectors, place)
     distance = (1 - chosen @ vectors.transpose(1, 2)).clamp(min=0)
     among = distance.gather(2, place[:, None].expand(-1, place.shape[1], -1))
     closeness = (-((among / DENSITY_SCALE) ** 2)).exp() * real[:, None]
     density = closeness.sum(dim=2).masked_fill(~real, float("-inf"))
     order = density.argsort(dim=1, descending=True, stable=True)
-    ordered = among.gather(1, order[..., None].expand_as(among))
+    ordered = tokens_at(among, order)
     ordered = ordered.gather(2, order[:, None].expand_as(among))
     limit = to_device(list(counts), vectors.device)
     picked, cutoff = _search(ordered, real.gather(1, order), limit)
@@ -144,7 +145,7 @@ def _search(
         number = found.sum(dim=2)
         best = number.masked_fill(number > limit[:, None], -1).argmax(dim=1, keepdim=True)
         low, high = cutoffs.gather(1, (best - 1).clamp(min=0)), cutoffs.gather(1, best)
-    picked = found.gather(1, best[..., None].expand(-1, -1, found.shape[2]))
+    picked = tokens_at(found, best)
     return picked[:, 0], high[:, 0]
 
 

@@ -139,14 +139,14 @@ class PerPrompt(Method):
         methods = [method for method in self.methods for _ in range(repeats)]
         parts: list[Part] = []
         for method in [*self._different, None]:
-            rows = [i for i, of_prompt in enumerate(methods) if _equal(of_prompt, method)]
-            if len(rows) == len(prompts):
-                return [Part(method, rows, state)]
-            if rows:
-                own = PromptState(state.shape, prompts.of(rows))
+            chosen = [i for i, of_prompt in enumerate(methods) if _equal(of_prompt, method)]
+            if len(chosen) == len(prompts):
+                return [Part(method, chosen, state)]
+            if chosen:
+                own = PromptState(state.shape, prompts.of(chosen))
                 # Alone, prompts without a picture are not pruned at all.
                 has_pictures = any(own.prompts.num_visual)
-                parts.append(Part(method if has_pictures else None, rows, own))
+                parts.append(Part(method if has_pictures else None, chosen, own))
         return parts
 
     def needs(self, cut: int, state: PromptState) -> Needs | None:
@@ -164,7 +164,7 @@ class PerPrompt(Method):
         looks = looks_of(seen, [part.needs for part in parts if part.needs is not None])
         for part in parts:
             part.selection = None
-            part.counts = [seen.counts[row] for row in part.rows]
+            part.counts = [seen.counts[prompt] for prompt in part.prompts]
             if part.method is None or part.needs is None:
                 continue
             own = part.shown(looks[look_of(part.needs)])

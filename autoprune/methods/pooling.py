@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.grid import grid_cells
 from ..parts.mergers import absorb
-from ..parts.selectors import grid_cells, top_k
+from ..parts.selectors import top_k
 from .base import PreDecoder
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
+from ..parts.gather import tokens_at
 from ..parts.scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..parts.selectors import evenly_spaced, ranks, top_by_tier
 from ..parts.transfer import to_device
@@ -69,10 +70,8 @@ class PruMerge(Ordered):
         tiers = 2 * outlier.long() + spaced.long()
         kept = top_by_tier(tiers, attention, counts, seen.mask)
         dropped = real & ~(outlier | spaced)
-        takers = keys.nan_to_num().gather(
-            1, kept.clamp(min=0)[..., None].expand(-1, -1, keys.shape[2])
-        )
-        similarity = cosine(takers, keys.nan_to_num())
+        keys = keys.nan_to_num()
+        similarity = cosine(tokens_at(keys, kept.clamp(min=0)), keys)
         weights = self._weights(similarity, attention, dropped)
         selection = Selection(kept, list(counts), states=taken_in(seen.hidden(), kept, weights))
         behind = rank.shape[1] + 1 - spaced.long()
@@ -100,6 +99,6 @@ def outliers(attention: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 def taken_in(hidden: torch.Tensor, kept: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Kept tokens with weight 1 and others by `weights` [batch, K, V]: weighted means [batch, K, size]."""
     kept, weights = kept.to(hidden.device), weights.to(hidden.device)
-    own = hidden.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])).float()
+    own = tokens_at(hidden, kept.clamp(min=0)).float()
     total = 1.0 + weights.sum(dim=2, keepdim=True)
     return ((own + weights @ hidden.float()) / total).to(hidden.dtype)

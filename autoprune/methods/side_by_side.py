@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..contract import Merged, Needs, Observation, PromptState, Ranking, Rows, Selection, Tower
+from ..parts.gather import tokens_at
 from ..parts.selectors import required_first, top_k
 from ..parts.transfer import to_device
 from .base import Method
@@ -38,7 +39,7 @@ class Part:
     """The prompts of a batch that have equal methods, in one prefill.
 
     method: None leaves them whole.
-    rows: which prompts they are.
+    prompts: which of the batch they are.
     state: what `method` carries from cut to cut.
     needs: what it must see at the next cut.
     selection, counts: its decision of the last cut, and how many of the tokens before it stay.
@@ -46,7 +47,7 @@ class Part:
     """
 
     method: Method | None
-    rows: list[int]
+    prompts: list[int]
     state: PromptState
     needs: Needs | None = None
     selection: Selection | None = None
@@ -89,15 +90,15 @@ class Part:
     @property
     def names(self) -> str:
         """Its prompts for a reader, counted from 0."""
-        return ", ".join(map(str, self.rows))
+        return ", ".join(map(str, self.prompts))
 
     def index(self, device: torch.device) -> slice | torch.Tensor:
         """Where its prompts are in the batch."""
-        first, behind = self.rows[0], self.rows[-1] + 1
-        if behind - first == len(self.rows):
+        first, behind = self.prompts[0], self.prompts[-1] + 1
+        if behind - first == len(self.prompts):
             return slice(first, behind)
         if self._index is None or self._index.device != device:
-            self._index = to_device(self.rows, device)
+            self._index = to_device(self.prompts, device)
         return self._index
 
     def of(self, values: torch.Tensor) -> torch.Tensor:
@@ -181,17 +182,17 @@ def join(seen: Observation, parts: Sequence[Part]) -> Selection | None:
         return None
     counts = [0] * len(seen.counts)
     for part in parts:
-        for row, count in zip(part.rows, part.counts, strict=True):
-            counts[row] = count
+        for prompt, count in zip(part.prompts, part.counts, strict=True):
+            counts[prompt] = count
     width = max(counts)
     every = torch.arange(width, device=seen.mask.device)
     kept = torch.where(seen.mask[:, :width], every, -1)
     for part in parts:
         if part.selection is not None:
             own = part.selection.kept[:, : max(part.counts)]
-            rows = part.index(kept.device)
-            kept[rows] = -1
-            kept[rows, : own.shape[1]] = own.to(kept.device)
+            index = part.index(kept.device)
+            kept[index] = -1
+            kept[index, : own.shape[1]] = own.to(kept.device)
     merged = _join_merged(seen, parts)
     return Selection(kept, counts, merged, _join_states(seen, parts, kept, counts, merged))
 
@@ -216,8 +217,8 @@ def _join_merged(seen: Observation, parts: Sequence[Part]) -> Merged | None:
         hidden[part.index(hidden.device), own] = merged.hidden.to(hidden)
         if merged.place is not None:
             place[part.index(device), own] = merged.place.to(device)
-        for row, count in zip(part.rows, merged.counts, strict=True):
-            counts[row] = count
+        for prompt, count in zip(part.prompts, merged.counts, strict=True):
+            counts[prompt] = count
     return Merged(hidden, counts, place)
 
 
@@ -239,19 +240,13 @@ def _join_states(
     assert seen.hidden is not None
     hidden = seen.hidden()
     position = kept.to(hidden.device)
-    states = _at(hidden, position)
+    states = tokens_at(hidden, position.clamp(min=0))
     if merged is not None and merged.place is not None:
         states = _in_order(states, position, counts, merged, seen.required)
     for part, own in changed:
         own = own[:, : max(part.counts)].to(states)
         states[part.index(states.device), : own.shape[1]] = own
     return states
-
-
-def _at(hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """[batch, V, size] at positions [batch, K]; anything at -1."""
-    index = position.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
-    return hidden.gather(1, index)
 
 
 def _in_order(
@@ -276,7 +271,7 @@ def _in_order(
     key = [(2 * kept).masked_fill(kept < 0, behind), merged_key.masked_fill(~real, behind)]
     total = [a + b for a, b in zip(counts, merged.counts, strict=True)]
     order = torch.cat(key, dim=1).argsort(dim=1, stable=True)[:, : max(total)]
-    return _at(torch.cat([states, merged.hidden.to(states)], dim=1), order)
+    return tokens_at(torch.cat([states, merged.hidden.to(states)], dim=1), order)
 
 
 def report(parts: Sequence[Part], state: PromptState) -> None:
@@ -296,8 +291,8 @@ def _by_prompt(parts: Sequence[Part], values: Sequence[list[Any] | None]) -> lis
     """One entry for each prompt, None where its method has none; None if no method has any."""
     if all(own is None for own in values):
         return None
-    whole: list[Any] = [None] * sum(len(part.rows) for part in parts)
+    whole: list[Any] = [None] * sum(len(part.prompts) for part in parts)
     for part, own in zip(parts, values, strict=True):
-        for i, row in enumerate(part.rows):
-            whole[row] = None if own is None else own[i]
+        for i, prompt in enumerate(part.prompts):
+            whole[prompt] = None if own is None else own[i]
     return whole

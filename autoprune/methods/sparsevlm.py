@@ -105,10 +105,10 @@ class SparseVLM(Planned):
         return super().select(seen, state)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
-        rows = state.notes["raters"]
+        rating = state.notes["raters"]
         if self.version == 2:
-            seen = replace(seen, attention=priority_heads(seen, rows))
-        scores = text_attention(seen, rows=rows)
+            seen = replace(seen, attention=priority_heads(seen, rating))
+        scores = text_attention(seen, rating)
         return get_merger("dpc_knn" if self.merges else None)(seen, scores, counts)
 
 
@@ -126,15 +126,15 @@ def raters(seen: Observation) -> torch.Tensor:
     return torch.where(chosen.any(dim=1, keepdim=True), chosen, real).to(seen.mask.device)
 
 
-def priority_heads(seen: Observation, rows: torch.Tensor) -> torch.Tensor:
+def priority_heads(seen: Observation, raters: torch.Tensor) -> torch.Tensor:
     """The attention of the heads that pay most to the picture, [batch, those heads, text, V].
 
     Args:
-        rows: bool [batch, text], whose attention counts.
+        raters: bool [batch, text], whose attention counts.
     """
     attention = seen.attention
     assert attention is not None
-    counts = rows[:, None, :, None] & seen.mask[:, None, None]
+    counts = raters[:, None, :, None] & seen.mask[:, None, None]
     paid = attention.masked_fill(~counts, 0.0).sum(dim=(2, 3))
     number = max(1, round(PRIORITY_HEADS * paid.shape[1]))
     best = paid.sort(dim=1, descending=True, stable=True).indices[:, :number]

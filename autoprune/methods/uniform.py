@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
-from ..parts.selectors import grid_cells, top_k
+from ..parts.grid import grid_cells
+from ..parts.selectors import top_k
 from .base import PreDecoder
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..contract import Merged, Observation, Selection
 from ..policy.released import cluster_and_merge, cluster_count, recycled_count
+from .gather import tokens_at
 from .scorers import cosine
 from .selectors import ranks, required_first, top_k
 from .transfer import to_device
@@ -119,7 +120,7 @@ def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> tor
     size = torch.zeros(owner.shape, device=hidden.device)
     size.scatter_add_(1, owner, torch.ones_like(size))
     means = (total / size.clamp(min=1)[..., None]).to(hidden.dtype)
-    return means.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2]))
+    return tokens_at(means, kept.clamp(min=0))
 
 
 def in_order(states: torch.Tensor, kept: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ def in_order(states: torch.Tensor, kept: torch.Tensor, rank: torch.Tensor) -> to
     """
     rank = rank.float().gather(1, kept.clamp(min=0)).masked_fill(kept < 0, float("inf"))
     order = rank.sort(dim=1, stable=True).indices.to(states.device)
-    return states.gather(1, order[..., None].expand_as(states))
+    return tokens_at(states, order)
 
 
 def merge_similar(
@@ -190,7 +191,7 @@ def merge_similar(
         leaving = torch.minimum(-((goal - number) // share), number // 2)
         order = alive.sort(dim=1, descending=True, stable=True).indices[:, :widest]
         means = total / size.clamp(min=1)[..., None]
-        means = means.gather(1, order[..., None].expand(-1, -1, means.shape[2]))
+        means = tokens_at(means, order)
         if worth is None:
             joins = join_similar(means, leaving, number=number, has_cls=has_cls)
         else:

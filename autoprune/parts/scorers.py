@@ -97,9 +97,9 @@ def text_relevance(
         float32 [batch, V]: 0 for a prompt's least and 1 for its most relevant token; 1 for all where
         they do not differ.
     """
-    rows = text_mask.sum(dim=1).clamp(min=1)
+    number = text_mask.sum(dim=1).clamp(min=1)
     similarity = cosine(hidden, text).to(mask.device)
-    similarity = (similarity * text_mask[:, None]).sum(dim=2) / rows[:, None]
+    similarity = (similarity * text_mask[:, None]).sum(dim=2) / number[:, None]
     low = similarity.masked_fill(~mask, float("inf")).amin(dim=1, keepdim=True)
     span = similarity.masked_fill(~mask, float("-inf")).amax(dim=1, keepdim=True) - low
     return torch.where(span > 0, (similarity - low) / span, 1.0)

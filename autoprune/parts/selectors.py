@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..contract import Observation
+from .gather import tokens_at
 from .scorers import cosine
 from .transfer import to_device
 
@@ -103,7 +104,7 @@ def max_min_diversity(
     picks: list[torch.Tensor] = []
     for _ in range(max(counts)):
         pick = nearest.masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
-        to_pick = distance.gather(1, pick[..., None].expand(-1, -1, width))[:, 0]
+        to_pick = tokens_at(distance, pick)[:, 0]
         nearest = torch.minimum(nearest, to_pick) if picks else to_pick
         free = free.scatter(1, pick, False)
         picks.append(pick)
@@ -140,7 +141,7 @@ def dpp_map(
     for step in range(steps):
         merit = torch.where(gain > SMALLEST_GAIN, gain, quality - 2.0)
         pick = merit.masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
-        row = similarity.gather(1, pick[..., None].expand(-1, -1, width))[:, 0]
+        row = tokens_at(similarity, pick)[:, 0]
         row = quality.gather(1, pick) * row * quality
         before = factor[:, :step]
         row = row - (before.gather(2, pick[:, None].expand(-1, step, -1)) * before).sum(dim=1)
@@ -175,7 +176,7 @@ def weighted_coverage(
     for _ in range(max(counts)):
         gain = (similarity - covered[:, None]).clamp(min=0).sum(dim=2)
         pick = (weight * gain).masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
-        by_pick = similarity.gather(1, pick[..., None].expand(-1, -1, width))[:, 0]
+        by_pick = tokens_at(similarity, pick)[:, 0]
         covered = torch.maximum(covered, by_pick)
         free = free.scatter(1, pick, False)
         picks.append(pick)
@@ -229,7 +230,7 @@ def without_duplicates(
             break
         real = rank < number[:, None]
         first, second = order[:, ::2], order[:, 1::2]
-        pairs = similarity.gather(1, first[..., None].expand(-1, -1, similarity.shape[2]))
+        pairs = tokens_at(similarity, first)
         pairs = pairs.gather(2, second[:, None].expand(-1, first.shape[1], -1))
         closest = pairs.masked_fill(~real[:, None, 1::2], lowest).amax(dim=2)
         closest = closest.masked_fill(~real[:, ::2], lowest)
@@ -243,67 +244,3 @@ def without_duplicates(
         left = [n - min(max(n - c, 0), at_once, n // 2) for n, c in zip(left, counts, strict=True)]
     survivors = torch.zeros(similarity.shape[:2], dtype=torch.bool, device=order.device)
     return survivors.scatter(1, order, rank < number[:, None])
-
-
-def grid_cells(
-    places: torch.Tensor | None, counts: Sequence[int], mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide the pictures of each prompt into as many cells of like size as tokens are to be left.
-
-    Pictures share the cells in proportion to their tokens. A picture of R x C tokens is cut into about
-    sqrt(cells R / C) bands of rows, and each band into its share of the cells.
-
-    Args:
-        places: [batch, V, 3], picture, row and column of each token, as in `Observation.places`; None
-            takes the tokens of a prompt as one long row.
-        counts: cells of each prompt; no more than it has tokens with a place.
-        mask: bool [batch, V], False for padding.
-
-    Returns:
-        cell: LongTensor [batch, V], 0, 1, ... within a prompt; -1 for tokens without a place.
-        middle: bool [batch, V], the token in the middle of each cell.
-    """
-    if places is None:
-        column = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        places = torch.stack([torch.zeros_like(column)] * 2 + [column], dim=2).float()
-    placed = mask & ~places.isnan().any(dim=2)
-    order = placed.sort(dim=1, descending=True, stable=True).indices
-    picture, row, column = (
-        places.nan_to_num(0.0).long().gather(1, order[..., None].expand_as(places)).unbind(dim=2)
-    )
-    here = placed.gather(1, order)
-    changes = torch.nn.functional.pad(picture[:, 1:] != picture[:, :-1], (1, 0))
-    picture = changes.cumsum(dim=1)  # numbered within the prompt
-
-    def per_picture(values: torch.Tensor, how: str) -> torch.Tensor:
-        """Sum or largest of `values` [batch, V] over a token's picture, for each token."""
-        values = values.masked_fill(~here, 0)
-        return torch.zeros_like(values).scatter_reduce(1, picture, values, how).gather(1, picture)
-
-    everything = here.sum(dim=1, keepdim=True)
-    cells = torch.minimum(to_device(list(counts), mask.device)[:, None], everything)
-    size = per_picture(torch.ones_like(row), "sum")
-    rows, columns = (per_picture(axis + 1, "amax").clamp(min=1) for axis in (row, column))
-    start = torch.searchsorted(picture.contiguous(), picture.contiguous())
-    everything = everything.clamp(min=1)
-    first = start * cells // everything
-    own = (start + size) * cells // everything - first
-    shown, own = here & (own > 0), own.clamp(min=1)
-    bands = ((own * rows).double() / columns).sqrt().round().long()
-    bands = torch.minimum(torch.maximum(bands, -(-own // columns)), torch.minimum(rows, own))
-    band, in_middle_row = _slot(row, rows, bands)
-    before = band * own // bands
-    slot, in_middle_column = _slot(column, columns, (band + 1) * own // bands - before)
-    cell = torch.where(shown, first + before + slot, -1)
-    middle = shown & in_middle_row & in_middle_column
-    back = order.argsort(dim=1)
-    return cell.gather(1, back), middle.gather(1, back)
-
-
-def _slot(
-    index: torch.Tensor, length: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `slots` like stretches of 0 .. length - 1, which one holds `index`, and is it in the middle."""
-    slot = index * slots // length
-    first, behind = -(-slot * length // slots), -(-(slot + 1) * length // slots)
-    return slot, index == (first + behind - 1) // 2

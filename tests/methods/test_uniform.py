@@ -10,7 +10,7 @@ import torch
 
 from autoprune.methods.pooling import Pooling
 from autoprune.methods.uniform import Uniform
-from autoprune.parts.selectors import grid_cells
+from autoprune.parts.grid import grid_cells
 from tests.methods.prompts import choices, mixed, observation, prompt
 
 
