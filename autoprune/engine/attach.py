@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import StaticCache
 
+from ..contract import MethodContract, ModelShape
 from ..errors import UnsupportedError
 from ..trace import Sample, Trace
 from .cache.static import PrunedStaticCache
-from .contexts import Context, close_all
-from .forwards import Forwards
+from .context import Context
 from .given import checked_mask, checked_scores, model_of
+from .hooks import close_all, close_context, open_context, served_by
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
-
-if TYPE_CHECKING:
-    from ..contract import MethodContract, ModelShape
 
 
 class Attachment:
@@ -45,22 +42,20 @@ class Attachment:
         model = model_of(model)
         visual_mask, vision_scores = checked_mask(visual_mask), checked_scores(vision_scores)
         self.method, self.model, self.located = method, model, locate(model)
-        trace = Trace(keep, on_sample)
-        self.forwards = Forwards(method, model, self.located, visual_mask, vision_scores, trace)
-        self.vision, self.trace = self.forwards.vision, self.forwards.trace
+        self.trace = Trace(keep, on_sample)
+        self._context = Context(method, model, self.located, visual_mask, vision_scores, self.trace)
         refuse_positions(method, self.located)
         method.check(self.shape)
-        self._context: Context | None = None
 
     @property
     def is_attached(self) -> bool:
         """Whether pruning is switched on."""
-        return self._context is not None and self._context.is_open
+        return self._context.is_open
 
     @property
     def shape(self) -> ModelShape:
         """What a method may know of the model as it is now."""
-        return self.forwards.shape
+        return self._context.shape
 
     def __enter__(self) -> Trace:
         self.attach(for_all=False)
@@ -86,9 +81,7 @@ class Attachment:
             )
         refuse_mode(self.model)
         warn_if_untested(self.located)
-        context = Context(self.forwards, threading.current_thread(), for_all)
-        context.open()
-        self._context = context
+        open_context(self._context, for_all)
         return self
 
     def detach(self) -> None:
@@ -96,9 +89,9 @@ class Attachment:
 
         Harmless when nothing is attached.
         """
-        if self._context is not None:
-            self._context.close()
-            self.trace.flush()
+        if self.is_attached:
+            close_context(self._context)
+        self.trace.flush()
 
     def __repr__(self) -> str:
         state = "attached" if self.is_attached else "not attached"
@@ -129,12 +122,12 @@ class Attachment:
                 f"{type(self.located.outer).__name__} takes no features in place of pictures in this "
                 "release of transformers; pass the pixel values each time"
             )
-        if self._context is None or not self.is_attached:
+        if not self.is_attached:
             raise UnsupportedError(
                 "pruning is not switched on; call encode between attach and detach"
             )
-        with self._context.serving():
-            return self.vision.encode(inputs)
+        with served_by(self._context):
+            return self._context.vision.encode(inputs)
 
     def static_cache(
         self, num_visual: int | Sequence[int], num_text: int, max_new_tokens: int

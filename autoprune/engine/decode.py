@@ -68,6 +68,14 @@ class Decode:
         self.sees_all = not several and not static and pruned.sees_all(located.windows)
         self._made: dict[Any, Any] = {}
 
+    @property
+    def has_to_do(self) -> bool:
+        """Whether the layers' hooks have anything to do. A new token that sees all needs nothing, if the model
+        makes no mask by the length of the first layer either.
+        """
+        plain = self.implementation == "sdpa" or "flash" in self.implementation
+        return not (self.sees_all and plain)
+
     def before_layer(
         self, index: int, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:

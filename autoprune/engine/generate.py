@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -14,7 +12,7 @@ from ..errors import UnsupportedError
 from .cache.argument import cache_of
 from .cache.pruned import CacheMemory
 from .cache.static import PrunedStaticCache
-from .cover import Around
+from .patch import Around
 from .vision.observer import has_pixels, same_features
 
 
@@ -74,29 +72,18 @@ def _repeating(expand: Callable) -> Callable:
     return wrapped
 
 
-class Repeats(threading.local):
-    """How many copies `generate` makes of each prompt, for beams and several answers; 1 outside of it."""
+def around_copying(tell: Callable[[int], None]) -> dict[str, Around]:
+    """Have `generate` tell how many copies it makes of each prompt, for beams and several answers."""
 
-    number = 1
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """One call of `generate`."""
-        before, self.number = self.number, 1
-        try:
-            yield
-        finally:
-            self.number = before
-
-    def expanding(self, expand: Callable) -> Callable:
-        """`_expand_inputs_for_generation`, which makes the copies."""
-
+    def around(expand: Callable) -> Callable:
         @wraps(expand)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.number = kwargs.get("expand_size", args[0] if args else 1)
+            tell(kwargs.get("expand_size", args[0] if args else 1))
             return expand(*args, **kwargs)
 
         return wrapped
+
+    return {"_expand_inputs_for_generation": around}
 
 
 def around_encoding(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,31 +17,68 @@ from .attention import tap
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache
 from .cache.static import is_static, narrowed
-from .cover import Cover
-from .decode import Decode, compiled_step
-from .forwards import Forwards
-from .generate import WRAPPERS, Repeats, around_encoding
+from .context import Context, ThreadState
+from .decode import compiled_step
+from .generate import WRAPPERS, around_copying, around_encoding
 from .locate import Located
+from .patch import ModulePatch
 from .prefill import Prefill
 from .refusals import refuse_compiled_growth, refuse_compiled_prefill
 from .vision.observer import MEDIA, TowerObserver
 
-if TYPE_CHECKING:
-    from .contexts import Context
+# By decoder. One lock for all models: contexts open and close seldom.
+_lock = threading.RLock()
+_hooked: dict[nn.Module, Hooks] = {}
 
 
-class _Thread(threading.local):
-    """What belongs to one thread.
+def open_context(context: Context, for_all: bool) -> None:
+    """Install the hooks of its model, or share those of the contexts that are open.
 
-    bound: the context that its `generate` began with.
-    serving: whose forward is under way; run: what that does to the decoder.
-    watching: whose method watches the vision tower at work.
+    Args:
+        for_all: whether it serves every thread that opened none of its own; if not, it does so only as long as
+            no other is open.
+
+    Raises:
+        UnsupportedError: this thread has an open one already.
     """
+    text = context.located.text
+    context.thread, context.for_all = threading.current_thread(), for_all
+    with _lock:
+        hooks = _hooked.get(text) or Hooks(context.located)
+        hooks.refuse_another(context)
+        try:
+            hooks.add(context)
+        except BaseException:
+            hooks.discard(context)
+            raise
+        _hooked[text] = hooks
 
-    bound: Context | None = None
-    serving: Context | None = None
-    run: Prefill | Decode | None = None
-    watching: Forwards | None = None
+
+def close_context(context: Context) -> None:
+    """Take the hooks out, unless others need them; harmless if it is not open."""
+    text = context.located.text
+    with _lock:
+        if context.is_open:
+            hooks = _hooked[text]
+            hooks.discard(context)
+            if not hooks.contexts:
+                del _hooked[text]
+
+
+def close_all(model: nn.Module) -> None:
+    """Close every context that is open on `model`, or on a part of it that holds the decoder."""
+    with _lock:
+        for module in model.modules():
+            if (hooks := _hooked.get(module)) is not None:
+                for context in hooks.contexts:
+                    close_context(context)
+
+
+@contextmanager
+def served_by(context: Context) -> Iterator[None]:
+    """In this, the thread is served by an open context, whatever others there are."""
+    with _hooked[context.located.text].bound(context):
+        yield
 
 
 class Hooks:
@@ -55,17 +92,17 @@ class Hooks:
         self.located = located
         # Replaced as a whole, as other threads read it.
         self.contexts: tuple[Context, ...] = ()
-        self._covers: dict[nn.Module, Cover] = {}
+        self._patches: dict[nn.Module, ModulePatch] = {}
         self._outers: list[nn.Module] = []
         self._tagged: dict[Context, tuple[dict[nn.Module, tap.Handler], set[str]]] = {}
-        self._repeats = Repeats()
-        self._local = _Thread()
+        self._thread = ThreadState()
+        self._on_layers = LayerHooks(located.layers, self._before_layer)
 
     def refuse_another(self, new: Context) -> None:
         """Raise UnsupportedError if `new` would stand beside a context of its thread."""
-        mine = [c for c in self.contexts if c.thread is new.thread or c.forwards is new.forwards]
-        if self._local.bound is not None:
-            mine.append(self._local.bound)
+        mine = [c for c in self.contexts if c.thread is new.thread or c is new]
+        if self._thread.bound is not None:
+            mine.append(self._thread.bound)
         if any(context.is_open for context in mine):
             raise UnsupportedError(
                 "this model is being pruned already; leave the first context (or detach its handle; "
@@ -79,16 +116,16 @@ class Hooks:
 
     def add(self, context: Context) -> None:
         """Serve a context, whose forwards begin when all is in its place."""
-        forwards, located = context.forwards, context.forwards.located
+        located, observed = context.located, context.vision.parts.observed
         if not self.contexts:
             self._install()
         self._install_outer(located.outer)
-        self._install_on(forwards.vision)
+        self._install_on(context.vision)
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
-        tagged |= dict.fromkeys(forwards.vision.parts.observed, self._attend_in_tower)
-        names = {module.config._attn_implementation for module in forwards.vision.parts.observed}
+        tagged |= dict.fromkeys(observed, self._attend_in_tower)
+        names = {module.config._attn_implementation for module in observed}
         names.add(located.implementation)
-        forwards.implementation = located.implementation
+        context.implementation, context.threads = located.implementation, self._thread
         tap.tag(tagged, names)
         self._tagged[context] = tagged, names
         context.is_open = True
@@ -98,36 +135,37 @@ class Hooks:
         """Serve a context no longer; the last one leaves the model as it was."""
         context.is_open = False
         self.contexts = tuple(other for other in self.contexts if other is not context)
-        context.forwards.vision.reset()
+        # What is left of forwards that did not come to their end.
+        context.threads = ThreadState()
         if context in self._tagged:
             tap.untag(*self._tagged.pop(context))
-        context.forwards.forget()
         if not self.contexts:
-            for cover in self._covers.values():
-                cover.remove()
-            self._covers, self._outers = {}, []
+            self._on_layers.remove()
+            for patch in self._patches.values():
+                patch.remove()
+            self._patches, self._outers = {}, []
 
     @contextmanager
     def bound(self, context: Context | None) -> Iterator[None]:
         """In this, the thread is served by a context, whatever others are opened meanwhile."""
-        before, self._local.bound = self._local.bound, context
+        before, self._thread.bound = self._thread.bound, context
         try:
             yield
         finally:
-            self._local.bound = before
+            self._thread.bound = before
 
-    def _cover(self, module: nn.Module) -> Cover:
-        if module not in self._covers:
-            self._covers[module] = Cover(module)
-        return self._covers[module]
+    def _patch(self, module: nn.Module) -> ModulePatch:
+        if module not in self._patches:
+            self._patches[module] = ModulePatch(module)
+        return self._patches[module]
 
     def _install(self) -> None:
-        base, text, layers = self.located.base, self.located.text, self.located.layers
+        base, text = self.located.base, self.located.text
         self._before(base, self._before_base)
         self._before(text, self._before_text)
-        self._cover(text).hook(text.register_forward_hook(self._after_text))
-        for index, layer in enumerate(layers):
-            self._before(layer, self._layer_hook(index))
+        after = text.register_forward_hook(self._after_text, always_call=True)
+        self._patch(text).hook(after)
+        self._on_layers.patches = [self._patch(layer) for layer in self.located.layers]
 
     def _install_on(self, vision: TowerObserver) -> None:
         """Watch what `vision` watches, which may be more than the contexts so far do."""
@@ -136,14 +174,14 @@ class Hooks:
             for medium in MEDIA
             if vision.watches(medium)
         }
-        self._cover(self.located.base).wrap(around)
+        self._patch(self.located.base).wrap(around)
         blocks = vision.parts.merging
-        if blocks and blocks[0] not in self._covers:
+        if blocks and blocks[0] not in self._patches:
             self._before(blocks[0], self._before_tower)
             for index, block in enumerate(blocks):
                 # In front of transformers' own hooks, which record hidden states.
                 after = block.register_forward_hook(partial(self._after_block, index), prepend=True)
-                self._cover(block).hook(after)
+                self._patch(block).hook(after)
 
     def _install_outer(self, outer: nn.Module) -> None:
         """Contexts may be opened on the model with its language head, and on the model without."""
@@ -152,18 +190,18 @@ class Hooks:
         self._outers.append(outer)
         if outer is not self.located.base:
             self._before(outer, self._before_model)
-        watched = {"generate": self._generating}
-        watched |= {"_expand_inputs_for_generation": self._repeats.expanding}
-        watched |= around_encoding(self._tell_prompt, self._forget_prompt)
-        self._cover(outer).wrap(WRAPPERS | watched)
+        wrappers = {"generate": self._generating}
+        wrappers |= around_copying(partial(setattr, self._thread, "copies"))
+        wrappers |= around_encoding(self._tell_prompt, self._forget_prompt)
+        self._patch(outer).wrap(WRAPPERS | wrappers)
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
-        self._cover(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._patch(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _context(self, contexts: Sequence[Context]) -> Context | None:
         """Which of these serves this thread; None if several could."""
-        if self._local.bound is not None:
-            return self._local.bound
+        if self._thread.bound is not None:
+            return self._thread.bound
         thread = threading.current_thread()
         for context in contexts:
             if context.thread is thread and not context.for_all:
@@ -191,49 +229,48 @@ class Hooks:
 
     def _generating(self, generate: Callable) -> Callable:
         @wraps(generate)
-        def watched(*args, **kwargs):
-            with self.bound(self._only_context()), self._repeats.counted():
-                return generate(*args, **kwargs)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            copies, self._thread.copies = self._thread.copies, 1
+            try:
+                with self.bound(self._only_context()):
+                    return generate(*args, **kwargs)
+            finally:
+                self._thread.copies = copies
 
-        return watched
+        return wrapped
 
     def _watching(self, medium: str, get_features: Callable) -> Callable:
         """`get_image_features` or `get_video_features`, seen by the method that serves this thread."""
         signature = inspect.signature(get_features)
 
         @wraps(get_features)
-        def watched(*args, **kwargs):
-            local = self._local
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            thread = self._thread
             # A video may be computed by way of the images.
-            context = None if local.watching else self._context(self.contexts) or local.serving
-            if (
-                context is None
-                or not context.is_open
-                or not context.forwards.vision.watches(medium)
-            ):
+            context = None if thread.watching else self._context(self.contexts) or thread.serving
+            if context is None or not context.is_open or not context.vision.watches(medium):
                 return get_features(*args, **kwargs)
-            local.watching = context.forwards
+            thread.watching = context
             try:
-                vision = context.forwards.vision
-                return vision.watch(medium, get_features, signature, *args, **kwargs)
+                return context.vision.watch(medium, get_features, signature, *args, **kwargs)
             finally:
-                local.watching = None
+                thread.watching = None
 
-        return watched
+        return wrapped
 
     def _tell_prompt(self, ids: torch.Tensor, mask: Any) -> None:
         if (context := self._only_context()) is not None:
-            context.forwards.read_and_expect(ids, mask)
+            context.read_and_expect(ids, mask)
 
     def _forget_prompt(self) -> None:
         if (context := self._only_context()) is not None:
-            context.forwards.vision.expect(())
+            context.vision.expect(())
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
             return
         if (context := self._only_context()) is not None:
-            context.forwards.before_model(kwargs)
+            context.before_model(kwargs)
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -242,39 +279,44 @@ class Hooks:
             if new.shape[1] > 1:
                 refuse_compiled_prefill()
             return
-        self._local.serving = context = self._only_context()
+        self._thread.serving = context = self._only_context()
         if context is not None:
-            context.forwards.before_base(args, kwargs)
+            context.before_base(args, kwargs)
 
     def _before_text(
         self, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         if torch.compiler.is_compiling():
             return None
-        local = self._local
-        local.run = None
-        if local.serving is None:
+        context, cache = self._thread.serving, cache_of(kwargs)
+        layers = getattr(cache, "layers", ())
+        needed = bool(layers) and is_static(layers[0])
+        if context is None:
+            self._on_layers.begin(needed)
             return None
         kwargs = dict(kwargs)
-        local.run = local.serving.forwards.before_text(kwargs, self._repeats.number)
+        forward = context.forward
+        forward.run = None
+        forward.run = context.before_text(kwargs, self._thread.copies)
+        self._on_layers.begin(needed or (forward.run is not None and forward.run.has_to_do))
         return args, kwargs
 
-    def _layer_hook(self, index: int) -> Callable:
+    def _run(self) -> Any:
+        context = self._thread.serving
+        return None if context is None else context.forward.run
+
+    def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """What is done before decoder layer `index`."""
-
-        def before_layer(module: nn.Module, args: tuple, kwargs: dict):
-            if torch.compiler.is_compiling():
-                return self._compiled_step(index, args, kwargs)
-            run = self._local.run
-            if run is not None:
-                fitting = run.before_layer(index, args, kwargs)
-                if fitting is None:
-                    return None
-                args, kwargs = fitting
-            layers = getattr(cache_of(kwargs), "layers", ())
-            return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
-
-        return before_layer
+        if torch.compiler.is_compiling():
+            return self._compiled_step(index, args, kwargs)
+        run = self._run()
+        if run is not None:
+            fitting = run.before_layer(index, args, kwargs)
+            if fitting is None:
+                return None
+            args, kwargs = fitting
+        layers = getattr(cache_of(kwargs), "layers", ())
+        return args, narrowed(layers[index], kwargs) if index < len(layers) else kwargs
 
     def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
@@ -288,35 +330,88 @@ class Hooks:
             return None
         return args, compiled_step(self.located, layers[index], args[0], kwargs)
 
-    def _attend(self, attend, module, query, key, value, attention_mask, *args, **kwargs):
+    def _attend(
+        self,
+        attend: Callable,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """The attention of a decoder layer."""
-        run = self._local.run
+        run = self._run()
         if run is not None:
             return run.attend(attend, module, query, key, value, attention_mask, *args, **kwargs)
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
-    def _attend_in_tower(self, attend, module, *args, **kwargs):
+    def _attend_in_tower(self, attend: Callable, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The attention of a block of the vision tower."""
-        forwards = self._local.watching
-        if forwards is not None:
-            return forwards.vision.attend(attend, module, *args, **kwargs)
+        if (context := self._thread.watching) is not None:
+            return context.vision.attend(attend, module, *args, **kwargs)
         return attend(module, *args, **kwargs)
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if (forwards := self._local.watching) is not None:
-            forwards.vision.before_blocks(args, kwargs)
+        if (context := self._thread.watching) is not None:
+            context.vision.before_blocks(args, kwargs)
 
     def _after_block(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
         """Behind a block of the vision tower."""
-        forwards = self._local.watching
-        return None if forwards is None else forwards.vision.after_block(index, output)
+        context = self._thread.watching
+        return None if context is None else context.vision.after_block(index, output)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if torch.compiler.is_compiling():
             return None
-        local = self._local
-        run, context = local.run, local.serving
-        local.run = local.serving = None
-        if context is None or not isinstance(run, Prefill):
+        context, self._thread.serving = self._thread.serving, None
+        self._on_layers.end()
+        if context is None:
             return None
-        return context.forwards.after_text(run, output)
+        run, context.forward.run = context.forward.run, None
+        if output is None or not isinstance(run, Prefill):
+            return None
+        return context.after_text(run, output)
+
+
+class LayerHooks:
+    """The hooks before the decoder's layers, which are there only while a forward has work for them.
+
+    A plain decoding step has none. They stay until a forward begins that does not need them, unless another
+    thread does. Compiled decoding finds them as they were, as steps of a static cache always need them.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], hook: Callable):
+        self._layers, self._hook = layers, hook
+        self.patches: list[ModulePatch] = []
+        self._handles: list[Any] = []
+        self._running: set[threading.Thread] = set()
+
+    def begin(self, needed: bool) -> None:
+        """A forward of this thread begins."""
+        if not needed and not self._handles:
+            return
+        with _lock:
+            if needed:
+                self._running.add(threading.current_thread())
+                if not self._handles:
+                    self._install()
+            elif not self._running - {threading.current_thread()}:
+                self.remove()
+
+    def end(self) -> None:
+        """It is over."""
+        if self._running:
+            with _lock:
+                self._running.discard(threading.current_thread())
+
+    def _install(self) -> None:
+        for index, (layer, patch) in enumerate(zip(self._layers, self.patches, strict=True)):
+            handle = layer.register_forward_pre_hook(partial(self._hook, index), with_kwargs=True)
+            self._handles.append(patch.hook(handle))
+
+    def remove(self) -> None:
+        for handle, patch in zip(self._handles, self.patches, strict=False):
+            patch.unhook(handle)
+        self._handles = []

@@ -66,6 +66,8 @@ class Prefill:
         self.arguments = LayerArguments(located, method.positions, self.stages[0], length)
         self.method.begin(state)
 
+    has_to_do = True
+
     @property
     def tokens(self) -> Tokens:
         """Those that are present."""

@@ -85,7 +85,7 @@ class Part:
         return Selection(kept, counts)
 
     def _required(self) -> Sequence[int]:
-        return self.state.prompts.required or [0] * len(self.rows)
+        return self.state.prompts.required or [0] * len(self.prompts)
 
     @property
     def names(self) -> str:

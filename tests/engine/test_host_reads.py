@@ -81,7 +81,7 @@ def test_a_static_cache_is_read_before_the_tower_as_well():
     inputs = zoo.inputs("llava", model, "padded3")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     with torch.no_grad(), autoprune.create("autoprune", Budget.ratio(0.5))(model):
-        for length in ({}, {"forwards.py:_is_filled": 1}):
+        for length in ({}, {"context.py:_is_filled": 1}):
             with Reads() as reads:
                 before_tower = []
                 hook = model.model.vision_tower.register_forward_pre_hook(

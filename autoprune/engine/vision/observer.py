@@ -8,7 +8,6 @@ The model's own packing then carries scores, keys and places from patches to vis
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +46,6 @@ class TowerState:
     ready: dict[str, VisionView] = field(default_factory=dict)
 
 
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.state = TowerState()
-
-
 class TowerObserver:
     """Collects what was asked for while a model computes its image and video features.
 
@@ -69,17 +63,24 @@ class TowerObserver:
         vision: its vision tower.
         wanted: what the method must see.
         rule: how it merges patches, if it wants to.
+        state: gives what this thread knows of the tower.
     """
 
-    def __init__(self, base: Model, vision: nn.Module, wanted: Tower, rule: Rule):
-        self.base, self.rule = base, rule
+    def __init__(
+        self,
+        base: Model,
+        vision: nn.Module,
+        wanted: Tower,
+        rule: Rule,
+        state: Callable[[], TowerState],
+    ):
+        self.base, self.rule, self._state = base, rule, state
         self.parts = TowerParts.of(base, vision, wanted)
-        self._thread = _Thread()
 
     @property
     def state(self) -> TowerState:
         """That of this thread."""
-        return self._thread.state
+        return self._state()
 
     @property
     def available(self) -> bool:
@@ -89,10 +90,6 @@ class TowerObserver:
     def watches(self, medium: str) -> bool:
         """Whether anything is to be seen while features of that medium are computed."""
         return bool(self.parts.observed) and getattr(self.parts.layout, medium) is not None
-
-    def reset(self) -> None:
-        """Drop, in all threads, what is left of computations that did not come to their end."""
-        self._thread = _Thread()
 
     def expect(self, prompts: Prompts) -> None:
         """Tell to which prompts the next computation belongs; to none, and no patches merge."""

@@ -1,4 +1,4 @@
-"""Come between a module and its methods, on the instance, and leave no trace in copies of it."""
+"""Hook into a module and wrap its methods, on the instance, and leave no trace in copies of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Around = Callable[[Callable], Callable]
 REDUCES = "__reduce_ex__"
 
 
-class Cover:
+class ModulePatch:
     """Hooks of a module and methods that are wrapped, until `remove`.
 
     Methods that a release does not have are passed over. A copy or a pickle of the module is without all of
@@ -42,6 +42,11 @@ class Cover:
         """Take care of a hook that was registered on the module."""
         self._hooks.append(handle)
         return handle
+
+    def unhook(self, handle: RemovableHandle) -> None:
+        """Take out one such hook."""
+        handle.remove()
+        self._hooks.remove(handle)
 
     def remove(self) -> None:
         for handle in self._hooks:

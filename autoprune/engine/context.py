@@ -1,16 +1,17 @@
-"""What a context does with the forwards that it serves."""
+"""One method at work on a model: what it does with each forward that it serves."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from ..contract import ModelShape, Prompts, PromptState
+from ..contract import MethodContract, ModelShape, Prompts, PromptState
 from ..trace import Trace
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache, refuse_lost_memory
@@ -29,17 +30,70 @@ from .refusals import (
 )
 from .tokens.layout import Layout, on_host, read_layout
 from .tokens.placeholders import visual_ids
-from .vision.observer import TowerObserver, has_pixels
+from .vision.observer import TowerObserver, TowerState, has_pixels
 from .vision.view import VisionView
 
-if TYPE_CHECKING:
-    from ..contract import MethodContract
+
+@dataclass
+class Inputs:
+    """What the model was called with, as read before anything was queued on a GPU.
+
+    ids, mask: `input_ids` and `attention_mask`, on the host where they are a prompt's; given_mask: as given.
+    visual_ids: the ids of visual tokens.
+    has_images: whether pictures came along, or features of some.
+    drafts: how many proposed tokens stand behind the prompt.
+    filled: whether the cache holds tokens.
+    """
+
+    ids: torch.Tensor | None
+    mask: Any
+    given_mask: Any
+    visual_ids: tuple[int, ...]
+    has_images: bool
+    drafts: int
+    filled: bool
 
 
-class Forwards:
-    """One method on one model, and the forwards that it prunes: what `Hooks` hands on to it.
+@dataclass
+class Forward:
+    """What belongs to the forward of one thread in one context, from hook to hook.
 
-    What belongs to a forward lives on its thread from hook to hook, and what outlives it on its cache.
+    drafts: as in `Inputs`, until they are read.
+    inputs: until the decoder begins.
+    run: what is done to the decoder.
+    tower: what was seen of the vision tower; in `generate` it waits for its forward.
+    """
+
+    drafts: int = 0
+    inputs: Inputs | None = None
+    run: Prefill | Decode | None = None
+    tower: TowerState = field(default_factory=TowerState)
+
+
+class ThreadState(threading.local):
+    """What belongs to one thread: the only such state of the engine.
+
+    bound: the context that its `generate` began with; copies: how many that makes of each prompt.
+    serving: whose forward is under way; watching: whose method sees the vision tower at work.
+    forwards: one for each context that has served this thread.
+    """
+
+    def __init__(self) -> None:
+        self.bound: Context | None = None
+        self.copies = 1
+        self.serving: Context | None = None
+        self.watching: Context | None = None
+        self.forwards: WeakKeyDictionary[Context, Forward] = WeakKeyDictionary()
+
+
+class Context:
+    """One method at work on a model; `Hooks` hands on to it what the threads that it serves run.
+
+    Args:
+        for_all: whether it serves every thread that opened none of its own; if not, it does so only as long as
+            no other is open.
+
+    thread: that opened it.
     """
 
     def __init__(
@@ -55,12 +109,19 @@ class Forwards:
         wanted = method.tower()
         if vision_scores is not None:
             wanted = replace(wanted, attention=False, merge=False)
-        self.vision = TowerObserver(located.base, located.vision, wanted, method.merge)
-        self.visual_mask = visual_mask
-        self.vision_scores = vision_scores
+        self.threads = ThreadState()
+        self.vision = TowerObserver(
+            located.base, located.vision, wanted, method.merge, lambda: self.forward.tower
+        )
+        self.visual_mask, self.vision_scores = visual_mask, vision_scores
         self.trace = trace
         self.implementation = located.implementation
-        self._local = threading.local()
+        self.thread, self.for_all, self.is_open = threading.current_thread(), False, False
+
+    @property
+    def forward(self) -> Forward:
+        """That of this thread."""
+        return self.threads.forwards.setdefault(self, Forward())
 
     @property
     def shape(self) -> ModelShape:
@@ -72,14 +133,11 @@ class Forwards:
             has_cls=self.vision.parts.has_cls,
         )
 
-    def forget(self) -> None:
-        """Drop what is left of forwards that did not come to their end."""
-        self._local = threading.local()
-
     def before_model(self, kwargs: dict) -> None:
         """Assisted decoding sends draft tokens along with the prompt; it asks for their logits."""
         asked, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
-        self._local.drafts = asked - 1 if drafts_follow(cache) and isinstance(asked, int) else 0
+        drafts = asked - 1 if drafts_follow(cache) and isinstance(asked, int) else 0
+        self.forward.drafts = drafts
 
     def before_base(self, args: tuple, kwargs: dict) -> None:
         """Read where the visual tokens of a prompt are, before anything is queued on a GPU."""
@@ -90,7 +148,8 @@ class Forwards:
             self.vision.forget()
         self.vision.recall(kwargs.get("mm_encoder_outputs"))
         mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
-        drafts, self._local.drafts = getattr(self._local, "drafts", 0), 0
+        forward = self.forward
+        drafts, forward.drafts = forward.drafts, 0
         new = ids if ids is not None else kwargs.get("inputs_embeds")
         several = new is not None and new.shape[1] > 1
         has_images = has_pixels(kwargs) or bool(kwargs.get("mm_encoder_outputs"))
@@ -104,14 +163,7 @@ class Forwards:
         self.vision.expect(())
         if is_prompt and has_pixels(kwargs):
             self._expect(*host, found, drafts)
-        self._local.prompt = {
-            "host": host,
-            "visual_ids": found,
-            "attention_mask": mask,
-            "has_images": has_images,
-            "drafts": drafts,
-            "filled": filled,
-        }
+        forward.inputs = Inputs(*host, mask, found, has_images, drafts, filled)
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
         """The same as `before_base` for a tower that runs before the model does, in `generate`."""
@@ -132,37 +184,35 @@ class Forwards:
             [(self.method.capacity(depth, *p, cost=cost)[0], p[0]) for p in prompts if p[0]]
         )
 
-    def before_text(self, kwargs: dict, repeats: int) -> Prefill | Decode | None:
+    def before_text(self, kwargs: dict, copies: int) -> Prefill | Decode | None:
         """Begin a prefill or a decoding step; None leaves the decoder alone.
 
         Args:
             kwargs: the decoder's; what the layers' hooks do in its place is taken out.
-            repeats: copies of each prompt.
+            copies: as `generate` makes of each prompt.
         """
-        local = self._local
-        prompt, local.prompt = getattr(local, "prompt", None), None
+        forward = self.forward
+        inputs, forward.inputs = forward.inputs, None
         embeds = kwargs.get("inputs_embeds")
-        if prompt is None or embeds is None:
+        if inputs is None or embeds is None:
             return None
         cache = cache_of(kwargs)
         pruned = PrunedCache.of(cache)
-        if (
-            prompt["filled"]
-            and prompt["has_images"]
-            and (pruned is not None or embeds.shape[1] > 1)
-        ):
+        if inputs.filled and inputs.has_images and (pruned is not None or embeds.shape[1] > 1):
             # The tower has seen them already; the next prompt is not to find them.
             self.vision.forget()
             refuse_new_images(cache)
-        if prompt["filled"] and pruned is not None:
-            mask = prompt["attention_mask"]
-            return Decode(self.located, pruned, cache, embeds.shape[:2], mask)
-        if prompt["filled"]:
+        if inputs.filled and pruned is not None:
+            step = Decode(self.located, pruned, cache, embeds.shape[:2], inputs.given_mask)
+            if not step.has_to_do:
+                kwargs["attention_mask"] = None
+            return step
+        if inputs.filled:
             refuse_lost_memory(cache, len(embeds))
             return None
         PrunedCache.forget(cache)
         deepstack = kwargs.get("deepstack_visual_embeds") or ()
-        prefill = self._prefill(prompt, embeds, cache, deepstack, repeats)
+        prefill = self._prefill(inputs, embeds, cache, deepstack, copies)
         if prefill is not None and deepstack:
             # The model would add these at full length; the layers' hooks add what is left of them.
             kwargs |= {"deepstack_visual_embeds": None, "visual_pos_masks": None}
@@ -170,22 +220,26 @@ class Forwards:
 
     def _prefill(
         self,
-        prompt: dict,
+        inputs: Inputs,
         embeds: torch.Tensor,
         cache: Any,
         deepstack: Sequence[torch.Tensor],
-        repeats: int,
+        copies: int,
     ) -> Prefill | None:
-        ids, mask = prompt["host"]
         layout = read_layout(
-            ids, mask, embeds.shape, prompt["visual_ids"], self.visual_mask, prompt["drafts"]
+            inputs.ids,
+            inputs.mask,
+            embeds.shape,
+            inputs.visual_ids,
+            self.visual_mask,
+            inputs.drafts,
         )
         shape = self.shape
-        vision = self._vision_scores(prompt, layout)
+        vision = self._vision_scores(inputs, layout)
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, shape, layout)
         required = [int(ends) for ends in layout.ends_visual]
-        prompts = Prompts(layout.num_visual, layout.num_text, required, repeats)
+        prompts = Prompts(layout.num_visual, layout.num_text, required, copies)
         state = PromptState(shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * shape.num_layers for _ in prompts.num_visual]
@@ -203,8 +257,8 @@ class Forwards:
         self.trace.record(run.record())
         return output
 
-    def _vision_scores(self, prompt: dict, layout: Layout) -> VisionView | None:
-        collected = self.vision.collect(prompt["host"][0], layout.visual)
+    def _vision_scores(self, inputs: Inputs, layout: Layout) -> VisionView | None:
+        collected = self.vision.collect(inputs.ids, layout.visual)
         if self.vision_scores is None:
             return collected
         scores = self.vision_scores.flatten()
