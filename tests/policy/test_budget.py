@@ -174,9 +174,13 @@ def test_the_smallest_budget_that_pays_worked_out_by_hand(asked, smallest):
 
 
 def test_the_smallest_share_of_flops_is_allowed_after_rounding_down():
-    for count in range(1, 10):
-        smallest = Budget.flops(1).smallest_for([count] * 3, 10, 2, SMALL)
-        assert smallest.allowed(3, 10, 2, SMALL) >= flops(*[count + 2] * 3)
+    tiny = DecoderCost(layers=2, hidden=2, heads=1, kv_heads=1, head_dim=2, intermediate=2)
+    needed, full = tiny.prefill_flops([25, 6]), tiny.prefill_flops([25, 25])
+    # .54875 of 12,800 is 7024, but not in floating point.
+    assert (needed, full, int(0.54875 * full)) == (7024, 12800, 7023)
+    smallest = Budget.flops(1).smallest_for([25, 6], 25, 0, tiny)
+    assert smallest == Budget.flops(0.54875001)
+    assert smallest.allowed(2, 25, 0, tiny) == needed
 
 
 def test_flops_and_bytes_need_the_cost_of_this_decoder():
@@ -186,3 +190,15 @@ def test_flops_and_bytes_need_the_cost_of_this_decoder():
                 ask(budget, None)
             with pytest.raises(ValueError, match="describes 3 layers, but the schedule has 4"):
                 ask(budget, SMALL)
+
+
+def test_all_flops_are_all_flops_beyond_double_precision():
+    large = DecoderCost(5, 8193, 65, 1, 15, 29001)
+    full = large.prefill_flops([1_000_001] * 5)
+    assert full > 2**53 and int(float(full)) < full
+    assert Budget.flops(1).allowed(5, 1_000_001, 0, large) == full
+
+
+def test_no_budget_is_too_small_for_no_tokens_and_none_is_zero():
+    assert Budget.tokens(1).smallest_for([0, 0, 0], 10) == Budget.tokens(0.3334)
+    assert Budget.ratio(1).smallest_for([0, 0, 0], 10) == Budget.ratio(0.03333334)

@@ -268,3 +268,9 @@ def test_a_model_is_left_alone_or_pruned_as_decided():
     assert [s.kept[-1].tolist() for s in trace.samples] == [
         s.kept[-1].tolist() for s in expected.samples
     ]
+
+
+def test_the_measurement_counts_where_nothing_is_cut():
+    sizes = Sizes(32, (576,), (60,), LLAVA_7B)
+    dear = DeviceSpeed(0, 0, 1e9, 1e12)
+    assert decide_cut_every(adaptive(Budget.ratio(1)), sizes, dear).cut_every is None
