@@ -16,7 +16,7 @@ from autoprune.bench import session
 from autoprune.bench.clock import Clock
 from autoprune.bench.floor import LayersAlone
 from autoprune.bench.launches import Launches
-from autoprune.bench.measure import PHASES, Held, Launched, time_once
+from autoprune.bench.measure import PHASES, Held, Launched, count_once, time_once
 from autoprune.bench.plot import plot_speedups
 from autoprune.bench.policy import policy_seconds
 from autoprune.bench.results import median_interval, padding_waste, rows
@@ -279,6 +279,15 @@ def test_launches_around_the_decoder_count_as_the_decoders():
     before, after = rows([plain, pruned])
     assert (before["launches"], before["launches_ratio"], before["copies"]) == (40, 1, 0)
     assert (after["launches"], after["launches_ratio"], after["copies"]) == (70, 1.75, 3)
+
+
+def test_with_flex_attention_nothing_is_counted(subject):
+    config = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flex_attention"))
+    model = SimpleNamespace(get_decoder=lambda: config)
+    assert count_once(model, subject.prompts(1), None) is None
+    held = Held(1, 1, [sample([8, 2], 2)])
+    (row,) = rows([Measured(1, Variant("plain"), held, None, {phase: [1.0] for phase in PHASES})])
+    assert "launches" not in row and "copies" not in row
 
 
 def test_cutting_launches_what_a_method_that_decides_nothing_does_not(subject):

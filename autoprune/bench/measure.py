@@ -93,8 +93,13 @@ def hold_once(model: Any, prompts: Tensors, method: Method | None) -> Held:
 
 
 @torch.inference_mode()
-def count_once(model: Any, prompts: Tensors, method: Method | None) -> Launched:
-    """What a prefill launches; one before it has made what is made once."""
+def count_once(model: Any, prompts: Tensors, method: Method | None) -> Launched | None:
+    """What a prefill launches; one before it has made what is made once.
+
+    None with flex attention: its kernel is compiled, and operations cannot be counted meanwhile.
+    """
+    if model.get_decoder().config._attn_implementation == "flex_attention":
+        return None
     with (
         _pruned(model, method),
         Launches() as launches,

@@ -124,8 +124,10 @@ def _row(plain: Measured, own: Measured) -> Row:
     }
 
 
-def _launches(plain: Launched, own: Launched) -> Row:
+def _launches(plain: Launched | None, own: Launched | None) -> Row:
     """Kernels of the decoder's prefill; what pruning adds around it counts as the decoder's."""
+    if plain is None or own is None:
+        return {}
     launches = plain.decoder + own.total - plain.total
     return {
         "launches": launches,

@@ -48,7 +48,7 @@ class Measured:
     batch: int
     variant: Variant
     held: Held
-    launched: Launched
+    launched: Launched | None
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
     floor: list[float] = field(default_factory=list)
 

@@ -46,8 +46,10 @@ def show(record: dict[str, Any], files: Sequence[Path], console: Console) -> Non
     overheads = [row for row in rows if row["kind"] == "overhead"]
     console.print(_table("overhead", OVERHEADS, overheads, _overhead))
     console.print()
-    console.print(_table("prefill", LAUNCHES, rows, _launches))
-    console.print()
+    counted = [row for row in rows if "launches" in row]
+    if counted:
+        console.print(_table("prefill", LAUNCHES, counted, _launches))
+        console.print()
     policy = record["policy_seconds"]
     console.print(
         f"planning (32 layers, 2880 tokens): {1e3 * policy['one_prompt']:.3f} ms for one prompt, "

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..contract import Tower
 from ..methods.no_pruning import NoPruning
+from ..methods.side_by_side import union_of_towers
 from .settings import Setting
 
 Encode = Callable[[Any], Any]
@@ -23,16 +23,9 @@ def encoder(model: Any, settings: Sequence[Setting]) -> Encode | None:
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return None
     wanted = [setting.method.tower() for setting in settings if setting.method is not None]
-    middles = {tower.middle for tower in wanted} - {None}
-    if len(middles) > 1:
+    tower = union_of_towers(wanted)
+    if tower is None:
         return None
-    tower = Tower(
-        attention=any(tower.attention for tower in wanted),
-        keys=any(tower.keys for tower in wanted),
-        received=any(tower.received for tower in wanted),
-        middle=next(iter(middles), None),
-        places=any(tower.places for tower in wanted),
-    )
 
     @torch.inference_mode()
     def encode(inputs: Any) -> Any:

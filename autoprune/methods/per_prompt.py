@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from ..contract import (
 from ..policy.budget import Budget, InfeasibleBudget
 from ..policy.cost import DecoderCost
 from .base import Method
-from .side_by_side import Part, join, look_of, looks_of, report, union_of
+from .side_by_side import Part, join, look_of, looks_of, report, union_of, union_of_towers
 
 
 def per_prompt(methods: Sequence[Method | None]) -> PerPrompt:
@@ -82,21 +82,14 @@ class PerPrompt(Method):
 
     def tower(self) -> Tower:
         towers = [method.tower() for method in self._different]
-        middles = {tower.middle for tower in towers if tower.middle is not None}
-        if len(middles) > 1:
+        union = union_of_towers(towers)
+        if union is None:
+            middles = sorted({tower.middle for tower in towers if tower.middle is not None})
             raise ValueError(
-                f"the methods look at different blocks in the middle of the vision tower ({sorted(middles)}), "
+                f"the methods look at different blocks in the middle of the vision tower ({middles}), "
                 "and one forward shows one; give them the same one, or run them in batches of their own"
             )
-        return Tower(
-            attention=any(tower.attention for tower in towers),
-            keys=any(tower.keys for tower in towers),
-            received=any(tower.received for tower in towers),
-            middle=next(iter(middles), None),
-            places=any(tower.places for tower in towers),
-            outside=any(tower.outside for tower in towers),
-            merge=self._merges_in_the_tower,
-        )
+        return replace(union, merge=self._merges_in_the_tower)
 
     @property
     def _merges_in_the_tower(self) -> bool:

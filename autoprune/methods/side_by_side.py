@@ -151,6 +151,24 @@ def union_of(wanted: Sequence[Needs]) -> Needs | None:
     return union
 
 
+def union_of_towers(wanted: Sequence[Tower]) -> Tower | None:
+    """What shows every method what it needs of the vision tower, with nothing merged there.
+
+    None if they look at different blocks in its middle: one forward shows one.
+    """
+    middles = {tower.middle for tower in wanted if tower.middle is not None}
+    if len(middles) > 1:
+        return None
+    return Tower(
+        attention=any(tower.attention for tower in wanted),
+        keys=any(tower.keys for tower in wanted),
+        received=any(tower.received for tower in wanted),
+        middle=next(iter(middles), None),
+        places=any(tower.places for tower in wanted),
+        outside=any(tower.outside for tower in wanted),
+    )
+
+
 def look_of(needs: Needs) -> tuple[Rows | None, bool]:
     """What tells one look at the prompts from another: the rows, and the layer."""
     return needs.rows, needs.ahead

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import autoprune
-from autoprune import AutoPrune, Budget, tiny
+from autoprune import AutoPrune, AutoPruneReference, Budget, tiny
 from autoprune.errors import UnsupportedError
 from autoprune.evaluation import (
     Options,
@@ -585,3 +585,23 @@ def test_features_computed_once_hold_all_that_the_methods_want_to_see_of_the_tow
             for some in (batches, plain)
         )
         assert [r["prediction"] for r in answered] == [r["prediction"] for r in expected]
+
+
+def test_features_computed_once_hold_the_padding_of_a_square_picture_too(loaded):
+    model, processor = loaded
+    image = tiny.draw_scene(seed=7).image
+    text = tiny.prompt(processor, "how many shapes are there?")
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    inputs["pixel_values"][..., :24, :] = inputs["pixel_values"][..., -24:, :] = 0.25
+    method = AutoPruneReference(36)
+    encode = encoder(model, [Setting("reference", "36", method), SETTINGS[0]])
+    if encode is None:
+        pytest.skip("this transformers takes no features in place of pixels")
+    kept = []
+    for given in (dict(inputs), encode(inputs)):
+        with torch.inference_mode(), method(model) as trace:
+            model(**given)
+        kept.append([layer.tolist() for layer in trace.samples[0].kept])
+    assert kept[0] == kept[1]
+    # A patch that begins a patch or more outside of the picture is worth nothing.
+    assert set(kept[0][1]).isdisjoint([*range(2 * 12), *range(10 * 12, 12 * 12)])
