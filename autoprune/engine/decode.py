@@ -13,7 +13,7 @@ from ..errors import UnsupportedError
 from .attention.masks import additive, as_mask, decode_mask, shown_columns
 from .attention.tap import no_plans
 from .cache.pruned import MEMORY, LayerMemory, PrunedCache, refuse_moved_rows
-from .cache.static import narrowed
+from .cache.static import Slots, narrowed
 from .locate import Located
 
 
@@ -53,13 +53,15 @@ class Decode:
         self.implementation = located.implementation
         batch, self.queries = shape
         refuse_moved_rows(cache, batch)
-        static = pruned.static
+        static = pruned.slots is not None
         if not static and (cropped := pruned.prompt_length - cache.get_seq_length()) > 0:
             pruned.shorten(cache, cropped)
         # New tokens so far. A static cache counts them on the device, and its masks need no count here.
         self.past = 0 if static else cache.get_seq_length() - pruned.prompt_length
         several = self.queries > 1
-        valid = shown_columns(mask, batch) if several or pruned.has_gaps else None
+        # What a static cache was told of it before, it remembers.
+        has_gaps = pruned.has_gaps and not static
+        valid = shown_columns(mask, batch) if several or has_gaps else None
         if several and valid is not None:
             valid = _so_far(valid, int(cache.get_seq_length()) + self.queries)
             pruned.note_hidden(cache, valid)
@@ -86,8 +88,8 @@ class Decode:
         layer, window = self.cache.layers[index], self.located.windows[index]
         memory: LayerMemory = getattr(layer, MEMORY)
         memory.expected = True
-        if self.pruned.static:
-            fitting = self._static_mask(mask, memory, layer)
+        if self.pruned.slots is not None:
+            fitting = self._static_mask(mask, self.pruned.slots, memory.number, layer)
         else:
             fitting = self._once(
                 ("mask", memory.stage, memory.held, id(mask), window, self._keys(layer, memory)),
@@ -118,7 +120,7 @@ class Decode:
         layer = self.cache.layers[0]
         memory: LayerMemory = getattr(layer, MEMORY)
         device = memory.held.columns.device
-        if not self.pruned.static:
+        if self.pruned.slots is None:
             return torch.arange(self.past, self.past + self.queries, device=device)
         first = (layer.cumulative_length.to(device) - memory.width)[None]
         return first if self.queries == 1 else first + torch.arange(self.queries, device=device)
@@ -127,10 +129,8 @@ class Decode:
         """Compacted positions of the new tokens, [batch, queries]."""
         return memory.held.lengths(memory.stage)[:, None] + self._new
 
-    def _static_mask(self, mask: Any, memory: LayerMemory, layer: Any) -> Any:
+    def _static_mask(self, mask: Any, slots: Slots, number: int, layer: Any) -> Any:
         """For one new token, one mask is made for all layers, of which each gets its own slots."""
-        assert memory.slots is not None
-        slots, number = memory.slots, memory.number
         if self.queries > 1 or isinstance(mask, BlockMask):
             return as_mask(slots.seen(self._new, number), mask)
         dtype = _dtype(mask, layer)
@@ -190,7 +190,7 @@ def compiled_step(
     if memory is None:
         return narrowed(layer, kwargs)
     memory.expected = True
-    slots, number = memory.slots, memory.number
+    slots, number = memory.pruned.slots, memory.number
     assert slots is not None
     new = torch.arange(hidden.shape[1], device=slots.widths.device)
     new = new + layer.cumulative_length.to(new.device) - slots.widths[number]

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import UnsupportedError
 from .cache.argument import cache_of
-from .cache.pruned import CacheMemory
+from .cache.pruned import MEMORY, CacheMemory
 from .cache.static import PrunedStaticCache
 from .patch import Around
 from .vision.observer import has_pixels, same_features
@@ -18,9 +18,9 @@ from .vision.observer import has_pixels, same_features
 
 def drafts_follow(cache: Any) -> bool:
     """Whether this forward is the first of assisted decoding, which sends drafts along; true only once."""
-    if cache is None:
+    memory: CacheMemory | None = getattr(cache, MEMORY, None)
+    if memory is None:
         return False
-    memory = CacheMemory.of(cache)
     follow, memory.drafts_follow = memory.drafts_follow, False
     return follow
 

@@ -55,8 +55,8 @@ class LayerMemory:
     number: which of them this is.
     held, stage: its tokens are those of this stage, in rows that are moved as the layer's.
     renumbered: whether new tokens go on with compacted positions, where they are others than the model's own.
-    dropped: how many tokens fewer than the prompt has it reports, or None. A static layer has a tensor [].
-    slots: of a static cache.
+    dropped: how many tokens of the prompt its own count lacks, a tensor [] on a static layer. None if none, and
+        on all layers but the first, which is the one that is asked.
     expected: whether the next tokens come with a mask and positions for them.
     """
 
@@ -66,7 +66,6 @@ class LayerMemory:
     stage: int
     renumbered: bool
     dropped: int | torch.Tensor | None = None
-    slots: Slots | None = None
     expected: bool = False
 
     @staticmethod
@@ -93,7 +92,7 @@ class PrunedCache:
     tail: of these columns, how many of the last are text in every prompt.
     compacted: whether new tokens continue each layer's own compacted positions.
     padded: whether a layer's cache holds padding.
-    static: whether its layers have a fixed size.
+    slots: what new tokens see of a static cache; None for one that grows.
     backend: the attention that the cache was filled by.
     has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
     """
@@ -102,7 +101,7 @@ class PrunedCache:
     tail: int
     compacted: bool
     padded: bool
-    static: bool
+    slots: Slots | None
     backend: str
     has_gaps: bool = False
 
@@ -121,22 +120,15 @@ class PrunedCache:
         stages = [own.index(tokens) for tokens in entering]
         held = [tokens.without_last(layout.drafts) for tokens in own]
         columns, dropped = HeldColumns.of(held), layout.length - held[0].width
-        pruned = cls(
-            layout.length,
-            layout.tail,
-            compacted,
-            padded=any(tokens.padded for tokens in held),
-            static=is_static(cache.layers[0]),
-            backend=backend,
-        )
         slots = None
-        if pruned.static:
-            kept = CacheMemory.of(cache)
-            by_layer = [held[stage] for stage in stages]
+        if is_static(cache.layers[0]):
+            kept, by_layer = CacheMemory.of(cache), [held[stage] for stage in stages]
             slots = kept.slots = Slots.of(cache.layers, by_layer, layout.length, kept.slots)
+        padded = any(tokens.padded for tokens in held)
+        pruned = cls(layout.length, layout.tail, compacted, padded, slots, backend)
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
             renumbered = compacted and held[stage].renumbered
-            memory = LayerMemory(pruned, number, columns, stage, renumbered, slots=slots)
+            memory = LayerMemory(pruned, number, columns, stage, renumbered)
             if number == 0 and dropped:
                 memory.dropped = dropped if slots is None else slots.dropped
             base: type = type(layer)
@@ -155,7 +147,7 @@ class PrunedCache:
 
     def refuse_plain_model(self, new: int) -> None:
         """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens."""
-        if self.static:
+        if self.slots is not None:
             reason = "the slots of its layers do not hold the columns of the prompt any more"
         elif self.padded:
             reason = "its prompts have different lengths in it, which only pruning makes masks for"
@@ -198,19 +190,19 @@ class PrunedCache:
         if not self.has_gaps:
             shown = valid.gather(1, column.clamp(min=0)) | (column < 0)
             self.has_gaps = not bool(shown.all() & new.all())
-        for memory in memories if self.has_gaps else ():
-            if memory.slots is not None:
+        if self.has_gaps and self.slots is not None:
+            for memory in memories:
                 shown = valid.gather(1, memory.column.clamp(min=0)) & (memory.column >= 0)
                 shown = torch.cat([shown, new], dim=1)
-                memory.slots.show(memory.number, shown, memory.width)
+                self.slots.show(memory.number, shown, memory.width)
 
     @staticmethod
     def forget(cache: Any) -> None:
         """Before a new prefill: a cache may be used again after a reset."""
-        if cache is not None:
-            for layer in getattr(cache, "layers", ()):
-                _forget(layer)
-            CacheMemory.of(cache).drafts_follow = False
+        for layer in getattr(cache, "layers", ()):
+            _forget(layer)
+        if (memory := getattr(cache, MEMORY, None)) is not None:
+            memory.drafts_follow = False
 
 
 def refuse_moved_rows(cache: Any, batch: int) -> None:
@@ -295,9 +287,10 @@ def _with_memory(name: str, move: Callable) -> Callable:
         move(layer, argument)
         memory = getattr(layer, MEMORY)
         memory.held = memory.held.moved(name, argument)
+        pruned = memory.pruned
         # Rows that hold their tokens in the same places show the same slots.
-        if memory.slots is not None and (memory.pruned.padded or memory.pruned.has_gaps):
-            memory.slots.move(memory.number, name, argument)
+        if pruned.slots is not None and (pruned.padded or pruned.has_gaps):
+            pruned.slots.move(memory.number, name, argument)
 
     return moved
 

@@ -114,8 +114,8 @@ class TowerObserver:
         if input_ids is None:
             return None
         is_video = input_ids.numpy(force=True) == self.base.config.video_token_id
-        rows = [kind[seen] for kind, seen in zip(is_video, visual, strict=True)]
-        return in_prompt_order(ready["image"], ready["video"], rows)
+        kinds = [kind[seen] for kind, seen in zip(is_video, visual, strict=True)]
+        return in_prompt_order(ready["image"], ready["video"], kinds)
 
     def recall(self, encoded: Mapping[str, Any] | None) -> None:
         """Have ready what was seen when these features were computed, for features that are used again.
@@ -148,8 +148,8 @@ class TowerObserver:
                 raise UnsupportedError(
                     f"{type(self.base).__name__} takes no {medium}s, but {pixels} was given; leave it out"
                 )
-            taken = inspect.signature(features).parameters
-            output = features(**{name: inputs[name] for name in taken if name in inputs})
+            known = inspect.signature(features).parameters
+            output = features(**{name: inputs[name] for name in known if name in inputs})
             encoded[medium] = same_features(output, without=INTERMEDIATE)
         if not encoded:
             given = ", ".join(inputs) or "nothing"

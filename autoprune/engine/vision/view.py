@@ -39,7 +39,7 @@ class VisionView:
 def in_prompt_order(
     image: VisionView, video: VisionView, is_video: Sequence[np.ndarray]
 ) -> VisionView:
-    """Merge what was seen of both media, as far as both have it (no video knows of padding).
+    """Join what was seen of both media, as far as both have it (no video knows of padding).
 
     Args:
         image, video: the values of each medium; the batch may have been expanded since.
@@ -56,10 +56,10 @@ def in_prompt_order(
         behind = torch.tensor([pictures, 0.0, 0.0])
         videos["places"] = [places + behind for places in videos["places"]]
     orders = [torch.from_numpy(np.argsort(np.argsort(k, kind="stable"))) for k in is_video]
-    merged = {}
+    values = {}
     for name in (name for name in images if name in videos):
         parts = zip(images[name], videos[name], orders, strict=True)
-        merged[name] = torch.cat(
+        values[name] = torch.cat(
             [torch.cat([first, second])[order.to(first.device)] for first, second, order in parts]
         )
-    return VisionView(merged)
+    return VisionView(values)
