@@ -34,11 +34,10 @@ IMAGE = 9
 class GivenInformation(AutoPrune):
     """AutoPrune with a mutual information that does not depend on random weights."""
 
-    def _posterior(self, num_layers, prompts, cost, prior, information):
-        count = len(prompts)
-        spread = [BITS + 0.8 * (2 * i / max(count - 1, 1) - 1) for i in range(count)]
-        bits = [BITS] if count == 1 else spread
-        return super()._posterior(num_layers, prompts, cost, prior, bits)
+    def _information_for_schedule(self, measured: list[float]) -> list[float]:
+        number = len(measured)
+        spread = [BITS + 0.8 * (2 * i / max(number - 1, 1) - 1) for i in range(number)]
+        return [BITS] if number == 1 else spread
 
 
 def build() -> LlavaForConditionalGeneration:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -30,13 +30,15 @@ from ..contract import (
     Selection,
     Tower,
 )
-from ..engine.attach import Attachment
 from ..parts.mergers import in_order
 from ..parts.selectors import required_first, top_k
-from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
 from ..trace import Sample
+from .any_budget import AnyBudget
+
+if TYPE_CHECKING:
+    from ..engine.attach import Attachment
 
 # A server may run for days.
 KEPT_BY_A_HANDLE = 1000
@@ -74,6 +76,9 @@ class Method(MethodContract):
             ValueError: the method cannot work on this model, its budget is infeasible, or an argument is not
                 what it should be.
         """
+        # transformers takes seconds to import, and a schedule needs none of it.
+        from ..engine.attach import Attachment
+
         return Attachment(
             self,
             model,
@@ -131,11 +136,10 @@ class Planned(Method):
     looks: ClassVar[Needs] = Needs()
     sees: ClassVar[Tower] = Tower()
 
-    budget: Budget | float = 64
+    budget: AnyBudget = AnyBudget(64)
     positions: Positions = field(default="original", kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Budget.of(self.budget))
         check_settings(self)
         check_choice(self, "positions", POSITIONS)
 
@@ -179,7 +183,6 @@ class Planned(Method):
         cost: DecoderCost | None,
     ) -> list[int]:
         """The costliest schedule within the budget, with `least` tokens or more in every layer."""
-        assert isinstance(self.budget, Budget)
         return fit_schedule(
             lambda setting: [max(n, least) for n in self.shape(setting, num_visual, num_layers)],
             self.settings(num_visual, num_layers),

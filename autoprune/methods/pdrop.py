@@ -12,7 +12,7 @@ import torch
 
 from ..contract import Needs, Observation, PromptState
 from ..parts.scorers import text_attention
-from ..policy.budget import Budget, InfeasibleBudget
+from ..policy.budget import InfeasibleBudget
 from ..policy.cost import DecoderCost
 from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
 from .base import Planned
@@ -70,7 +70,6 @@ class PDrop(Planned):
         check_size(num_layers, num_visual, num_text)
         if self.layers is not None or not num_visual:
             return super().plan(num_layers, num_visual, num_text, cost)
-        assert isinstance(self.budget, Budget)
         official = partial(
             replace(self, layers=OFFICIAL_LAYERS).shape,
             num_visual=num_visual,
@@ -87,7 +86,6 @@ class PDrop(Planned):
         self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
     ) -> list[int]:
         size = (num_layers, num_visual, num_text, cost)
-        assert isinstance(self.budget, Budget)
         if self.layers is not None or self.budget.kind in ("tokens", "ratio"):
             return self.plan(*size)
         # More text may tip the choice to the early layers, which leave more tokens to the last ones.

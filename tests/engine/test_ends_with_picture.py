@@ -171,18 +171,23 @@ def test_the_last_token_displaces_the_worst_where_tokens_are_ranked():
 
     class Watching(AutoPrune):
         def select(self, observation, state):
-            selection = super().select(observation, state)
-            if selection is not None and observation.cut > 1:
-                seen.append((observation, self._scores(observation), selection))
-            return selection
+            if observation.cut > 1:
+                seen.append((observation, self._scores(observation)))
+            return super().select(observation, state)
 
-    with torch.no_grad(), Watching(RATIO)(model):
+    with torch.no_grad(), Watching(RATIO, rank_every=1)(model) as trace:
         model(**inputs)
-    assert seen
-    for observation, scores, selection in seen:
-        assert observation.required[0].nonzero().tolist() == [[observation.counts[0] - 1]]
-        best = scores[0, :-1].topk(selection.counts[0] - 1).indices.sort().values
-        assert selection.kept[0].tolist() == [*best.tolist(), observation.counts[0] - 1]
+    (sample,) = trace.samples
+    cuts = 0
+    for observation, scores in seen:
+        last = observation.counts[0] - 1
+        assert observation.required[0].nonzero().tolist() == [[last]]
+        kept = sample.kept[observation.cut]
+        best = scores[0, :last].topk(len(kept) - 1).indices.sort().values
+        present = observation.index[0]
+        assert kept.tolist() == [*present[best].tolist(), present[last].item()]
+        cuts += len(kept) <= last
+    assert cuts > 1
 
 
 def test_what_is_merged_stands_before_the_last_token():
