@@ -14,6 +14,7 @@ from transformers.cache_utils import StaticCache
 from ..errors import UnsupportedError
 from ..trace import Sample, Trace
 from .cache.static import PrunedStaticCache
+from .compiled import Backend, CompiledLayers
 from .contexts import Context, close_all
 from .forwards import Forwards
 from .given import checked_mask, checked_scores, model_of
@@ -135,6 +136,31 @@ class Attachment:
             )
         with self._context.serving():
             return self.vision.encode(inputs)
+
+    def compile_prefill(self, backend: Backend = "inductor") -> Attachment:
+        """Run the decoder layers of pruned prefills under torch.compile: fewer kernels are launched.
+
+        One graph serves all lengths and all layers of a kind; the first prompt waits for it. It stays with
+        this handle, also when it is detached and attached again.
+
+        Args:
+            backend: of `torch.compile`, by name or a function.
+
+        Returns:
+            This handle.
+
+        Raises:
+            UnsupportedError: attention other than sdpa, layers that are compiled or wrapped already, or no
+                compiler that works here. Raised by a prefill: a cache that is not the default one, or
+                layers that are not one graph.
+            ValueError: there is no such backend.
+        """
+        compiled = CompiledLayers(self.located, backend)
+        if self._context is None:
+            self.forwards.compiled = compiled
+        else:
+            self._context.compile(compiled)
+        return self
 
     def static_cache(
         self, num_visual: int | Sequence[int], num_text: int, max_new_tokens: int

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .compiled import CompiledLayers
 from .forwards import Forwards
 from .hooks import Hooks
 
@@ -57,6 +58,13 @@ class Context:
                 hooks.discard(self)
                 if not hooks.contexts:
                     del _hooked[text]
+
+    def compile(self, layers: CompiledLayers) -> None:
+        """Run the layers of this context's prefills compiled, from now on."""
+        with _lock:
+            if self.is_open:
+                _hooked[self.forwards.located.text].take_over_layers()
+            self.forwards.compiled = layers
 
     @contextmanager
     def serving(self) -> Iterator[None]:

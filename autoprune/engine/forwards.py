@@ -15,6 +15,7 @@ from ..trace import Prefilled, Trace
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache, is_static
 from .cache.static import PrunedStaticCache
+from .compiled import CompiledLayers
 from .decode import Decode
 from .generate import take_drafts
 from .locate import Located
@@ -61,6 +62,8 @@ class Forwards:
         self.vision_scores = vision_scores
         self.trace = trace
         self.implementation = located.implementation
+        # How layers of a prefill run; None runs them as they are.
+        self.compiled: CompiledLayers | None = None
         self._local = threading.local()
 
     @property

@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from .attention import tap
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache, is_static, narrowed, static_step
+from .compiled import refuse_wrapped
 from .cover import Cover
 from .decode import Decode
 from .forwards import Forwards
@@ -84,6 +85,8 @@ class Hooks:
             self._install()
         self._install_outer(located.outer)
         self._install_on(forwards.vision)
+        if forwards.compiled is not None:
+            self.take_over_layers()
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
         tagged |= dict.fromkeys(forwards.vision.tapped, self._attend_in_tower)
         names = {module.config._attn_implementation for module in forwards.vision.tapped}
@@ -156,6 +159,24 @@ class Hooks:
         watched |= {"_expand_inputs_for_generation": self._repeats.expanding}
         watched |= watch_encoding(self._tell_prompt, self._forget_prompt)
         self._cover(outer).wrap(WATCHED | watched)
+
+    def take_over_layers(self) -> None:
+        """Let each layer's forward run compiled in prefills of contexts that ask for it."""
+        for index, layer in enumerate(self.located.layers):
+            self._cover(layer).wrap({"forward": partial(self._taking_over, index)})
+
+    def _taking_over(self, index: int, forward: Callable) -> Callable:
+        refuse_wrapped(self.located.layers[index], forward)
+
+        @wraps(forward)
+        def run_layer(*args, **kwargs):
+            if not torch.compiler.is_compiling():
+                run, serving = self._local.run, self._local.serving
+                if isinstance(run, Prefill) and serving is not None and serving.forwards.compiled:
+                    return serving.forwards.compiled.run(run, index, forward, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return run_layer
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._cover(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))
