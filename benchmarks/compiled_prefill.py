@@ -36,7 +36,6 @@ from torch._inductor.graph import GraphLowering
 
 from autoprune.methods.base import Method
 
-
 # The call of a kernel, in code that inductor wrote.
 KERNEL = re.compile(r"^\s+(?:cpp|triton)_\w+(?:\.run)?\(", re.MULTILINE)
 

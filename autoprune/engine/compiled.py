@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, InvalidBackend, TorchDynamoException
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import output_capturing
 
@@ -58,8 +59,8 @@ class CompiledLayers:
     ) -> Any:
         """What decoder layer `index` of a prefill returns.
 
-        Left to `forward`: packed rows, a single token, a layer that is only run to be seen, and one of whose
-        parts transformers records something.
+        Left to `forward`: packed rows, a single token, a layer that is only run to be seen or of whose parts
+        transformers records something, and everything that a dispatch mode of torch watches.
 
         Args:
             forward: the layer's own.
@@ -68,7 +69,7 @@ class CompiledLayers:
             UnsupportedError: the cache is not the default one, or the layer is not one graph.
         """
         as_it_is = prefill.packing is not None or prefill.observer.peeking or args[0].shape[1] < 2
-        if as_it_is or _records_parts():
+        if as_it_is or _records_parts() or _is_watched():
             return forward(*args, **kwargs)
         cache = cache_of(kwargs)
         _refuse_cache(cache)
@@ -124,7 +125,7 @@ def _run_layer(layer: nn.Module, cache_name: str | None, args: tuple, kwargs: di
     """The function that is compiled. What it returns beside the output are tensors that it makes anyway."""
     taken, attended = _Taken(), []  # type: ignore[var-annotated]
     caches = {} if cache_name is None else {cache_name: taken}
-    # Where torch declines to compile, the attention is seen as it runs.
+    # Where torch is told not to compile, the attention is seen as it runs.
     tracing = torch.compiler.is_compiling()
     if tracing:
         traced.calls = attended
@@ -173,6 +174,15 @@ def _records_parts() -> bool:
     return any(name != "hidden_states" and name[0] != "_" for name in recorded or ())
 
 
+def _is_watched() -> bool:
+    """Whether a dispatch mode is active, as to count FLOPs, under which torch compiles nothing.
+
+    A function that it declined to compile there once would not be compiled afterwards either.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    return not all(getattr(mode, "ignore_compile_internals", bool)() for mode in modes)
+
+
 def _refuse_cache(cache: Any) -> None:
     plain = DynamicLayer, DynamicSlidingWindowLayer
     if cache is None or (
@@ -182,8 +192,8 @@ def _refuse_cache(cache: Any) -> None:
     ):
         return
     raise UnsupportedError(
-        f"a compiled prefill fills the default cache, not {type(cache).__name__}; leave the cache to the model, "
-        "or prune without compile_prefill()"
+        f"a compiled prefill fills the default cache, not {type(cache).__name__}; leave the cache to the "
+        "model, or prune without compile_prefill()"
     )
 
 
@@ -200,6 +210,7 @@ def _fill(cache: DynamicCache, index: int, keys: torch.Tensor, values: torch.Ten
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = (line.strip() for line in str(error).splitlines())
+    """The first line that says what went wrong."""
+    cause = getattr(error, "inner_exception", error)  # what the backend raised
+    lines = (line.strip() for line in str(cause).splitlines())
     return next((line for line in lines if line), type(error).__name__).rstrip(".:")

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 import autoprune
@@ -153,6 +154,22 @@ def test_recorded_hidden_states_are_the_same(graphs):
     close(states, expected)
 
 
+def test_layers_whose_operations_are_counted_run_as_they_are_and_compiled_again_afterwards():
+    model, backend = model_of("llava"), Counted()
+    inputs = zoo.inputs("llava", model)
+    with METHOD(model), FlopCounterMode(display=False) as expected:
+        oracle.plain_logits(model, inputs)
+    pruning = METHOD(model).compile_prefill(backend)
+    backend.runs = 0
+    with pruning:
+        with FlopCounterMode(display=False) as flops:
+            oracle.plain_logits(model, inputs)
+        assert backend.runs == 0
+        oracle.plain_logits(model, inputs)
+    assert flops.get_total_flops() == expected.get_total_flops() > 0
+    assert backend.runs == zoo.LAYERS
+
+
 def test_the_cache_holds_what_the_trace_says():
     model = model_of("llava")
     with METHOD(model).compile_prefill("eager") as trace, torch.no_grad():
@@ -199,11 +216,12 @@ def test_layers_whose_forward_was_wrapped_are_refused(attached):
     own = layer.forward
     layer.forward = lambda *args, **kwargs: own(*args, **kwargs)
     pruning = METHOD(model)
+    if attached:
+        refused = functools.partial(pruning.attach().compile_prefill, "eager")
+    else:
+        refused = pruning.compile_prefill("eager").attach
     with pytest.raises(UnsupportedError, match="wrapped by something else"):
-        if attached:
-            pruning.attach().compile_prefill("eager")
-        else:
-            pruning.compile_prefill("eager").attach()
+        refused()
     pruning.detach()
 
 
@@ -220,14 +238,17 @@ def test_a_compiler_that_fails_is_refused_at_once():
 
 def test_a_compiler_that_is_switched_off_is_refused():
     off = torch._dynamo.config.patch(disable=True)
-    with off, pytest.raises(UnsupportedError, match="switched off"):
+    with (
+        off,
+        pytest.raises(UnsupportedError, match=r"compile (does not work|is switched off)"),
+    ):
         METHOD(model_of("llava")).compile_prefill("eager")
 
 
 def test_layers_that_are_not_one_graph_are_refused():
     model = zoo.build("llava")
     model.get_decoder().layers[0].mlp.register_forward_hook(
-        lambda module, args, output: output * (output.sum().item() > 0)
+        lambda module, args, output: torch._dynamo.graph_break()
     )
     inputs = zoo.inputs("llava", model)
     with (
