@@ -14,9 +14,10 @@ from ..contract import MethodContract, ModelShape
 from ..errors import UnsupportedError
 from ..trace import Sample, Trace
 from .cache.static import PrunedStaticCache
+from .compiled import Backend, CompiledLayers
 from .context import Context
 from .given import checked_mask, checked_scores, model_of
-from .hooks import close_all, close_context, open_context, served_by
+from .hooks import close_all, close_context, compile_layers, open_context, served_by
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 
@@ -128,6 +129,27 @@ class Attachment:
             )
         with served_by(self._context):
             return self._context.vision.encode(inputs)
+
+    def compile_prefill(self, backend: Backend = "inductor") -> Attachment:
+        """Run the decoder layers of pruned prefills under torch.compile: fewer kernels are launched.
+
+        One graph serves all lengths and all layers of a kind; the first prompt waits for it. It stays with
+        this handle, also when it is detached and attached again.
+
+        Args:
+            backend: of `torch.compile`, by name or a function.
+
+        Returns:
+            This handle.
+
+        Raises:
+            UnsupportedError: attention other than sdpa, layers that are compiled or wrapped already, or no
+                compiler that works here. Raised by a prefill: a cache that is not the default one, or
+                layers that are not one graph.
+            ValueError: there is no such backend.
+        """
+        compile_layers(self._context, CompiledLayers(self.located, backend))
+        return self
 
     def static_cache(
         self, num_visual: int | Sequence[int], num_text: int, max_new_tokens: int

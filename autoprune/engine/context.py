@@ -16,6 +16,7 @@ from ..trace import Trace
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache, refuse_lost_memory
 from .cache.static import PrunedStaticCache, is_static
+from .compiled import CompiledLayers
 from .decode import Decode
 from .generate import drafts_follow
 from .locate import Located
@@ -116,6 +117,8 @@ class Context:
         self.visual_mask, self.vision_scores = visual_mask, vision_scores
         self.trace = trace
         self.implementation = located.implementation
+        # How layers of a prefill run; None runs them as they are.
+        self.compiled: CompiledLayers | None = None
         self.thread, self.for_all, self.is_open = threading.current_thread(), False, False
 
     @property

@@ -17,6 +17,7 @@ from .attention import tap
 from .cache.argument import cache_of
 from .cache.pruned import PrunedCache
 from .cache.static import is_static, narrowed
+from .compiled import CompiledLayers, refuse_wrapped
 from .context import Context, ThreadState
 from .decode import compiled_step
 from .generate import WRAPPERS, around_copying, around_encoding
@@ -74,6 +75,14 @@ def close_all(model: nn.Module) -> None:
                     close_context(context)
 
 
+def compile_layers(context: Context, layers: CompiledLayers) -> None:
+    """Run the layers of this context's prefills compiled, from now on."""
+    with _lock:
+        if context.is_open:
+            _hooked[context.located.text].take_over_layers()
+        context.compiled = layers
+
+
 @contextmanager
 def served_by(context: Context) -> Iterator[None]:
     """In this, the thread is served by an open context, whatever others there are."""
@@ -121,6 +130,8 @@ class Hooks:
             self._install()
         self._install_outer(located.outer)
         self._install_on(context.vision)
+        if context.compiled is not None:
+            self.take_over_layers()
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
         tagged |= dict.fromkeys(observed, self._attend_in_tower)
         names = {module.config._attn_implementation for module in observed}
@@ -194,6 +205,25 @@ class Hooks:
         wrappers |= around_copying(partial(setattr, self._thread, "copies"))
         wrappers |= around_encoding(self._tell_prompt, self._forget_prompt)
         self._patch(outer).wrap(WRAPPERS | wrappers)
+
+    def take_over_layers(self) -> None:
+        """Let each layer's forward run compiled in prefills of contexts that ask for it."""
+        for index, layer in enumerate(self.located.layers):
+            self._patch(layer).wrap({"forward": partial(self._taking_over, index)})
+
+    def _taking_over(self, index: int, forward: Callable) -> Callable:
+        refuse_wrapped(self.located.layers[index], forward)
+
+        @wraps(forward)
+        def run_layer(*args: Any, **kwargs: Any) -> Any:
+            context = None if torch.compiler.is_compiling() else self._thread.serving
+            if context is not None and context.compiled is not None:
+                run = context.forward.run
+                if isinstance(run, Prefill):
+                    return context.compiled.run(run, index, forward, args, kwargs)
+            return forward(*args, **kwargs)
+
+        return run_layer
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         self._patch(module).hook(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -19,6 +19,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # is the original function of (module, query, ...), whose result it returns.
 Handler = Callable[..., Any]
 
+
+class Traced:
+    """Where the attention of a layer that torch.compile traces is noted; see `engine/compiled.py`.
+
+    calls: (query, key, attention mask, scaling, softcap) of each call. None where nobody asks, and while
+        nothing is traced: what is set in a trace exists there only, so threads do not meet.
+    """
+
+    calls: list[tuple[Any, ...]] | None = None
+
+
+traced = Traced()
+
 _lock = threading.Lock()
 _handlers: dict[nn.Module, Handler] = {}
 _tags: dict[nn.Module, int] = {}
@@ -58,7 +71,12 @@ def untag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
 def _shadow(name: str, original: Callable | None) -> Callable:
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
         attend = original or _eager(module)
-        if torch.compiler.is_compiling() or (handler := _handlers.get(module)) is None:
+        if torch.compiler.is_compiling():
+            if traced.calls is not None:
+                limits = kwargs.get("scaling"), kwargs.get("softcap")
+                traced.calls.append((query, key, attention_mask, *limits))
+            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        if (handler := _handlers.get(module)) is None:
             return attend(module, query, key, value, attention_mask, *args, **kwargs)
         return handler(attend, module, query, key, value, attention_mask, *args, **kwargs)
 
