@@ -34,7 +34,7 @@ class ModelShape:
     """What a method may know of the model it is attached to.
 
     has_vision_scores: whether the vision tower scores patches; has_cls: whether it has a CLS token.
-    speed: what the parts of a prefill take on the model's device; None if that was not measured.
+    speed: what the parts of a prefill take on the model's device; None if the method needs no speed.
     """
 
     num_layers: int
@@ -266,12 +266,16 @@ class PromptState:
 
     schedule: the planned visual tokens entering each layer, one list per prompt, once it is known.
     mutual_information: bits, one float per prompt, once it is known.
+    decision: one sentence on what a method decided by the device's speed, and why; None if it did not.
+    prunes: a method that sets it to False in `begin` leaves the prompts whole.
     """
 
     shape: ModelShape
     prompts: Prompts
     schedule: list[list[int]] | None = None
     mutual_information: list[float] | None = None
+    decision: str | None = None
+    prunes: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -305,6 +309,11 @@ class MethodContract(abc.ABC):
             a CPU alone, since on a GPU it would have to be waited for.
         """
         raise NotImplementedError(f"{type(self).__name__} does not merge in the vision tower")
+
+    @property
+    def needs_speed(self) -> bool:
+        """Whether `ModelShape.speed` is to be measured, once for each kind of model and device."""
+        return False
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - optional for a method
         """Raise ValueError if this method cannot run on such a model."""

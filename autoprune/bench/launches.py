@@ -26,6 +26,7 @@ FREE = {
     "_unsafe_view",
     "lift_fresh",
     "resize_",
+    "detach_",
 }
 
 

@@ -112,6 +112,10 @@ def _typed(method: str, option: str, text: str) -> Any:
     default = defaults(method).get(option) if method in METHODS else None
     if text.lower() == "none" and "None" in str(_annotation(method, option)):
         return None
+    if f"'{text}'" in str(_annotation(method, option)) or f'"{text}"' in str(
+        _annotation(method, option)
+    ):
+        return text
     if method in METHODS and "tuple" in str(_annotation(method, option)):
         return _numbers(option, text)
     try:

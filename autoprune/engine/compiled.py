@@ -127,7 +127,7 @@ def _run_layer(layer: nn.Module, cache_name: str | None, args: tuple, kwargs: di
     attended: list[tuple[Any, ...]] = []
     caches = {} if cache_name is None else {cache_name: taken}
     # Where torch is told not to compile, the attention is seen as it runs.
-    tracing = torch.compiler.is_compiling()
+    tracing = torch.compiler.is_dynamo_compiling()
     if tracing:
         traced.calls = attended
         if _recorder is not None:
@@ -147,7 +147,7 @@ def _compile(function: Callable[..., Any], backend: Backend) -> Callable[..., An
 
 
 def _probe(number: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    return number + 1, torch.compiler.is_compiling()
+    return number + 1, torch.compiler.is_dynamo_compiling()
 
 
 def _try(backend: Backend, device: torch.device) -> None:

@@ -29,6 +29,7 @@ from .refusals import (
     refuse_mode,
     refuse_new_images,
 )
+from .speed import device_speed
 from .tokens.layout import Layout, on_host, read_layout
 from .tokens.placeholders import visual_ids
 from .vision.observer import TowerObserver, TowerState, has_pixels
@@ -134,6 +135,7 @@ class Context:
             cost=self.located.present_cost(),
             has_vision_scores=self.vision.available or self.vision_scores is not None,
             has_cls=self.vision.parts.has_cls,
+            speed=device_speed(self.located) if self.method.needs_speed else None,
         )
 
     def before_model(self, kwargs: dict) -> None:
@@ -250,6 +252,10 @@ class Context:
             return None
         refuse_backend(self.located, self.implementation)
         refuse_cache(self.located, cache, embeds.shape[1])
+        self.method.begin(state)
+        if not state.prunes:
+            self.trace.record(Record(layout, state))
+            return None
         return Prefill(
             self.method, self.located, layout, state, embeds.device, cache, vision, deepstack
         )

@@ -216,7 +216,7 @@ class Hooks:
 
         @wraps(forward)
         def run_layer(*args: Any, **kwargs: Any) -> Any:
-            context = None if torch.compiler.is_compiling() else self._thread.serving
+            context = None if torch.compiler.is_dynamo_compiling() else self._thread.serving
             if context is not None and context.compiled is not None:
                 run = context.forward.run
                 if isinstance(run, Prefill):
@@ -297,14 +297,14 @@ class Hooks:
             context.vision.expect(())
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         if (context := self._only_context()) is not None:
             context.before_model(kwargs)
 
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             new = ids if ids is not None else kwargs["inputs_embeds"]
             if new.shape[1] > 1:
                 refuse_compiled_prefill()
@@ -316,7 +316,7 @@ class Hooks:
     def _before_text(
         self, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return None
         context, cache = self._thread.serving, cache_of(kwargs)
         layers = getattr(cache, "layers", ())
@@ -337,7 +337,7 @@ class Hooks:
 
     def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         """What is done before decoder layer `index`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._compiled_step(index, args, kwargs)
         run = self._run()
         if run is not None:
@@ -393,7 +393,7 @@ class Hooks:
         return None if context is None else context.vision.after_block(index, output)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return None
         context, self._thread.serving = self._thread.serving, None
         self._on_layers.end()

@@ -64,7 +64,6 @@ class Prefill:
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
         length = layout.real.shape[1]
         self.arguments = LayerArguments(located, method.positions, self.stages[0], length)
-        self.method.begin(state)
 
     has_to_do = True
 

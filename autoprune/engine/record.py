@@ -88,6 +88,7 @@ class Record:
         self.columns = layout.real.shape[1]
         self.cost, self.layers = state.shape.cost, state.shape.num_layers
         self.schedule, self.information = state.schedule, state.mutual_information
+        self.decision = state.decision
         self.observed, self.looked = dict(observed or {}), dict(looked or {})
         self.sharing, cuts = sharing, stages[1:]
         self.cuts = [
@@ -211,6 +212,7 @@ class Record:
                         information[prompt] if information is not None and total else None
                     ),
                     schedule=list(schedule) if schedule is not None else None,
+                    decision=self.decision if total else None,
                     flops=float(flops[prompt]),
                     flops_full=float(flops_full[prompt]),
                     kv_bytes=int(kv_bytes[prompt]),

@@ -235,25 +235,37 @@ class AutoPrune(Method):
     def begin(self, state: PromptState) -> None:
         sizes, schedule = _sizes(state), self._schedule()
         if self.cut_every == "auto":
-            decision = _decide(schedule, sizes, state.shape.speed)
-            state.notes["decision"] = decision.reason
+            decision = self._decide(schedule, sizes, state.shape.speed)
+            state.decision = decision.reason
             if decision.cut_every is None:
-                whole = np.array([[n] * sizes.num_layers for n in sizes.num_visual])
-                state.notes["adaptive"] = None
-                self._follow(whole, state)
+                state.prunes = False
+                state.schedule = [[n] * sizes.num_layers for n in sizes.num_visual]
                 return
             schedule = self._schedule(decision.cut_every)
         state.notes["adaptive"] = schedule
         self._follow(schedule.before_measuring(sizes), state)
 
+    def _decide(
+        self, schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed | None
+    ) -> Decision:
+        if speed is None:
+            return Decision(1, "Cuts in every layer: the speed of this device was not measured.")
+        every = 1 if self.merger is not None else self.rank_every
+        return decide_cut_every(schedule, sizes, speed, every)
+
+    @property
+    def needs_speed(self) -> bool:
+        return self.cut_every == "auto"
+
     def needs(self, cut: int, state: PromptState) -> Needs | None:
+        if not state.prunes:
+            return None
         if cut < state.notes.get("ranked until", 0):
             return None
         due = state.notes["due"][cut]
         if cut == 0:
             return Needs(vision=True) if due else None
-        measured = cut == self.mi_layer + 1 and state.notes["adaptive"] is not None
-        if due or measured:
+        if due or cut == self.mi_layer + 1:
             vision = cut == 1 and self.first_cut == "after_layer_0"
             return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
@@ -319,9 +331,3 @@ def _sizes(state: PromptState) -> Sizes:
     prompts, shape = state.prompts, state.shape
     visual, text = tuple(prompts.num_visual), tuple(prompts.num_text)
     return Sizes(shape.num_layers, visual, text, shape.cost)
-
-
-def _decide(schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed | None) -> Decision:
-    if speed is None:
-        return Decision(1, "Cuts in every layer: the speed of this device was not measured.")
-    return decide_cut_every(schedule, sizes, speed)

@@ -114,6 +114,10 @@ class PerPrompt(Method):
             rooms.append([num_visual] * num_layers)
         return [max(layer) for layer in zip(*rooms, strict=True)]
 
+    @property
+    def needs_speed(self) -> bool:
+        return any(method.needs_speed for method in self._different)
+
     def begin(self, state: PromptState) -> None:
         state.notes["parts"] = parts = self._parts(state)
         for part in parts:

@@ -301,6 +301,9 @@ def report(parts: Sequence[Part], state: PromptState) -> None:
         if part.method is None:
             part.state.schedule = [[n] * layers for n in part.state.prompts.num_visual]
     state.schedule = _by_prompt(parts, [part.state.schedule for part in parts])
+    state.prunes = any(part.method is not None and part.state.prunes for part in parts)
+    decisions = [part.state.decision for part in parts if part.state.decision is not None]
+    state.decision = " ".join(dict.fromkeys(decisions)) or None
     information = [part.state.mutual_information for part in parts]
     state.mutual_information = _by_prompt(parts, information)
 

@@ -192,7 +192,9 @@ def falls(schedules: Ints, num_visual: Sequence[int]) -> list[bool]:
 
 
 @functools.lru_cache(maxsize=REMEMBERED_SIZES)
-def decide_cut_every(schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed) -> Decision:
+def decide_cut_every(
+    schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpeed, rank_every: int = 1
+) -> Decision:
     """How many layers should share a cut on this device, or that pruning does not pay.
 
     One decision for the batch, by its total FLOPs. As the information is not known yet, it is taken as 0 bits:
@@ -202,30 +204,35 @@ def decide_cut_every(schedule: AdaptiveSchedule, sizes: Sizes, speed: DeviceSpee
     Args:
         schedule: with any `cut_every`.
         sizes: with the decoder's cost.
+        rank_every: layers that follow one ranking, from the measurement on.
     """
     choices = {min(every, sizes.num_layers) for every in (*CUT_EVERY, sizes.num_layers)}
     plain = np.repeat(np.asarray(sizes.num_visual)[:, None], sizes.num_layers, axis=1)
     return choose_cut_every(
-        _prefill(plain, sizes, []),
-        {every: _pruned(replace(schedule, cut_every=every), sizes) for every in choices},
+        _prefill(plain, sizes),
+        {
+            every: _pruned(replace(schedule, cut_every=every), sizes, rank_every)
+            for every in choices
+        },
         speed,
         must_prune=schedule.budget.kind == "kv_bytes",
     )
 
 
-def _pruned(schedule: AdaptiveSchedule, sizes: Sizes) -> Prefill:
+def _pruned(schedule: AdaptiveSchedule, sizes: Sizes, rank_every: int) -> Prefill:
     plan = schedule.after_measuring(sizes, [0.0] * len(sizes.num_visual))
-    return _prefill(plan, sizes, [schedule.mi_layer + 1])
+    cuts = [layer for layer, due in enumerate(falls(plan, sizes.num_visual)) if due]
+    # The look at the attention that measures I ranks, too, whether tokens are cut there or not.
+    ranked, until = 0, 0
+    for layer in sorted({*cuts, schedule.mi_layer + 1}):
+        if layer >= until:
+            ranked, until = ranked + 1, layer + (rank_every if layer > schedule.mi_layer else 1)
+    return _prefill(plan, sizes, len(cuts), ranked)
 
 
-def _prefill(schedules: Ints, sizes: Sizes, measured: Sequence[int]) -> Prefill:
-    """The prefill with these schedules [prompts, L].
-
-    Args:
-        measured: layers before which attention is looked at, whether tokens are cut there or not.
-    """
+def _prefill(schedules: Ints, sizes: Sizes, cuts: int = 0, rankings: int = 0) -> Prefill:
+    """The prefill with these schedules [prompts, L]."""
     assert sizes.cost is not None
     tokens = schedules + np.asarray(sizes.num_text)[:, None]
-    cuts = {layer for layer, due in enumerate(falls(schedules, sizes.num_visual)) if due}
     flops = sizes.cost.layer_flops(tokens).sum(axis=0)
-    return Prefill(tuple(flops.tolist()), len(cuts), len(cuts.union(measured)))
+    return Prefill(tuple(flops.tolist()), cuts, rankings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_packed_rows_and_prompts_without_pictures_run_as_they_are():
     backend.runs = 0
     with pruning:
         answers(model, zoo.inputs("llava", model, "padded3"))
-        packed = pruning.forwards.trace.samples
+        packed = pruning.trace.samples
         runs = backend.runs
         model.generate(torch.tensor([[zoo.BOS, 20, 21]]), max_new_tokens=2)
     assert len(packed) == 3
@@ -267,3 +268,33 @@ def test_static_caches_are_refused():
         pytest.raises(UnsupportedError, match="default cache, not StaticCache"),
     ):
         oracle.manual_logits(model, inputs, inputs["input_ids"][:, :0], cache)
+
+
+def test_another_thread_prunes_while_one_compiles():
+    """torch says of every thread that it compiles, as long as one does."""
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "single")
+    failed: list[BaseException] = []
+    ran: list[int] = []
+
+    def prune() -> None:
+        try:
+            with torch.no_grad():
+                ran.append(model(**inputs).logits.shape[1])
+        except BaseException as error:
+            failed.append(error)
+
+    def backend(graph, examples):
+        if not ran:
+            thread = threading.Thread(target=prune)
+            thread.start()
+            thread.join()
+        return graph.forward
+
+    other = AutoPrune(Budget.ratio(0.5)).attach(model)
+    try:
+        # Another model's compilation is enough.
+        torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.zeros(1, 2))
+    finally:
+        other.detach()
+    assert ran and not failed

@@ -182,14 +182,14 @@ def test_where_pruning_does_not_pay_every_token_stays_and_nothing_is_looked_at()
     state = begun(method, GPU, (576, 100), (60, 60))
     assert state.schedule == [[576] * 32, [100] * 32]
     assert [method.needs(cut, state) for cut in range(32)] == [None] * 32
-    assert state.notes["decision"].startswith("Nothing is pruned: the prefill is predicted to take")
+    assert state.decision.startswith("Nothing is pruned: the prefill is predicted to take")
 
 
 def test_where_pruning_pays_it_is_as_if_the_number_had_been_given():
     auto, given = (AutoPrune(320, cut_every=every) for every in ("auto", 16))
     found, expected = (begun(method, GPU, (2880,)) for method in (auto, given))
-    assert found.notes["decision"].startswith("Cuts every 16 layers: the prefill is predicted")
-    assert "decision" not in expected.notes
+    assert found.decision.startswith("Cuts every 16 layers: the prefill is predicted")
+    assert expected.decision is None
     assert found.notes["adaptive"] == expected.notes["adaptive"]
     assert (found.notes["plan"] == expected.notes["plan"]).all()
     needs = [[m.needs(cut, s) for cut in range(32)] for m, s in ((auto, found), (given, expected))]
@@ -199,9 +199,7 @@ def test_where_pruning_pays_it_is_as_if_the_number_had_been_given():
 def test_without_a_speed_cuts_are_made_in_every_layer():
     state = begun(AutoPrune(64, cut_every="auto"), None)
     assert state.notes["adaptive"].cut_every == 1
-    assert state.notes["decision"] == (
-        "Cuts in every layer: the speed of this device was not measured."
-    )
+    assert state.decision == ("Cuts in every layer: the speed of this device was not measured.")
 
 
 def test_a_budget_of_bytes_is_kept_even_where_pruning_takes_longer():

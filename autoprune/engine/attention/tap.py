@@ -71,7 +71,7 @@ def untag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
 def _shadow(name: str, original: Callable | None) -> Callable:
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
         attend = original or _eager(module)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             if traced.calls is not None:
                 limits = kwargs.get("scaling"), kwargs.get("softcap")
                 traced.calls.append((query, key, attention_mask, *limits))

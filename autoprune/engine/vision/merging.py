@@ -159,7 +159,7 @@ def plan_merging(
         has_cls: whether a CLS token comes first.
     """
     others = (*args[1:], *kwargs.values())
-    if not prompts or torch.compiler.is_compiling() or not args:
+    if not prompts or torch.compiler.is_dynamo_compiling() or not args:
         return None
     if not all(value is None or isinstance(value, bool | int | float | str) for value in others):
         return None
