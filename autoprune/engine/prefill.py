@@ -399,12 +399,14 @@ class Prefill:
             return states
         if stage.packing is not None:
             states = stage.packing.unpack(states)
-        column, beyond = tokens.column, tokens.column < 0
-        if tokens.index_with_new is not None:
-            beyond = beyond | (tokens.index_with_new == NEW)
+        column = tokens.column
+        if len(states) == 1 and not (tokens.padded or tokens.has_new):
+            full = states.new_zeros(1, length, states.shape[2])
+            return full.index_copy_(1, column[0].to(states.device), states)
         # A column more takes what has none.
-        if tokens.padded or tokens.has_new:
-            column = column.masked_fill(beyond, length)
+        column = column.where(column >= 0, length)
+        if tokens.index_with_new is not None:
+            column = column.where(tokens.index_with_new != NEW, length)
         full = states.new_zeros(states.shape[0], length + 1, states.shape[2])
         first = torch.arange(0, len(full) * (length + 1), length + 1, device=states.device)
         row = (column.to(states.device) + first[:, None]).flatten()

@@ -324,7 +324,8 @@ class AutoPrune(Method):
         vision = vision_attention(seen) if seen.cut == 1 else None
         if vision is None:
             return text
-        return as_shares(vision, seen.mask) + self.text_weight * as_shares(text, seen.mask)
+        mask = seen.mask if seen.ragged else None
+        return as_shares(vision, mask).add(as_shares(text, mask), alpha=self.text_weight)
 
 
 def _sizes(state: PromptState) -> Sizes:

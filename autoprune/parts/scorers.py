@@ -33,7 +33,7 @@ def vision_attention(seen: Observation, mask_padding: bool = True) -> torch.Tens
     scores = seen.vision_scores.nan_to_num(nan=0.0)
     if mask_padding and seen.vision_padding is not None:
         scores = scores.masked_fill(seen.vision_padding, 0.0)
-    return scores.where(seen.mask, 0.0)
+    return scores.where(seen.mask, 0.0) if seen.ragged else scores
 
 
 def required_vision_attention(seen: Observation) -> torch.Tensor:
@@ -52,9 +52,13 @@ def required_vision_attention(seen: Observation) -> torch.Tensor:
     return scores
 
 
-def as_shares(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scale non-negative scores [batch, V] so that each prompt's sum to 1 over its real tokens."""
-    scores = scores.where(mask, 0.0)
+def as_shares(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scale non-negative scores [batch, V] so that each prompt's sum to 1 over its real tokens.
+
+    Args:
+        mask: bool [batch, V], False for padding; None if there is none.
+    """
+    scores = scores if mask is None else scores.where(mask, 0.0)
     return scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 

@@ -208,8 +208,11 @@ class Observer:
         """What the tower gave, [prompts, N, ...], filled with NaN (or False) behind a prompt's own."""
         stacked = {}
         for name, rows in (vision.per_prompt(self.layout.num_visual) if vision else {}).items():
-            fill = False if rows[0].dtype == torch.bool else float("nan")
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+            if len(rows) == 1:
+                padded = rows[0][None]
+            else:
+                fill = False if rows[0].dtype == torch.bool else float("nan")
+                padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
             stacked[name] = padded.to(self.device)
         return stacked
 

@@ -99,23 +99,21 @@ def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> Tensor
     if height != width or (pixels.shape[0], side * side) != tuple(shape):
         return None
     # Towers leave out pixels at the bottom and right that do not fill a patch.
-    rows, columns = (
-        _border(view)[:, : side * patch_size].unflatten(1, (side, patch_size)).all(dim=-1)
-        for view in (pixels, pixels.transpose(-1, -2))
-    )
+    border = _border(pixels)[..., : side * patch_size].unflatten(-1, (side, patch_size))
+    rows, columns = border.all(dim=-1)
     padding = (rows[:, :, None] | columns[:, None, :]).flatten(1)
     return padding & ~padding.all(dim=1, keepdim=True)
 
 
 def _border(pixels: Tensor) -> Tensor:
-    """bool [pictures, height]: rows of one colour, unbroken from the top or the bottom edge."""
-    flat = (pixels.amax(dim=-1) == pixels.amin(dim=-1)).all(dim=1)
-    colour = pixels[..., 0]
-    top = flat & (colour == colour[:, :, :1]).all(dim=1)
-    bottom = flat & (colour == colour[:, :, -1:]).all(dim=1)
-    top = top.to(torch.int8).cummin(dim=1).values.bool()
-    bottom = bottom.flip(1).to(torch.int8).cummin(dim=1).values.flip(1).bool()
-    return top | bottom
+    """bool [2, pictures, side]: rows, then columns, of one colour, unbroken from either edge."""
+    corners = torch.stack([pixels[:, :, :1, :1], pixels[:, :, -1:, -1:]])
+    like = (pixels == corners).all(dim=2)
+    flat = torch.stack([like.all(dim=3), like.all(dim=2)])
+    # The first edge ends with the first line that is not flat, the last one begins behind the last of them.
+    broken = (~flat).cumsum(dim=-1)
+    first, last = broken.unbind(1)
+    return (first == 0) | ((last == last[..., -1:]) & flat[:, 1])
 
 
 def patches_outside(pixels: Tensor, patch_size: int) -> Tensor:
