@@ -35,6 +35,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -112,6 +113,15 @@ def test_a_method_touches_no_part_of_the_engine():
     assert {name: parts for name, parts in engine.items() if parts} == {
         "methods.base": {"engine.attach"}
     }
+
+
+@pytest.mark.parametrize("page", ["docs/ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_pages_name_files_that_exist(page):
+    text = (PACKAGE.parent / page).read_text("utf-8")
+    named = {name for name in re.findall(r"[\w/]+\.py\b|[\w/]+/(?=[`<])", text) if "/" in name}
+    roots = [PACKAGE, PACKAGE.parent, PACKAGE.parent / "docs"]
+    assert named
+    assert {name for name in named if not any((root / name).exists() for root in roots)} == set()
 
 
 def test_what_imports_upwards_is_found(tmp_path):

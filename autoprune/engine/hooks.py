@@ -438,7 +438,10 @@ class LayerHooks:
 
     def _install(self) -> None:
         for index, (layer, patch) in enumerate(zip(self._layers, self.patches, strict=True)):
-            handle = layer.register_forward_pre_hook(partial(self._hook, index), with_kwargs=True)
+            # In front of others, which see what the layer gets.
+            handle = layer.register_forward_pre_hook(
+                partial(self._hook, index), with_kwargs=True, prepend=True
+            )
             self._handles.append(patch.hook(handle))
 
     def remove(self) -> None:

@@ -254,3 +254,16 @@ def test_attention_that_is_computed_past_the_interface_is_refused_in_a_ragged_ba
             UnsupportedError, match="does not call transformers' attention interface"
         ):
             model(**zoo.inputs("llava", model, "padded3"))
+
+
+def test_ragged_batches_run_in_half_precision():
+    """Masks of the engine's own are added to scores in every type of numbers."""
+    model = zoo.build("llava", "sdpa").bfloat16()
+    inputs = zoo.inputs("llava", model, "padded3")
+    del inputs["attention_mask"]
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with AutoPrune(Budget.ratio(0.5), rank_every=2)(model) as trace, torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.isfinite().all()
+    for sample in trace.samples:
+        assert sum(sample.tokens_per_layer) == round(zoo.LAYERS * sample.num_visual / 2)

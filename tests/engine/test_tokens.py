@@ -112,7 +112,7 @@ def cut(tokens, selection):
     source = made.source.view(tokens.batch, -1)
     prompt, place = source // max(tokens.width, 1), source % max(tokens.width, 1)
     assert (prompt == torch.arange(tokens.batch)[:, None]).all()
-    return made.tokens, place
+    return made.stage.tokens, place
 
 
 @settings(max_examples=100, deadline=None)
@@ -174,12 +174,15 @@ def test_cuts_of_one_ranking_are_those_made_one_by_one(layout, may_pack, data):
                 [token for i, token in enumerate(p) if token[1] == TEXT or i in stay]
                 for p, stay in zip(prompts, kept, strict=True)
             ]
-            check(made.tokens, left)
-            hidden, tokens, packing = hidden[made.source], made.tokens, made.packing
+            stage = made.stage
+            check(stage.tokens, left)
+            hidden, tokens, packing = hidden[made.source], stage.tokens, stage.packing
+            blocked = tokens.padding_mask(torch.float32) < 0
+            assert torch.equal(blocked, tokens.column < 0)
             shown = hidden[None] if packing else hidden.view(batch, -1)
             wanted = [torch.tensor([c + 100 * i for c, _ in p]) for i, p in enumerate(left)]
-            own = made.columns.take(rotary, rotary, -1)[made.rows]
-            same = made.columns.take(shared, shared, -1)[made.rows]
+            own = stage.columns.take(rotary, rotary, -1)[stage.rows]
+            same = stage.columns.take(shared, shared, -1)[stage.rows]
             if packing:
                 assert shown[0].tolist() == torch.cat(wanted).tolist()
                 padded = packing.unpack(shown)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
-from ..tokens.present import Tokens
+from ..tokens.present import Tokens, blocked_by_half
 
 
 def blocked_value(mask: torch.Tensor) -> bool | float:
@@ -72,8 +72,7 @@ class CausalMasks:
 
     def of(self, tokens: Tokens, key_length: int, dtype: torch.dtype) -> torch.Tensor:
         """[batch or 1, 1, n, keys], for what a cut left, with padding on the left."""
-        # Two of these added are still finite, so that no row of padding is without weight.
-        blocked, width = torch.finfo(dtype).min / 2, tokens.width
+        blocked, width = blocked_by_half(dtype), tokens.width
         device = tokens.column.device
         if self._triangle is None or self._triangle.shape[0] < width:
             full = torch.full((width, width), blocked, dtype=dtype, device=device)
@@ -82,7 +81,7 @@ class CausalMasks:
         # Kernels read masks whose rows begin at multiples of 8 as they are.
         shape = tokens.batch if tokens.padded else 1, 1, width, -(-key_length // 8) * 8
         if tokens.padded:
-            padding = torch.where(tokens.column < 0, blocked, 0.0).to(dtype)[:, None, None]
+            padding = tokens.padding_mask(dtype)[:, None, None]
             mask = torch.add(mask, padding, out=mask.new_empty(shape)[..., :width])
         if key_length > width:
             mask = pad(mask, (0, key_length - width), value=blocked)
@@ -130,7 +129,9 @@ def row_mask(
 
 def _as_float(bias: torch.Tensor) -> torch.Tensor:
     """An additive mask in float32; what is least in float64 stays finite."""
-    return bias.clamp(min=torch.finfo(torch.float32).min).float()
+    if bias.dtype == torch.float64:
+        bias = bias.clamp(min=torch.finfo(torch.float32).min)
+    return bias.float()
 
 
 def rows_are_causal(mask: Any, tokens: Tokens, slots: torch.Tensor | slice) -> bool:

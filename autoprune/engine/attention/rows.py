@@ -98,7 +98,7 @@ class Observer:
         slots, text = self._rows(name, tokens)
         heads, found = query.shape[1] // key.shape[1], []
         for piece in self._pieces(slots, text, tokens, mask, query.device):
-            rows, columns = take(query, piece.slots), key[:, :, : piece.keys]
+            rows, columns = at_slots(query, piece.slots), key[:, :, : piece.keys]
             step = _key_heads_at_once(rows, columns)
             pairs: Any = [(rows, columns)]
             if step < key.shape[1]:
@@ -174,13 +174,13 @@ class Observer:
             )
         if needs.hidden:
             seen.hidden, seen.text_hidden = (
-                partial(take, hidden, slots),
-                partial(take, hidden, text),
+                partial(at_slots, hidden, slots),
+                partial(at_slots, hidden, text),
             )
         if needs.keys and projections is not None:
             query, key = projections
-            seen.keys, seen.text_keys = partial(take, key, slots), partial(take, key, text)
-            seen.queries = partial(take, query, slots)
+            seen.keys, seen.text_keys = partial(at_slots, key, slots), partial(at_slots, key, text)
+            seen.queries = partial(at_slots, query, slots)
         if needs.vision:
             self._add_vision(seen, tokens)
         if self._ends is not None:
@@ -282,7 +282,7 @@ class _Piece:
     bias: torch.Tensor | None
 
 
-def take(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
+def at_slots(states: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:
     """Entries of [batch, n, size] or [batch, heads, n, size] at `slots`, [batch, m] or the same for all."""
     if isinstance(slots, slice):
         return states[..., slots, :]

@@ -16,7 +16,7 @@ import torch
 
 from ...parts.transfer import all_to_device, to_device
 from .packing import WORTH_PACKING, Packing
-from .present import Tokens
+from .present import Tokens, blocked_by_half
 
 
 @dataclass(eq=False)
@@ -186,6 +186,7 @@ class Plan:
         self._order = self._kept.cumsum(dim=2)
         self.place, goes = (self._order + self._numbers[1:3]).unbind(0)
         self._goes = goes.where(self._kept, int(sizes.ends[-1]))
+        self._padding_masks: dict[tuple[bool, torch.dtype], torch.Tensor] = {}
 
     def cuts(self, layers: Sequence[int]) -> list[Cut]:
         """The cuts, one before each of these layers."""
@@ -219,7 +220,21 @@ class Plan:
             tokens.heads,
             was_cut=True,
             index_with_new=None if index is None else index[rows].view(shape),
+            planned_padding_mask=partial(self._padding_mask, rows, shape, sizes.packed[depth]),
         )
+
+    def _padding_mask(
+        self, rows: slice, shape: tuple[int, int], packed: bool, dtype: torch.dtype
+    ) -> torch.Tensor:
+        masks = self._padding_masks
+        if (packed, dtype) not in masks:
+            ends, goes = self.sizes.ends, self._goes
+            if packed:
+                ends, goes = self.sizes.padded_ends, self._goes_padded
+            blocked = blocked_by_half(dtype)
+            mask = torch.full((int(ends[-1]) + 1,), blocked, dtype=dtype, device=goes.device)
+            masks[packed, dtype] = mask.index_put_((goes,), mask.new_zeros(()))
+        return masks[packed, dtype][rows].view(shape)
 
     @property
     def _now(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +14,14 @@ from .layout import Layout
 
 NEW = -2
 """The index of a token that was made from dropped ones."""
+
+
+def blocked_by_half(dtype: torch.dtype) -> float:
+    """What blocks a token in an additive mask. Two of these are still finite, so that padding, which sees
+    nothing, has some weights.
+    """
+    return torch.finfo(dtype).min / 2
+
 
 NEVER = 2**40
 """The rank of a token that no cut keeps."""
@@ -73,6 +81,7 @@ class Tokens:
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     index_with_new: LongTensor [batch, n], where cuts made new tokens, which have the columns of others: `index`
         of visual tokens, -1 for all others.
+    planned_padding_mask: `padding_mask`, where it was planned with those of other depths.
     """
 
     prompts: OnDevice
@@ -82,6 +91,7 @@ class Tokens:
     heads: list[int] | None = None
     was_cut: bool = False
     index_with_new: torch.Tensor | None = None
+    planned_padding_mask: Callable[[torch.dtype], torch.Tensor] | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
@@ -94,7 +104,12 @@ class Tokens:
         if not columns:
             return self
         lengths = [n - columns for n in self.lengths]
-        return replace(self, column=self.column[:, : self.width - columns], lengths=lengths)
+        return replace(
+            self,
+            planned_padding_mask=None,
+            column=self.column[:, : self.width - columns],
+            lengths=lengths,
+        )
 
     @property
     def batch(self) -> int:
@@ -188,6 +203,12 @@ class Tokens:
             return self.column[:, self.block] - self.prompts.block.start
         index = self.prompts.visual_index.gather(1, self.some_column.gather(1, self.slots))
         return index.where(self.slot_mask, -1) if self.ragged else index
+
+    def padding_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [batch, n] that blocks padding, by half of what a type of numbers holds."""
+        if self.planned_padding_mask is not None:
+            return self.planned_padding_mask(dtype)
+        return torch.where(self.column < 0, blocked_by_half(dtype), 0.0).to(dtype)
 
     @property
     def waste(self) -> float:
