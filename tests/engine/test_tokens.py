@@ -151,21 +151,21 @@ def test_cuts_of_one_ranking_are_those_made_one_by_one(layout, may_pack, data):
     hidden = (torch.arange(tokens.width) + 100 * torch.arange(batch)[:, None]).flatten()
     rotary = torch.arange(batch * tokens.width).view(batch, -1)
     shared = torch.arange(tokens.width)[None]
-    for _ in range(2):
-        falls = st.integers(0, 3)
-        counts = [
-            list(np.maximum(n - np.cumsum([data.draw(falls) for _ in range(3)]), 0))
-            for n in tokens.counts
-        ]
+    falls = st.integers(0, 2)
+    counts = [
+        list(np.maximum(n - np.cumsum([data.draw(falls) for _ in range(6)]), 0))
+        for n in tokens.counts
+    ]
+    sizes = Sizes(tokens, None, np.array(counts).T, may_pack)
+    for depths in (range(3), range(3, 6)):
         order = torch.zeros(batch, max(tokens.counts), dtype=torch.long)
         ranked = []
         for row, n in enumerate(tokens.counts):
             ranked.append(data.draw(st.permutations(range(n))))
             order[row] = torch.tensor([*ranked[-1], *range(n, max(tokens.counts))])
-        sizes = Sizes(tokens, packing, np.array(counts).T, may_pack)
-        plan = Plan(tokens, packing, tokens.ranks(order), sizes, range(3))
+        plan = Plan(tokens, packing, tokens.ranks(order), sizes, depths)
         visual = [[i for i, (_, kind) in enumerate(p) if kind != TEXT] for p in prompts]
-        for depth, made in enumerate(plan.cuts([4, 5, 6])):
+        for depth, made in zip(depths, plan.cuts([4, 5, 6]), strict=True):
             kept = [
                 {v[i] for i in ranks[: own[depth]]}
                 for v, ranks, own in zip(visual, ranked, counts, strict=True)

@@ -18,6 +18,9 @@ from ...parts.transfer import all_to_device, to_device
 from .packing import WORTH_PACKING, Packing
 from .present import Tokens, blocked_by_half
 
+# What padding holds: a number, or what makes a tensor of it; None where there is no padding.
+Padding = Callable[[], torch.Tensor] | float | None
+
 
 @dataclass(eq=False)
 class Stage:
@@ -103,6 +106,8 @@ class Sizes:
         number = np.arange(1, self.batch + 1)
         last = np.cumsum(tokens.lengths) if packing else number * tokens.width
         self._last_rows_now = last - 1
+        self._heads = 0 if tokens.heads is None else np.array(tokens.heads)
+        self._held: dict[Any, torch.Tensor] = {}
 
     def rows(self, depth: int) -> slice:
         """Those of a depth among all hidden states."""
@@ -125,15 +130,23 @@ class Sizes:
 
     @cached_property
     def numbers(self) -> torch.Tensor:
-        """LongTensor [5, depths, batch]: what each prompt keeps, and the row before its first one: in its own
-        depth and among all depths, and the same two with padding.
+        """LongTensor [6, depths, batch]: what each prompt keeps, and the row before its first one: in its own
+        depth and among all depths, and the same two with padding. Last, the place of its first visual token,
+        where they are in one piece.
         """
         held, padded = self._before_first_as_held, self._before_first[1]
         starts, padded_starts = (
             np.concatenate([[0], ends[:-1]])[:, None] for ends in (self.ends, self.padded_ends)
         )
-        table = [self.counts, held, held + starts, padded, padded + padded_starts]
+        first_slot = self.widths[:, None] - self.lengths + self._heads
+        table = [self.counts, held, held + starts, padded, padded + padded_starts, first_slot]
         return to_device(np.stack(table), self.device)
+
+    def held(self, name: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What all depths hold under a name: made once, and filled by one plan after the other."""
+        if name not in self._held:
+            self._held[name] = make()
+        return self._held[name]
 
     # What is not finite in one prompt must reach no other: padding holds a token of its own prompt.
 
@@ -154,7 +167,8 @@ class Sizes:
     def _repeated(self, values: np.ndarray, number: np.ndarray) -> torch.Tensor:
         number[-1, -1] += 1
         one, several = all_to_device([values.ravel(), number.ravel()], self.device)
-        return one.repeat_interleave(several, output_size=int(number.sum()))
+        # One number alone would come as a view that is written to in vain.
+        return one.repeat_interleave(several, output_size=int(number.sum())).contiguous()
 
 
 def _span(ends: np.ndarray, depth: int) -> slice:
@@ -192,8 +206,8 @@ class Plan:
         """The cuts, one before each of these layers."""
         sizes, padded = self.sizes, self.sizes.padded
         before = self._now if len(layers) == 1 else torch.cat([self._now, self.place[:-1]])
-        source = self._put(before, sizes.rows_for_padding() if padded else None)
-        columns = self._put(self.tokens.column, -1 if padded else None)
+        source = self._put("source", before, sizes.rows_for_padding if padded else None)
+        columns = self._put(None, self.tokens.column, -1 if padded else None)
         span = slice(sizes.rows(self.depths[0]).start, sizes.rows(self.depths[-1]).stop)
         shared = Columns(columns[span], partial(self._prompt, span), padded)
         cuts = []
@@ -220,21 +234,19 @@ class Plan:
             tokens.heads,
             was_cut=True,
             index_with_new=None if index is None else index[rows].view(shape),
+            first_slot=None if tokens.heads is None else sizes.numbers[5, depth],
+            number=sizes.numbers[0, depth],
             planned_padding_mask=partial(self._padding_mask, rows, shape, sizes.packed[depth]),
         )
 
     def _padding_mask(
         self, rows: slice, shape: tuple[int, int], packed: bool, dtype: torch.dtype
     ) -> torch.Tensor:
-        masks = self._padding_masks
-        if (packed, dtype) not in masks:
-            ends, goes = self.sizes.ends, self._goes
-            if packed:
-                ends, goes = self.sizes.padded_ends, self._goes_padded
-            blocked = blocked_by_half(dtype)
-            mask = torch.full((int(ends[-1]) + 1,), blocked, dtype=dtype, device=goes.device)
-            masks[packed, dtype] = mask.index_put_((goes,), mask.new_zeros(()))
-        return masks[packed, dtype][rows].view(shape)
+        if (packed, dtype) not in self._padding_masks:
+            put, real = self._put_padded if packed else self._put, torch.zeros((), dtype=dtype)
+            mask = put(("mask", dtype, packed), real, blocked_by_half(dtype))
+            self._padding_masks[packed, dtype] = mask
+        return self._padding_masks[packed, dtype][rows].view(shape)
 
     @property
     def _now(self) -> torch.Tensor:
@@ -246,15 +258,28 @@ class Plan:
             return self.tokens.prompts.ascending[None, None, :width]
         return torch.arange(batch * width, device=self._goes.device).view(1, batch, width)
 
-    def _put(self, values: torch.Tensor, padding: torch.Tensor | int | None) -> torch.Tensor:
-        """Values of the tokens present, [batch, n] or [cuts, batch, n], where they go in hidden states."""
+    def _put(self, name: Any, values: torch.Tensor, padding: Padding) -> torch.Tensor:
+        """Values of the tokens present, [batch, n] or [cuts, batch, n], where they go in hidden states.
+
+        Args:
+            name: of what all depths hold together; None where the values are of tokens that were planned so, as
+                nothing is written where it is read.
+        """
         # One row more takes what is dropped.
         rows = int(self.sizes.ends[-1]) + 1
-        return _filled(padding, rows, values.device).index_put_((self._goes,), values)
+        held = self._held(name, partial(_filled, padding, rows, values.dtype, self._device))
+        return held.index_put_((self._goes,), values.to(self._device))
+
+    def _held(self, name: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return make() if name is None else self.sizes.held(name, make)
 
     def _prompt(self, span: slice) -> torch.Tensor:
-        batch = torch.arange(self.sizes.batch, device=self._goes.device)[:, None]
-        return self._put(batch, 0 if self.sizes.padded else None)[span]
+        batch = torch.arange(self.sizes.batch, device=self._device)[:, None]
+        return self._put("prompt", batch, 0 if self.sizes.padded else None)[span]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._goes.device
 
     @cached_property
     def _goes_padded(self) -> torch.Tensor:
@@ -267,28 +292,29 @@ class Plan:
 
     @cached_property
     def _padded_columns(self) -> torch.Tensor:
-        return self._put_padded(self.tokens.column, -1)
+        return self._put_padded(None, self.tokens.column, -1)
 
     @cached_property
     def _index_with_new(self) -> torch.Tensor | None:
         index = self.tokens.index_with_new
-        return None if index is None else self._put(index, -1)
+        return None if index is None else self._put(None, index, -1)
 
     @cached_property
     def _padded_index_with_new(self) -> torch.Tensor | None:
         index = self.tokens.index_with_new
-        return None if index is None else self._put_padded(index, -1)
+        return None if index is None else self._put_padded(None, index, -1)
 
-    def _put_padded(self, values: torch.Tensor, padding: Any) -> torch.Tensor:
+    def _put_padded(self, name: Any, values: torch.Tensor, padding: Padding) -> torch.Tensor:
+        """The same with padding, for the depths that are packed."""
         rows = int(self.sizes.padded_ends[-1]) + 1
-        held = _filled(padding, rows, values.device)
-        return held.index_put_((self._goes_padded,), values)
+        held = self._held(name, partial(_filled, padding, rows, values.dtype, self._device))
+        return held.index_put_((self._goes_padded,), values.to(self._device))
 
     @cached_property
     def _maps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For all depths: the packed row of each padded one, and the padded row of each packed one."""
-        unpack = self._put_padded(self.place, self.sizes.packed_rows_for_padding())
-        return unpack, self._put(self._order + self._numbers[3], None)
+        unpack = self._put_padded("unpack", self.place, self.sizes.packed_rows_for_padding)
+        return unpack, self._put("pack", self._order + self._numbers[3], None)
 
     def _packing(self, depth: int) -> Packing:
         unpack, pack = self._maps
@@ -296,10 +322,10 @@ class Plan:
         return Packing(place, pack[self.sizes.rows(depth)])
 
 
-def _filled(padding: torch.Tensor | int | None, rows: int, device: torch.device) -> torch.Tensor:
-    """LongTensor [rows] of what padding holds; of anything where there is no padding."""
-    if isinstance(padding, torch.Tensor):
-        return padding
+def _filled(padding: Padding, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor [rows] of what padding holds; of anything where there is no padding."""
+    if callable(padding):
+        return padding()
     if padding is None:
-        return torch.empty(rows, dtype=torch.long, device=device)
-    return torch.full((rows,), padding, device=device)
+        return torch.empty(rows, dtype=dtype, device=device)
+    return torch.full((rows,), padding, dtype=dtype, device=device)

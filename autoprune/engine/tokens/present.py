@@ -81,7 +81,8 @@ class Tokens:
     was_cut: whether this is what a cut left; the prompt itself may be padded on the right.
     index_with_new: LongTensor [batch, n], where cuts made new tokens, which have the columns of others: `index`
         of visual tokens, -1 for all others.
-    planned_padding_mask: `padding_mask`, where it was planned with those of other depths.
+    number, first_slot: LongTensor [batch], `counts`, and the places of the first visual tokens where they are
+        in one piece; planned_padding_mask: `padding_mask`. Known where they were planned with other depths.
     """
 
     prompts: OnDevice
@@ -91,6 +92,8 @@ class Tokens:
     heads: list[int] | None = None
     was_cut: bool = False
     index_with_new: torch.Tensor | None = None
+    number: torch.Tensor | None = None
+    first_slot: torch.Tensor | None = None
     planned_padding_mask: Callable[[torch.dtype], torch.Tensor] | None = None
 
     @classmethod
@@ -167,6 +170,9 @@ class Tokens:
         """
         if self.block is not None:
             return self.prompts.ascending[self.block].expand(self.batch, -1)
+        if self.first_slot is not None:
+            slots = self.first_slot[:, None] + self.prompts.ascending[: max(self.counts)]
+            return slots.clamp_(max=self.width - 1)
         return self._places(self.is_visual, max(self.counts))
 
     @cached_property
@@ -190,8 +196,8 @@ class Tokens:
         most = max(self.counts)
         if not self.ragged:
             return self.prompts.all_true[:, :most]
-        number = self.is_visual.sum(dim=1, keepdim=True)
-        return torch.arange(most, device=number.device) < number
+        number = self.is_visual.sum(dim=1) if self.number is None else self.number
+        return self.prompts.ascending[:most] < number[:, None]
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -201,7 +207,10 @@ class Tokens:
             return index.where(self.slot_mask, -1) if self.ragged else index
         if self.block is not None and self.prompts.block is not None:
             return self.column[:, self.block] - self.prompts.block.start
-        index = self.prompts.visual_index.gather(1, self.some_column.gather(1, self.slots))
+        if self.prompts.block is not None:
+            index = self.column.gather(1, self.slots) - self.prompts.block.start
+        else:
+            index = self.prompts.visual_index.gather(1, self.some_column.gather(1, self.slots))
         return index.where(self.slot_mask, -1) if self.ragged else index
 
     def padding_mask(self, dtype: torch.dtype) -> torch.Tensor:
