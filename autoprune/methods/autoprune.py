@@ -19,7 +19,7 @@ from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 from ..policy.curves import get_curve
 from ..policy.information import mutual_information
-from ..policy.shapes import check_information, check_size
+from ..policy.shapes import at_depth, check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
 from .any_budget import AnyBudget
 from .base import Method, check_settings
@@ -60,9 +60,9 @@ class AutoPrune(Method):
             every choice is predicted to take 3 % longer than the plain prefill, nothing is pruned (except
             under a budget of bytes, which is always kept). In `plan`, and for a device that was not
             measured, "auto" is 1.
-        rank_every: from the measurement on, rank tokens anew only every so many layers. Cuts between follow
-            the last ranking and are planned together, so each is nearly free. 1 ranks at every cut; a
-            `merger` always does.
+        rank_every: from the measurement on, rank tokens anew only every so many layers, stated for 32 layers.
+            Cuts between follow the last ranking and are planned together, so each is nearly free. 1 ranks at
+            every cut, at any depth, and so does a `merger`.
         first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
             decoder, which makes budgets feasible that could not even pay for layer 0.
         text_weight: weight of the text's attention against the vision tower's in the first cut, both
@@ -94,7 +94,7 @@ class AutoPrune(Method):
     mi_layer: int = 1
     prior: Literal["curve", "linear"] = "curve"
     cut_every: int | Literal["auto"] = 1
-    rank_every: int = 1
+    rank_every: int = 8
     first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
     text_weight: float = 1.0
     merger: str | None = None
@@ -250,8 +250,12 @@ class AutoPrune(Method):
     ) -> Decision:
         if speed is None:
             return Decision(1, "Cuts in every layer: the speed of this device was not measured.")
-        every = 1 if self.merger is not None else self.rank_every
+        every = 1 if self.merger is not None else self._ranking_step(sizes.num_layers)
         return decide_cut_every(schedule, sizes, speed, every)
+
+    def _ranking_step(self, num_layers: int) -> int:
+        """`rank_every` in layers of this model."""
+        return 1 if self.rank_every == 1 else at_depth(self.rank_every, num_layers)
 
     @property
     def needs_speed(self) -> bool:
@@ -281,7 +285,7 @@ class AutoPrune(Method):
             counts = state.notes["plan"][:, seen.cut].tolist()
             merge = get_merger(self.merger)
             return None if counts == seen.counts else merge(seen, self._scores(seen), counts)
-        until = seen.cut + (1 if seen.cut < 2 else self.rank_every)
+        until = seen.cut + (1 if seen.cut < 2 else self._ranking_step(state.shape.num_layers))
         if seen.cut <= self.mi_layer:
             until = min(until, self.mi_layer + 1)
         state.notes["ranked until"] = until
