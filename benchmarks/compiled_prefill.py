@@ -113,8 +113,8 @@ def main() -> None:
             "whole, compiled": (GivenInformation(images * PATCHES), True),
             "pruned": (GivenInformation(budget), False),
             "pruned, compiled": (GivenInformation(budget), True),
-            "cut_every=4": (GivenInformation(budget, cut_every=4), False),
-            "cut_every=4, compiled": (GivenInformation(budget, cut_every=4), True),
+            "ranked at every cut": (GivenInformation(budget, rank_every=1), False),
+            "ranked at every cut, compiled": (GivenInformation(budget, rank_every=1), True),
         }
         for what, (method, compiled) in methods.items():
             launches = decoder + count(model, inputs, method, compiled)[0] - plain

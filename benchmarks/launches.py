@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,6 +101,7 @@ def count(model: Any, inputs: dict[str, torch.Tensor], method: Method | None) ->
         "operations": sum(launches.seen.values()),
         "sorts": sum(launches.seen[name] for name in SORTS),
         "step": step.total,
+        "copies": launches.copies,
         "cuts": sum(any(s[i] < s[i - 1] for s in schedules) for i in range(1, LAYERS) if schedules),
         "seen": dict(launches.seen.most_common()),
     }
@@ -110,31 +113,83 @@ CASES = {
     "ragged batch of 8, 64 of 576": (8, 1, 64),
 }
 
+# The setting that is used by default, and others of how often tokens are ranked.
+RANK_EVERY = {"default": {}, "every cut": {"rank_every": 1}, "once": {"rank_every": 32}}
 
-def compare(model: Any, batch: int, images: int, budget: int) -> dict[str, Any]:
-    """Pruned beside plain: the ratio of launches, and what a cut and a step of decoding add.
+
+def compare(
+    model: Any, batch: int, images: int, budget: int, settings: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Pruned beside plain, for each setting: the ratio of launches, and what a cut and a step of decoding add.
 
     The ratio is of the decoder's prefill; what pruning adds around it counts as the decoder's.
     """
     inputs = prompts(batch, images)
     plain = count(model, inputs, None)
-    pruned = count(model, inputs, GivenInformation(budget))
-    added = pruned["prefill"] - plain["prefill"]
-    return {
-        "plain": plain["decoder"],
-        "pruned": plain["decoder"] + added,
-        "ratio": round(1 + added / plain["decoder"], 3),
-        "operations per cut": round(
-            (pruned["operations"] - plain["operations"]) / max(pruned["cuts"], 1), 1
-        ),
-        "step added": pruned["step"] - plain["step"],
+    found = {}
+    for name, options in settings.items():
+        pruned = count(model, inputs, GivenInformation(budget, **options))
+        added = pruned["prefill"] - plain["prefill"]
+        operations = pruned["operations"] - plain["operations"]
+        found[name] = {
+            "plain": plain["decoder"],
+            "pruned": plain["decoder"] + added,
+            "ratio": round(1 + added / plain["decoder"], 3),
+            "operations per cut": round(operations / max(pruned["cuts"], 1), 1),
+            "copies": pruned["copies"],
+            "step added": pruned["step"] - plain["step"],
+        }
+    return found
+
+
+def measure(cases: dict[str, tuple[int, int, int]] = CASES) -> dict[str, dict[str, Any]]:
+    """All cases, with the default setting; the first one with all settings."""
+    model, found = build(), {}
+    for name, case in cases.items():
+        settings = RANK_EVERY if name == next(iter(CASES)) else {"default": {}}
+        for setting, row in compare(model, *case, settings).items():
+            found[name if setting == "default" else f"{name}, ranked {setting}"] = row
+    return found
+
+
+@torch.inference_mode()
+def python_time(rounds: int = 40) -> dict[str, float]:
+    """What a cut and a prefill cost in Python, in layers that have next to nothing to compute.
+
+    Minima of runs in turns, in float32 on one thread. A cut is the difference between 30 and 2 cuts that one
+    ranking decides. What is fixed is a budget of all tokens, which measures and cuts nothing, less the plain
+    model.
+    """
+    torch.set_num_threads(1)
+    model, inputs, short = build().float(), prompts(1, 1), prompts(1, 0)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    del short["pixel_values"]
+    many, few = (GivenInformation(64, rank_every=32, cut_every=every) for every in (1, 29))
+    runs: dict[str, tuple[Method | None, dict[str, torch.Tensor]]] = {
+        "short": (None, short),
+        "plain": (None, inputs),
+        "all": (AutoPrune(PATCHES), inputs),
+        "many": (many, inputs),
+        "few": (few, inputs),
     }
-
-
-def measure() -> dict[str, dict[str, Any]]:
-    """All cases."""
-    model = build()
-    return {name: compare(model, *case) for name, case in CASES.items()}
+    best, cuts = dict.fromkeys(runs, float("inf")), {}
+    for _ in range(rounds):
+        for name, (method, given) in runs.items():
+            with nullcontext() if method is None else method(model) as trace:
+                start = time.perf_counter()
+                model(**given, logits_to_keep=1)
+                best[name] = min(best[name], time.perf_counter() - start)
+            if trace is not None:
+                schedule = trace.samples[0].tokens_per_layer
+                cuts[name] = sum(a > b for a, b in pairwise(schedule))
+    layer = best["short"] / LAYERS
+    return {
+        "short layer, ms": round(1000 * layer, 3),
+        "cut, in short layers": round(
+            (best["many"] - best["few"]) / (cuts["many"] - cuts["few"]) / layer, 2
+        ),
+        "fixed, in short layers": round((best["all"] - best["plain"]) / layer, 1),
+    }
 
 
 def main() -> None:
@@ -146,9 +201,11 @@ def main() -> None:
     print(f"{LAYERS} layers, bfloat16, {platform.machine()} CPU, {versions}")
     for name, row in counts.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    python = python_time()
+    print(", ".join(f"{key} {value}" for key, value in python.items()))
     if output:
         with open(output, "w") as file:
-            json.dump({"versions": versions, "launches": counts}, file, indent=1)
+            json.dump({"versions": versions, "launches": counts, "python": python}, file, indent=1)
 
 
 if __name__ == "__main__":

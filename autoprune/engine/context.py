@@ -125,7 +125,10 @@ class Context:
     @property
     def forward(self) -> Forward:
         """That of this thread."""
-        return self.threads.forwards.setdefault(self, Forward())
+        forward = self.threads.forwards.get(self)
+        if forward is None:
+            forward = self.threads.forwards[self] = Forward()
+        return forward
 
     @property
     def shape(self) -> ModelShape:

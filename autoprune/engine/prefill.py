@@ -20,11 +20,12 @@ from .cache.pruned import PrunedCache
 from .locate import Located
 from .record import Record
 from .refusals import refuse_unseen_attention
-from .tokens.cut import Columns, Cut, Plan, Sizes, Stage
+from .tokens.cut import Columns, Cut, Plan, Stage
 from .tokens.layout import Layout
 from .tokens.merged import cut_and_merge, with_last_tokens
 from .tokens.packing import WORTH_PACKING, Packing, can_pack, watches_inputs
 from .tokens.present import NEW, Tokens
+from .tokens.sizes import Sizes
 from .vision.view import VisionView
 
 
@@ -339,6 +340,8 @@ class Prefill:
     @cached_property
     def _may_pack(self) -> bool:
         """Whether ragged batches may be packed into one row."""
+        if self.tokens.batch == 1:
+            return False
         has_windows = any(self.located.windows)
         # Something hooked into the layers may count on the batch dimension.
         return can_pack(self.cache, self.implementation, has_windows) and not watches_inputs(

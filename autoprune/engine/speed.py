@@ -16,9 +16,10 @@ import torch
 from ..policy.time_model import DeviceSpeed
 from .attention.tap import row_attention
 from .locate import Located
-from .tokens.cut import Plan, Sizes
+from .tokens.cut import Plan
 from .tokens.layout import Layout
 from .tokens.present import Tokens
+from .tokens.sizes import Sizes
 
 # A prompt that has almost nothing to compute.
 VISUAL, TEXT = 48, 16

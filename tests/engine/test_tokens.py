@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.contract import Merged, Selection
-from autoprune.engine.tokens.cut import Plan, Sizes
+from autoprune.engine.tokens.cut import Plan
 from autoprune.engine.tokens.layout import Layout
 from autoprune.engine.tokens.merged import cut_and_merge
 from autoprune.engine.tokens.present import NEW, Tokens
+from autoprune.engine.tokens.sizes import Sizes
 
 CPU = torch.device("cpu")
 TEXT = "text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,9 @@ class LayerArguments:
         # Cosine and sine of the whole prompt as one tensor, for all cuts.
         self._rotations: dict[int, tuple[Rotary, torch.Tensor]] = {}
         self._known: set[str] = set()
+        # sdpa and eager read no position ids. A layer's own code may, as may a user's attention.
+        named = "position_ids" in inspect.signature(located.attentions[0].forward).parameters
+        self._needs_ids = named or located.implementation not in ("sdpa", "eager")
         self.follow(stage)
 
     def follow(self, stage: Stage) -> None:
@@ -63,7 +67,7 @@ class LayerArguments:
             fitting["position_embeddings"] = self._once(
                 "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
             )
-        if (ids := kwargs.get("position_ids")) is not None:
+        if self._needs_ids and (ids := kwargs.get("position_ids")) is not None:
             fitting["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
         return {**kwargs, **fitting}
 

@@ -13,7 +13,7 @@ import torch
 
 from ...contract import Needs, Observation, Rows
 from ...errors import UnsupportedError
-from ...parts.transfer import to_device
+from ...parts.transfer import all_to_device, to_device
 from ..tokens.layout import Layout, TextRows
 from ..tokens.present import Tokens
 from .masks import has_pattern, row_mask, rows_are_causal
@@ -67,6 +67,8 @@ class Observer:
     @property
     def kept_bytes(self) -> int:
         """What is kept of the attention that was seen; keys usually are the cache's own."""
+        if not (self._attention or self._projections):
+            return 0
         queries = (query for query, _ in self._projections.values())
         kept = (*self._attention.values(), *queries)
         return sum(tensor.untyped_storage().nbytes() for tensor in kept)
@@ -263,7 +265,7 @@ class _Rows:
     @classmethod
     def of(cls, rows: TextRows, device: torch.device) -> _Rows:
         behind = rows.behind[:1] if rows.alike else rows.behind
-        on_device = (to_device(values, device) for values in (rows.column, rows.mask, behind))
+        on_device = all_to_device([rows.column, rows.mask, behind], device)
         shared = behind[0] if rows.alike else None
         return cls(*on_device, shared, rows.are_last, rows.joined, bool(rows.mask.all()))
 

@@ -110,8 +110,8 @@ class Call:
         if scored and tower.layout is not None and tower.layout.squares:
             pixels, size = arguments.get("pixel_values"), tower.patch_size
             if (padding := padded_patches(pixels, shape, size)) is not None:
-                # A token is padding if none of its patches is real.
-                values["vision_padding"] = of_tokens((~padding).float()) == 0
+                # A token is padding if all of its patches are.
+                values["vision_padding"] = of_tokens(padding.float()) == 1
                 if wanted.outside:
                     values["vision_outside"] = of_tokens(
                         patches_outside(arguments["pixel_values"], size)
