@@ -299,8 +299,9 @@ class AutoPrune(Method):
             None if seen.no_padding else seen.text_mask,
             seen.mask if seen.ragged else None,
         )
+        mean = [sum(heads) / len(heads) for heads in per_head.tolist()]
         # Attention that overflowed tells nothing; the other prompts of the batch go on.
-        return [x if np.isfinite(x) else 0.0 for x in per_head.mean(dim=1).tolist()]
+        return [x if np.isfinite(x) else 0.0 for x in mean]
 
     def _information_for_schedule(self, measured: list[float]) -> list[float]:
         """The bits that each prompt's schedule follows: what was measured. A benchmark may give others."""

@@ -53,7 +53,7 @@ def mutual_information(
         block = block.where(_fit_mask(visual_mask, attention, "visual_mask", -1), 0.0)
 
     mass = block.sum(dim=(-2, -1), keepdim=True)
-    joint = block / torch.where(mass > 0, mass, 1.0)
+    joint = block / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     text_marginal = joint.sum(dim=-1, keepdim=True)
     visual_marginal = joint.sum(dim=-2, keepdim=True)
     tiny = torch.finfo(joint.dtype).tiny

@@ -55,7 +55,8 @@ class HeldColumns:
     def of(cls, stages: Sequence[Tokens]) -> HeldColumns:
         widths = [tokens.width for tokens in stages]
         sizes = [aligned(width) for width in widths]
-        spare = stages[0].column.new_full((len(stages[0].column), ALIGNED), -1)
+        # What aligns a stage is never read, so any columns do.
+        spare = stages[0].column[:, :1].expand(-1, ALIGNED)
         parts = [
             part
             for tokens, size in zip(stages, sizes, strict=True)

@@ -102,18 +102,25 @@ class Plan:
         depths: range,
     ):
         self.tokens, self.packing, self.sizes, self.depths = tokens, packing, sizes, depths
-        self._numbers = sizes.numbers[:, depths.start : depths.stop, :, None]
+        # The depth before the first cut is the present one: it says which row each token has now.
+        start, known = depths.start, int(depths.start > 0)
+        numbers = sizes.numbers[:, start - known : depths.stop, :, None]
         # All of these are [cuts, batch, n], for each token that is present.
-        self._kept = ranks < self._numbers[0]
-        self._order = self._kept.cumsum(dim=2)
-        self.place, goes = (self._order + self._numbers[1:3]).unbind(0)
-        self._goes = goes.where(self._kept, int(sizes.ends[-1]))
+        kept = ranks < numbers[0]
+        order = kept.cumsum(dim=2)
+        place, goes = order + numbers[1:3]
+        self._before = place[:-1] if known else None
+        self._numbers, self._kept = numbers[:, known:], kept[known:]
+        self._order, self.place = order[known:], place[known:]
+        self._goes = goes[known:].where(self._kept, int(sizes.ends[-1]))
         self._padding_masks: dict[tuple[bool, torch.dtype], torch.Tensor] = {}
 
     def cuts(self, layers: Sequence[int]) -> list[Cut]:
         """The cuts, one before each of these layers."""
         sizes, padded = self.sizes, self.sizes.padded
-        before = self._now if len(layers) == 1 else torch.cat([self._now, self.place[:-1]])
+        before = self._before
+        if before is None:
+            before = self._now if len(layers) == 1 else torch.cat([self._now, self.place[:-1]])
         source = self._put("source", before, sizes.rows_for_padding if padded else None)
         columns = self._put(None, self.tokens.column, -1 if padded else None)
         span = slice(sizes.rows(self.depths[0]).start, sizes.rows(self.depths[-1]).stop)

@@ -102,18 +102,17 @@ def padded_patches(pixels: Any, shape: Sequence[int], patch_size: int) -> Tensor
     border = _border(pixels)[..., : side * patch_size].unflatten(-1, (side, patch_size))
     rows, columns = border.all(dim=-1)
     padding = (rows[:, :, None] | columns[:, None, :]).flatten(1)
-    return padding & ~padding.all(dim=1, keepdim=True)
+    return padding.masked_fill(padding.all(dim=1, keepdim=True), False)
 
 
 def _border(pixels: Tensor) -> Tensor:
     """bool [2, pictures, side]: rows, then columns, of one colour, unbroken from either edge."""
     corners = torch.stack([pixels[:, :, :1, :1], pixels[:, :, -1:, -1:]])
-    like = (pixels == corners).all(dim=2)
-    flat = torch.stack([like.all(dim=3), like.all(dim=2)])
-    # The first edge ends with the first line that is not flat, the last one begins behind the last of them.
-    broken = (~flat).cumsum(dim=-1)
-    first, last = broken.unbind(1)
-    return (first == 0) | ((last == last[..., -1:]) & flat[:, 1])
+    other = (pixels != corners).any(dim=2)
+    broken = torch.stack([other.any(dim=3), other.any(dim=2)])
+    # The first edge ends with the first line that is broken, the last one begins behind the last of them.
+    first, last = broken.cumsum(dim=-1).unbind(1)
+    return (first == 0) | ((last == last[..., -1:]) > broken[:, 1])
 
 
 def patches_outside(pixels: Tensor, patch_size: int) -> Tensor:
