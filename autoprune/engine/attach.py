@@ -16,10 +16,10 @@ from ..trace import Sample, Trace
 from .cache.static import PrunedStaticCache
 from .compiled import Backend, CompiledLayers
 from .context import Context
-from .given import checked_mask, checked_scores, model_of
 from .hooks import close_all, close_context, compile_layers, open_context, served_by
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
+from .user_inputs import checked_mask, checked_scores, model_of
 
 
 class Attachment:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..policy.time_model import DeviceSpeed
-from .attention.tap import row_attention
+from .attention.row_attention import row_attention
 from .locate import Located
 from .tokens.cut import Plan
 from .tokens.layout import Layout

@@ -19,7 +19,7 @@ from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 from ..policy.curves import get_curve
 from ..policy.information import mutual_information
-from ..policy.shapes import at_depth, check_information, check_size
+from ..policy.schedules import at_depth, check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
 from .any_budget import AnyBudget
 from .base import Method, check_settings

@@ -33,7 +33,7 @@ from ..contract import (
 from ..parts.mergers import in_order
 from ..parts.selectors import required_first, top_k
 from ..policy.cost import DecoderCost
-from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
+from ..policy.schedules import at_depth, check_size, fit_schedule, schedule_from_cuts
 from ..trace import Sample
 from .any_budget import AnyBudget
 

@@ -14,7 +14,7 @@ from ..contract import Needs, Observation, PromptState
 from ..parts.scorers import text_attention
 from ..policy.budget import InfeasibleBudget
 from ..policy.cost import DecoderCost
-from ..policy.shapes import at_depth, check_size, fit_schedule, schedule_from_cuts
+from ..policy.schedules import at_depth, check_size, fit_schedule, schedule_from_cuts
 from .base import Planned
 
 OFFICIAL_LAYERS, EARLY_LAYERS = (8.0, 16.0, 24.0), (2.0, 6.0, 15.0)

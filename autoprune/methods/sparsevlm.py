@@ -11,7 +11,7 @@ import torch
 from ..contract import Needs, Observation, PromptState, Selection
 from ..parts.mergers import get_merger
 from ..parts.scorers import text_attention
-from ..policy.shapes import at_depth, schedule_from_cuts
+from ..policy.schedules import at_depth, schedule_from_cuts
 from .base import Planned, check_choice
 
 CUTS = (3, 7, 16)

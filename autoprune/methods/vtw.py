@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..contract import Observation, PromptState
-from ..policy.shapes import schedule_from_cuts
+from ..policy.schedules import schedule_from_cuts
 from .base import Planned
 
 

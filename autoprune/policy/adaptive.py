@@ -24,7 +24,7 @@ from .cost import DecoderCost
 from .curves import get_curve, straight
 from .envelope import envelope
 from .layer_groups import LayerGroups
-from .shapes import REFERENCE_DEPTH
+from .schedules import REFERENCE_DEPTH
 from .solver import solve_schedule
 from .time_model import Decision, DeviceSpeed, Prefill, choose_cut_every
 

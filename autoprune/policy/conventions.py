@@ -25,7 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from .released import cluster_count, recycled_count
-from .shapes import at_depth, check_size
+from .schedules import at_depth, check_size
 
 FASTV_LAYER = 2
 PDROP_LAYERS = (8, 16, 24)

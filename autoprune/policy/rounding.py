@@ -1,5 +1,5 @@
 """Integer water filling: turns a retention curve, floors and caps into token counts that spend a
-total.
+total. The total itself, and how it is rounded, is `Budget.allowed`.
 
 All functions take one row per prompt and treat rows independently: a row's result is bitwise the
 same in any batch. The curve, the floors and the caps never increase along the layers, and neither

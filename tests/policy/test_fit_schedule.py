@@ -15,7 +15,7 @@ from autoprune.methods import METHODS
 from autoprune.methods.base import Planned
 from autoprune.policy.budget import InfeasibleBudget
 from autoprune.policy.cost import DecoderCost
-from autoprune.policy.shapes import fit_schedule
+from autoprune.policy.schedules import fit_schedule
 from tests.policy.examples import examples
 
 PLANNED = [name for name, cls in METHODS.items() if issubclass(cls, Planned)]

@@ -17,7 +17,7 @@ from ...parts.transfer import all_to_device, to_device
 from ..tokens.layout import Layout, TextRows
 from ..tokens.present import Tokens
 from .masks import has_pattern, row_mask, rows_are_causal
-from .tap import row_attention
+from .row_attention import row_attention
 
 if TYPE_CHECKING:
     from ..vision.view import VisionView

@@ -1,7 +1,8 @@
 """What cuts leave of the tokens that are present: decided once, applied everywhere.
 
 A cut that only drops tokens follows from a rank for each token and the number that each prompt keeps. All
-cuts that one ranking decides are planned together, so that each of them is one `index_select` later.
+cuts that one ranking decides are planned together, so that each of them is one `index_select` later
+(`engine/prefill.py`).
 """
 
 from __future__ import annotations

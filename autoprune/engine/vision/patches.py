@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.tap import row_attention
+from ..attention.row_attention import row_attention
 
 # Resizing blurs a picture's edge over about this many rows of pixels; where it was is then known to a tenth
 # of a row. Padding on both sides differs by a row before the resizing.
