@@ -16,7 +16,14 @@ from ..trace import Sample, Trace
 from .cache.static import PrunedStaticCache
 from .compiled import Backend, CompiledLayers
 from .context import Context
-from .hooks import close_all, close_context, compile_layers, open_context, served_by
+from .hooks import (
+    close_all,
+    close_context,
+    compile_layers,
+    keep_layer_hooks,
+    open_context,
+    served_by,
+)
 from .locate import locate, warn_if_untested
 from .refusals import refuse_mode, refuse_positions
 from .user_inputs import checked_mask, checked_scores, model_of
@@ -171,9 +178,11 @@ class Attachment:
             UnsupportedError: the model has sliding layers, or attention other than sdpa and eager.
             ValueError: a number is out of range, or the budget infeasible for such prompts.
         """
-        return PrunedStaticCache(
+        cache = PrunedStaticCache(
             self.located, self.method, self.shape, num_visual, num_text, max_new_tokens
         )
+        keep_layer_hooks(self._context)
+        return cache
 
 
 def detach(model: Any) -> None:

@@ -120,6 +120,7 @@ class Context:
         self.implementation = located.implementation
         # How layers of a prefill run; None runs them as they are.
         self.compiled: CompiledLayers | None = None
+        self.keeps_layer_hooks = False
         self.thread, self.for_all, self.is_open = threading.current_thread(), False, False
 
     @property

@@ -83,6 +83,14 @@ def compile_layers(context: Context, layers: CompiledLayers) -> None:
         context.compiled = layers
 
 
+def keep_layer_hooks(context: Context) -> None:
+    """Leave the layers' hooks where they are, as compiled decoding on a static cache traces them."""
+    with _lock:
+        context.keeps_layer_hooks = True
+        if context.is_open:
+            _hooked[context.located.text].on_layers.keep()
+
+
 @contextmanager
 def served_by(context: Context) -> Iterator[None]:
     """In this, the thread is served by an open context, whatever others there are."""
@@ -105,7 +113,7 @@ class Hooks:
         self._outers: list[nn.Module] = []
         self._tagged: dict[Context, tuple[dict[nn.Module, tap.Handler], set[str]]] = {}
         self._thread = ThreadState()
-        self._on_layers = LayerHooks(located.layers, self._before_layer)
+        self.on_layers = LayerHooks(located.layers, self._before_layer)
 
     def refuse_another(self, new: Context) -> None:
         """Raise UnsupportedError if `new` would stand beside a context of its thread."""
@@ -132,6 +140,8 @@ class Hooks:
         self._install_on(context.vision)
         if context.compiled is not None:
             self.take_over_layers()
+        if context.keeps_layer_hooks:
+            self.on_layers.keep()
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
         tagged |= dict.fromkeys(observed, self._attend_in_tower)
         names = {module.config._attn_implementation for module in observed}
@@ -146,12 +156,12 @@ class Hooks:
         """Serve a context no longer; the last one leaves the model as it was."""
         context.is_open = False
         self.contexts = tuple(other for other in self.contexts if other is not context)
-        # What is left of forwards that did not come to their end.
-        context.threads = ThreadState()
+        # What is left of a forward that did not come to its end. Those of other threads may be under way.
+        self._thread.forwards.pop(context, None)
         if context in self._tagged:
             tap.untag(*self._tagged.pop(context))
         if not self.contexts:
-            self._on_layers.remove()
+            self.on_layers.remove()
             for patch in self._patches.values():
                 patch.remove()
             self._patches, self._outers = {}, []
@@ -176,7 +186,7 @@ class Hooks:
         self._before(text, self._before_text)
         after = text.register_forward_hook(self._after_text, always_call=True)
         self._patch(text).hook(after)
-        self._on_layers.patches = [self._patch(layer) for layer in self.located.layers]
+        self.on_layers.patches = [self._patch(layer) for layer in self.located.layers]
 
     def _install_on(self, vision: TowerObserver) -> None:
         """Watch what `vision` watches, which may be more than the contexts so far do."""
@@ -316,19 +326,25 @@ class Hooks:
     def _before_text(
         self, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        if torch.compiler.is_dynamo_compiling():
-            return None
-        context, cache = self._thread.serving, cache_of(kwargs)
+        cache = cache_of(kwargs)
         layers = getattr(cache, "layers", ())
+        if torch.compiler.is_dynamo_compiling():
+            pruned = PrunedCache.of(cache)
+            if pruned is not None and not is_static(layers[0]):
+                has_mask = kwargs.get("attention_mask") is not None
+                if has_mask or not pruned.sees_all(self.located.windows):
+                    refuse_compiled_growth()
+            return None
+        context = self._thread.serving
         needed = bool(layers) and is_static(layers[0])
         if context is None:
-            self._on_layers.begin(needed)
+            self.on_layers.begin(needed)
             return None
         kwargs = dict(kwargs)
         forward = context.forward
         forward.run = None
         forward.run = context.before_text(kwargs, self._thread.copies)
-        self._on_layers.begin(needed or (forward.run is not None and forward.run.has_to_do))
+        self.on_layers.begin(needed or (forward.run is not None and forward.run.has_to_do))
         return args, kwargs
 
     def _run(self) -> Any:
@@ -350,13 +366,8 @@ class Hooks:
 
     def _compiled_step(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decoding inside torch.compile: tensors only, so one graph serves every kept set."""
-        cache = cache_of(kwargs)
-        layers = getattr(cache, "layers", ())
+        layers = getattr(cache_of(kwargs), "layers", ())
         if index >= len(layers) or not is_static(layers[index]):
-            pruned = PrunedCache.of(cache)
-            has_mask = kwargs.get("attention_mask") is not None
-            if pruned is not None and (has_mask or not pruned.sees_all(self.located.windows)):
-                refuse_compiled_growth()
             return None
         return args, compiled_step(self.located, layers[index], args[0], kwargs)
 
@@ -396,7 +407,7 @@ class Hooks:
         if torch.compiler.is_dynamo_compiling():
             return None
         context, self._thread.serving = self._thread.serving, None
-        self._on_layers.end()
+        self.on_layers.end()
         if context is None:
             return None
         run, context.forward.run = context.forward.run, None
@@ -417,6 +428,7 @@ class LayerHooks:
         self.patches: list[ModulePatch] = []
         self._handles: list[Any] = []
         self._running: set[threading.Thread] = set()
+        self._stay = False
 
     def begin(self, needed: bool) -> None:
         """A forward of this thread begins."""
@@ -427,8 +439,14 @@ class LayerHooks:
                 self._running.add(threading.current_thread())
                 if not self._handles:
                     self._install()
-            elif not self._running - {threading.current_thread()}:
+            elif not (self._stay or self._running - {threading.current_thread()}):
                 self.remove()
+
+    def keep(self) -> None:
+        """Have them there from now on."""
+        self._stay = True
+        if not self._handles:
+            self._install()
 
     def end(self) -> None:
         """It is over."""

@@ -49,7 +49,7 @@ class Prefill:
         self.stages = [Stage(0, Tokens.of(layout, device))]
         # Cuts that are decided and still to be made, by layer.
         self.decided: dict[int, Cut] = {}
-        self._schedule: tuple[list[list[int]], list[int], Sizes] | None = None
+        self._schedule: tuple[list[list[int]], list[int], Sizes, list[int]] | None = None
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
@@ -99,7 +99,11 @@ class Prefill:
         last = index + 1 == len(self.located.layers)
         self.observer.expect(None if last else self.method.needs(index + 1, self.state))
         self.unsettled, self.attention_seen = None if self.packing is None else index, False
-        return (hidden, *args[1:]), self._fit(index, hidden, kwargs)
+        fitting = self._fit(index, hidden, kwargs)
+        if (columns := self.stages[-1].columns) is not None:
+            held = columns.nbytes * (1 - self.stages[-1].share)
+            self.observed[index] = self.observed.get(index, 0) + round(held)
+        return (hidden, *args[1:]), fitting
 
     def _begin(self, kwargs: dict) -> None:
         if self.cache is None:
@@ -205,11 +209,13 @@ class Prefill:
             self._check(index, answer)
             selection, forced = with_last_tokens(self.tokens, answer, self.layout.ends_visual)
             if not self._keeps_all(selection):
+                self._refuse_two_decisions(index)
                 return self._select(index, selection, forced, hidden)
         return hidden
 
     def _follow(self, index: int, ranking: Ranking, required: torch.Tensor | None) -> None:
         """Plan all cuts that follow from a ranking."""
+        self._refuse_two_decisions(index)
         tokens, scores = self.tokens, ranking.scores
         layers, sizes = self._sizes(index)
         due = [i for i, layer in enumerate(layers) if index <= layer < ranking.until]
@@ -226,14 +232,20 @@ class Prefill:
 
     def _sizes(self, index: int) -> tuple[list[int], Sizes]:
         """The layers before which the schedule falls, and what is left there."""
-        schedule = self.state.schedule
-        if self._schedule is None or self._schedule[0] is not schedule:
-            counts = self._checked(schedule, index)
-            before = np.concatenate([np.array(self.tokens.counts)[None], counts[index:-1]])
-            layers = (index + np.flatnonzero((counts[index:] < before).any(axis=1))).tolist()
-            sizes = Sizes(self.tokens, self.packing, counts[layers], self._may_pack)
-            self._schedule = schedule, layers, sizes
-        return self._schedule[1:]
+        schedule, made = self.state.schedule, self._schedule
+        if made is not None and made[0] == schedule:
+            # What is present must be what the schedule left.
+            passed = [i for i, layer in enumerate(made[1]) if layer < index]
+            left = made[2].counts[passed[-1]].tolist() if passed else made[3]
+            if left == self.tokens.counts:
+                return made[1], made[2]
+        counts = self._checked(schedule, index)
+        before = np.concatenate([np.array(self.tokens.counts)[None], counts[index:-1]])
+        layers = (index + np.flatnonzero((counts[index:] < before).any(axis=1))).tolist()
+        sizes = Sizes(self.tokens, self.packing, counts[layers], self._may_pack)
+        own = [list(row) for row in schedule or []]
+        self._schedule = own, layers, sizes, list(self.tokens.counts)
+        return layers, sizes
 
     def _checked(self, schedule: list[list[int]] | None, index: int) -> np.ndarray:
         """The schedule as int [layers, batch], from layer `index` on no more than is present."""
@@ -254,6 +266,13 @@ class Prefill:
             )
         return counts
 
+    def _refuse_two_decisions(self, index: int) -> None:
+        if self.decided:
+            raise ValueError(
+                f"{type(self.method).__name__} decides cut {index}, but its last ranking was to hold until cut "
+                f"{max(self.decided) + 1} or further; rank with a smaller `until`"
+            )
+
     def _cut(self, due: Cut, hidden: torch.Tensor) -> torch.Tensor:
         """Make a cut that only drops tokens."""
         self._enter(due.stage)
@@ -270,6 +289,9 @@ class Prefill:
             return self._merge(index, selection, forced, hidden)
         tokens, packing = self.tokens, self.packing
         kept, counts = selection.kept[:, : max(selection.counts)], list(selection.counts)
+        if min(counts) < max(counts):
+            real = to_device(np.arange(max(counts)) < np.array(counts)[:, None], kept.device)
+            kept = kept.where(real, -1)
         sizes = Sizes(tokens, packing, np.array([counts]), self._may_pack)
         plan = Plan(tokens, packing, tokens.ranks_of(kept), sizes, range(1))
         (due,) = plan.cuts([index])
@@ -330,6 +352,11 @@ class Prefill:
         return self._in_form(pool.index_select(0, source.flatten().to(pool.device)))
 
     def _enter(self, stage: Stage) -> None:
+        before = self.stages[-1]
+        if before.columns is not stage.columns:
+            # What was taken for its depths is read no more.
+            for earlier in self.stages:
+                earlier.columns = None
         self.stages.append(stage)
         self.arguments.follow(stage)
 

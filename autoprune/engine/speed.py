@@ -5,6 +5,7 @@ Only methods that ask for it (`MethodContract.needs_speed`) have it measured: it
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -46,10 +47,10 @@ def device_speed(located: Located) -> DeviceSpeed:
 def _measure(located: Located, weight: torch.Tensor) -> DeviceSpeed:
     device, dtype = weight.device, weight.dtype
     size = located.text.config.hidden_size
-    hidden = torch.randn(1, VISUAL + TEXT, size, device=device).to(dtype)
+    hidden = _numbers(1, VISUAL + TEXT, size, device=device).to(dtype)
     positions = torch.arange(VISUAL + TEXT, device=device)[None]
     heads = max(1, getattr(located.text.config, "num_attention_heads", 1))
-    query = torch.randn(1, heads, VISUAL + TEXT, max(1, size // heads), device=device).to(dtype)
+    query = _numbers(1, heads, VISUAL + TEXT, max(1, size // heads), device=device).to(dtype)
     visual = np.arange(VISUAL + TEXT)[None] < VISUAL
     tokens = Tokens.of(Layout(np.ones_like(visual), visual), device)
     source = torch.arange(VISUAL + TEXT // 2, device=device)
@@ -60,7 +61,7 @@ def _measure(located: Located, weight: torch.Tensor) -> DeviceSpeed:
         order = seen.mean(dim=(1, 2)).sort(dim=1, descending=True, stable=True).indices
         Plan(tokens, None, tokens.ranks(order), sizes, range(1)).cuts([1])
 
-    many = torch.randn(MANY, weight.shape[-1], device=device).to(dtype)
+    many = _numbers(MANY, weight.shape[-1], device=device).to(dtype)
     product = _seconds(lambda: torch.nn.functional.linear(many, weight), device, rounds=3)
     return DeviceSpeed(
         layer_launch_s=_seconds(_layer(located, hidden, positions), device),
@@ -68,6 +69,11 @@ def _measure(located: Located, weight: torch.Tensor) -> DeviceSpeed:
         ranking_launch_s=_seconds(rank, device),
         flops_per_s=2 * MANY * weight.numel() / product,
     )
+
+
+def _numbers(*shape: int, device: torch.device) -> torch.Tensor:
+    """Some numbers, without drawing from the user's generator."""
+    return torch.arange(math.prod(shape), device=device).view(shape).float().cos()
 
 
 def _layer(located: Located, hidden: torch.Tensor, positions: torch.Tensor) -> Callable[[], Any]:

@@ -250,12 +250,23 @@ class AutoPrune(Method):
     ) -> Decision:
         if speed is None:
             return Decision(1, "Cuts in every layer: the speed of this device was not measured.")
-        every = 1 if self.merger is not None else self._ranking_step(sizes.num_layers)
-        return decide_cut_every(schedule, sizes, speed, every)
+        return decide_cut_every(schedule, sizes, speed, self._ranking_step(sizes.num_layers))
 
     def _ranking_step(self, num_layers: int) -> int:
         """`rank_every` in layers of this model."""
-        return 1 if self.rank_every == 1 else at_depth(self.rank_every, num_layers)
+        if self.rank_every == 1 or self.merger is not None:
+            return 1
+        return at_depth(self.rank_every, num_layers)
+
+    def _window(self, cut: int, num_layers: int) -> tuple[int, int]:
+        """The cuts, from the first to behind the last, that follow one ranking: the same for every prompt."""
+        if cut < 2:
+            return cut, cut + 1
+        measured = max(2, self.mi_layer + 1)
+        start, end = (2, measured) if cut < measured else (measured, num_layers)
+        step = self._ranking_step(num_layers)
+        first = cut - (cut - start) % step
+        return first, min(first + step, end)
 
     @property
     def needs_speed(self) -> bool:
@@ -264,12 +275,12 @@ class AutoPrune(Method):
     def needs(self, cut: int, state: PromptState) -> Needs | None:
         if not state.prunes:
             return None
-        if cut < state.notes.get("ranked until", 0):
-            return None
-        due = state.notes["due"][cut]
+        due = state.notes["due"]
         if cut == 0:
-            return Needs(vision=True) if due else None
-        if due or cut == self.mi_layer + 1:
+            return Needs(vision=True) if due[0] else None
+        first, until = self._window(cut, state.shape.num_layers)
+        ranks = cut == first and any(due[first:until])
+        if ranks or cut == self.mi_layer + 1:
             vision = cut == 1 and self.first_cut == "after_layer_0"
             return Needs(rows="text", vision=vision, hidden=self.merger is not None)
         return None
@@ -285,10 +296,7 @@ class AutoPrune(Method):
             counts = state.notes["plan"][:, seen.cut].tolist()
             merge = get_merger(self.merger)
             return None if counts == seen.counts else merge(seen, self._scores(seen), counts)
-        until = seen.cut + (1 if seen.cut < 2 else self._ranking_step(state.shape.num_layers))
-        if seen.cut <= self.mi_layer:
-            until = min(until, self.mi_layer + 1)
-        state.notes["ranked until"] = until
+        _, until = self._window(seen.cut, state.shape.num_layers)
         return Ranking(self._scores(seen), until)
 
     def _measure(self, seen: Observation) -> list[float]:

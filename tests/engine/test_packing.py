@@ -10,6 +10,7 @@ import torch
 from transformers import StaticCache
 
 from autoprune import AutoPrune, Budget
+from autoprune.engine.attention import arguments
 from autoprune.engine.tokens.packing import WORTH_PACKING, Packing
 from autoprune.errors import UnsupportedError
 from tests import oracle, zoo, zoo_decoders
@@ -132,7 +133,9 @@ def positions_of_layers(model):
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("batch", ["single", "padded3"])
-def test_layers_are_given_the_positions_of_the_tokens_they_have(batch, shared):
+def test_layers_are_given_the_positions_of_the_tokens_they_have(batch, shared, monkeypatch):
+    """Where anything reads them."""
+    monkeypatch.setattr(arguments, "WITHOUT_IDS", ())
     model = model_of("llava")
     inputs = zoo.inputs("llava", model, batch)
     mask = inputs["attention_mask"].bool()

@@ -20,6 +20,9 @@ from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask
 # Arguments that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
 
+# Attention that reads no position ids; a user's own may.
+WITHOUT_IDS = ("sdpa", "eager")
+
 # Cosine and sine, or both as one complex tensor (DeepSeek-V2): each [batch or 1, S, size], or [3, ...].
 Rotary = tuple[torch.Tensor, ...] | torch.Tensor
 
@@ -39,9 +42,12 @@ class LayerArguments:
         # Cosine and sine of the whole prompt as one tensor, for all cuts.
         self._rotations: dict[int, tuple[Rotary, torch.Tensor]] = {}
         self._known: set[str] = set()
-        # sdpa and eager read no position ids. A layer's own code may, as may a user's attention.
-        named = "position_ids" in inspect.signature(located.attentions[0].forward).parameters
-        self._needs_ids = named or located.implementation not in ("sdpa", "eager")
+        # A layer's own code may read position ids.
+        kinds = {type(attention): attention for attention in located.attentions}.values()
+        named = [inspect.signature(kind.forward).parameters for kind in kinds]
+        self._needs_ids = located.implementation not in WITHOUT_IDS or any(
+            "position_ids" in names for names in named
+        )
         self.follow(stage)
 
     def follow(self, stage: Stage) -> None:
@@ -144,10 +150,8 @@ class LayerArguments:
         return values if packing is None else packing.pack(values, values.ndim + dim)
 
     def _refuse_unknown(self, kwargs: dict) -> None:
-        if self._known.issuperset(kwargs):
-            return
         for name, value in kwargs.items():
-            if name in HANDLED or not isinstance(value, torch.Tensor):
+            if name in HANDLED or name in self._known or not isinstance(value, torch.Tensor):
                 continue
             if self.length in value.shape[1:]:
                 raise UnsupportedError(
@@ -155,7 +159,7 @@ class LayerArguments:
                     f"{list(value.shape)}, which follows the sequence and cannot be cut; "
                     "this decoder is not supported"
                 )
-        self._known = set(kwargs)
+            self._known.add(name)
 
 
 def compacted_positions(tokens: Tokens) -> torch.Tensor:

@@ -37,6 +37,13 @@ class Stage:
     columns: Columns | None = None
     rows: slice | None = None
 
+    @property
+    def share(self) -> float:
+        """Of `columns`, how much is this stage's."""
+        if self.columns is None or self.rows is None:
+            return 1.0
+        return (self.rows.stop - self.rows.start) / max(len(self.columns), 1)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -64,6 +71,14 @@ class Columns:
         self._columns = columns.clamp(min=0) if padded else columns
         self._prompt = prompt
         self._taken: dict[int, tuple[Any, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what was taken."""
+        return sum(taken.nbytes for _, taken in self._taken.values())
 
     def take(self, values: torch.Tensor, source: Any, dim: int) -> torch.Tensor:
         """From [..., batch or 1, S, ...] to [..., rows, ...].

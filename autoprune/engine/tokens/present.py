@@ -217,7 +217,8 @@ class Tokens:
         """Additive mask [batch, n] that blocks padding, by half of what a type of numbers holds."""
         if self.planned_padding_mask is not None:
             return self.planned_padding_mask(dtype)
-        return torch.where(self.column < 0, blocked_by_half(dtype), 0.0).to(dtype)
+        mask = torch.zeros_like(self.column, dtype=dtype)
+        return mask.masked_fill_(self.column < 0, blocked_by_half(dtype))
 
     @property
     def waste(self) -> float:
