@@ -52,6 +52,7 @@ class Attachment:
         self.method, self.model, self.located = method, model, locate(model)
         self.trace = Trace(keep, on_sample)
         self._context = Context(method, model, self.located, visual_mask, vision_scores, self.trace)
+        self.vision = self._context.vision
         refuse_positions(method, self.located)
         method.check(self.shape)
 

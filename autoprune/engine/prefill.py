@@ -84,8 +84,7 @@ class Prefill:
         if index == 0:
             self._begin(kwargs)
         self._note_bytes(index)
-        entering = args[0]
-        hidden = self._add_deepstack(index, entering)
+        entering = hidden = self._add_deepstack(index, args[0])
         needs = self.observer.needs if index else self.method.needs(0, self.state)
         if needs is not None:
             if needs.each(ahead=True):

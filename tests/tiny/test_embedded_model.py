@@ -63,5 +63,5 @@ def test_it_describes_a_picture_in_a_long_answer(embedded):
 
 
 def test_missing_weights_are_named_with_the_way_out(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python -m autoprune\.tiny\.train"):
+    with pytest.raises(FileNotFoundError, match=r"python -m autoprune\.tiny\.recipe\.train"):
         tiny.load(folder=tmp_path)

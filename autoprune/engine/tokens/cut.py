@@ -64,10 +64,12 @@ class Columns:
 
     Args:
         columns: LongTensor [rows]; -1 for padding, if there is any.
-        prompt: gives LongTensor [rows], which prompt each belongs to.
+        prompt: gives LongTensor [rows], which prompt each belongs to; None for a single prompt.
     """
 
-    def __init__(self, columns: torch.Tensor, prompt: Callable[[], torch.Tensor], padded: bool):
+    def __init__(
+        self, columns: torch.Tensor, prompt: Callable[[], torch.Tensor] | None, padded: bool
+    ):
         self._columns = columns.clamp(min=0) if padded else columns
         self._prompt = prompt
         self._taken: dict[int, tuple[Any, torch.Tensor]] = {}
@@ -90,7 +92,7 @@ class Columns:
         if id(source) not in self._taken:
             batch, length = values.shape[dim - 1], values.shape[dim]
             index = self._columns
-            if batch > 1:
+            if batch > 1 and self._prompt is not None:
                 index, values = index + self._prompt() * length, values.flatten(dim - 1, dim)
             else:
                 values = values.squeeze(dim - 1)
@@ -140,7 +142,8 @@ class Plan:
         source = self._put("source", before, sizes.rows_for_padding if padded else None)
         columns = self._put(None, self.tokens.column, -1 if padded else None)
         span = slice(sizes.rows(self.depths[0]).start, sizes.rows(self.depths[-1]).stop)
-        shared = Columns(columns[span], partial(self._prompt, span), padded)
+        prompt = partial(self._prompt, span) if sizes.batch > 1 else None
+        shared = Columns(columns[span], prompt, padded)
         cuts = []
         for layer, depth in zip(layers, self.depths, strict=True):
             rows = sizes.rows(depth)
@@ -148,6 +151,8 @@ class Plan:
             within = slice(rows.start - span.start, rows.stop - span.start)
             stage = Stage(layer, self._left(depth, columns), packing, shared, within)
             cuts.append(Cut(stage, source[rows]))
+        # Masks of padding need no more than where tokens go.
+        del self._kept, self._order
         return cuts
 
     def _left(self, depth: int, columns: torch.Tensor) -> Tokens:
@@ -167,7 +172,11 @@ class Plan:
             index_with_new=None if index is None else index[rows].view(shape),
             first_slot=None if tokens.heads is None else sizes.numbers[5, depth],
             number=sizes.numbers[0, depth],
-            planned_padding_mask=partial(self._padding_mask, rows, shape, sizes.packed[depth]),
+            planned_padding_mask=(
+                partial(self._padding_mask, rows, shape, sizes.packed[depth])
+                if shape[0] * shape[1] > sizes.lengths[depth].sum()
+                else None
+            ),
         )
 
     def _padding_mask(
