@@ -102,7 +102,7 @@ def test_the_peak_of_a_ragged_batch_is_what_the_trace_says():
     held = hold_once(model, prompts(model, 4), method)
     assert padding_waste(held.samples) > 0.01
     # What cuts are planned with is not counted: a few numbers for each token.
-    assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.03)
+    assert held.peak == pytest.approx(sum(s.peak_bytes for s in held.samples), rel=0.04)
 
 
 @pytest.mark.parametrize("packed", [True, False])
