@@ -83,7 +83,7 @@ def _layer(located: Located, hidden: torch.Tensor, positions: torch.Tensor) -> C
     if (rotary := getattr(text, "rotary_emb", None)) is not None:
         try:
             given["position_embeddings"] = rotary(hidden, positions)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, IndexError, RuntimeError):
             # Some count positions in several dimensions, or by the type of layer.
             given["position_embeddings"] = _any_rotary(rotary, text, hidden, positions)
     return lambda: layer.forward(hidden, **given)
@@ -93,7 +93,7 @@ def _any_rotary(rotary: Any, text: Any, hidden: torch.Tensor, positions: torch.T
     kinds = getattr(text.config, "layer_types", None) or [None]
     try:
         return rotary(hidden, positions[None].expand(3, -1, -1))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, IndexError, RuntimeError):
         return rotary(hidden, positions, kinds[0])
 
 
