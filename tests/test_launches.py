@@ -35,12 +35,21 @@ def test_launches_are_those_that_were_committed(counted):
         assert row["step added"] <= 0, name
 
 
-def test_a_cut_of_a_ranking_is_one_operation(counted):
-    """Beside what positions need, taken for all cuts of a ranking at once."""
+def test_ranking_less_often_launches_less(counted):
     alone = "batch 1, 64 of 576"
     every, once = counted[f"{alone}, ranked every cut"], counted[f"{alone}, ranked once"]
     assert once["pruned"] < counted[alone]["pruned"] < every["pruned"]
     assert counted[alone]["ratio"] < 1.155
+
+
+def test_a_cut_that_follows_from_a_ranking_is_one_operation(counted):
+    model, inputs = launches.build(), launches.prompts(1, 1)
+    many, few = (
+        launches.count(model, inputs, launches.GivenInformation(64, rank_every=32, cut_every=every))
+        for every in (1, 8)
+    )
+    assert many["cuts"] > few["cuts"] + 20
+    assert many["operations"] - few["operations"] == many["cuts"] - few["cuts"]
 
 
 def test_a_case_of_many_tokens_was_counted_too():

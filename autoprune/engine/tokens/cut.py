@@ -183,7 +183,8 @@ class Plan:
         self, rows: slice, shape: tuple[int, int], packed: bool, dtype: torch.dtype
     ) -> torch.Tensor:
         if (packed, dtype) not in self._padding_masks:
-            put, real = self._put_padded if packed else self._put, torch.zeros((), dtype=dtype)
+            put = self._put_padded if packed else self._put
+            real = torch.zeros((), dtype=dtype, device=self._device)
             mask = put(("mask", dtype, packed), real, blocked_by_half(dtype))
             self._padding_masks[packed, dtype] = mask
         return self._padding_masks[packed, dtype][rows].view(shape)
