@@ -19,21 +19,13 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from launches import (
-    LAYERS,
-    PATCHES,
-    SORT_LAUNCHES,
-    SORTS,
-    GivenInformation,
-    Launches,
-    build,
-    decoder_only,
-)
+from launches import LAYERS, PATCHES, GivenInformation, build
 from launches import prompts as prompts_of
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 
+from autoprune.bench.launches import Launches, decoder_only, kernels
 from autoprune.methods.base import Method
 
 # The call of a kernel, in code that inductor wrote.
@@ -65,11 +57,11 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
     without_caches = inductor_config.patch(fx_graph_cache=False)
     with without_caches, patch.object(GraphLowering, "save_output_code", written.append):
         run = compile_fx(graph, inputs)
-    kernels = sum(len(KERNEL.findall(code)) for code in written)
+    own = sum(len(KERNEL.findall(code)) for code in written)
 
     def counted(*args: Any) -> Any:
         if WithCompiled.now is not None:
-            WithCompiled.now.seen["generated"] += kernels
+            WithCompiled.now.seen["generated"] += own
         return run(*args)
 
     return counted
@@ -89,8 +81,7 @@ def count(
         model(**inputs, logits_to_keep=1)  # compiles, and makes what is made once per model
         with WithCompiled() as launches, decoder_only(model, launches) as decoder:
             model(**inputs, logits_to_keep=1)
-    own = sum(n * (SORT_LAUNCHES if name in SORTS else 1) for name, n in decoder.items())
-    return launches.total, own
+    return launches.total, kernels(decoder)
 
 
 CASES = {
