@@ -158,6 +158,24 @@ def test_compiled_decoding_on_a_cache_that_grows(positions):
             step(input_ids=mask[:, -1:] + 20, attention_mask=mask, past_key_values=cache)
 
 
+def test_compiled_decoding_on_a_growing_cache_behind_a_step_that_needed_no_hooks():
+    """The layers have no hooks any more; it is refused all the same."""
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "single")
+    step = torch.compile(model.forward, backend="eager", dynamic=True)
+    with METHOD(model), torch.no_grad():
+        cache = oracle.Conversation(model, inputs).cache
+        for turn, run in enumerate((model, step)):
+            mask = torch.ones(1, inputs["input_ids"].shape[1] + turn + 1, dtype=torch.long)
+            given = {"input_ids": mask[:, -1:] + 20, "attention_mask": mask}
+            if run is model:
+                run(**given, past_key_values=cache)
+                assert not model.get_decoder().layers[0]._forward_pre_hooks
+            else:
+                with pytest.raises(UnsupportedError, match="needs a static cache"):
+                    run(**given, past_key_values=cache)
+
+
 def test_compacted_positions_of_layers_with_rotations_of_their_own():
     model = model_of("gemma3", "sdpa")
     with pytest.raises(UnsupportedError, match="positions='original'"):

@@ -234,6 +234,25 @@ def test_one_graph_serves_a_loop_of_ones_own(first_cut):
     assert_like_the_oracle(model, prompts, runs, trace)
 
 
+def test_a_step_may_be_compiled_before_the_first_prompt():
+    """As a warm-up does: its layers are shorter than the model's one mask."""
+    torch._dynamo.reset()
+    model, tokens = zoo.build("llava"), new_tokens(1, STEPS)
+    prompt = zoo.inputs("llava", model, "padded3", only=2)
+    (most,), (text,) = size_of(model, prompt)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    with (pruning := AutoPrune(Budget.ratio(0.5))(model)) as trace, torch.no_grad():
+        cache = pruning.static_cache(most, text, STEPS)
+        step(input_ids=tokens[:, :1], past_key_values=cache)
+        cache.reset()
+        rows = [model(**prompt, past_key_values=cache).logits[:, -1]]
+        for place in range(STEPS):
+            token = tokens[:, place : place + 1].clone()
+            rows.append(step(input_ids=token, past_key_values=cache).logits[:, -1])
+    runs = [(torch.stack(rows, dim=1), torch.cat([tokens, tokens[:, :1]], dim=1))]
+    assert_like_the_oracle(model, [prompt], runs, trace)
+
+
 def test_a_prompt_that_is_not_cut_fits_a_cache_made_for_larger_ones():
     model = model_of("llava")
     large, small = (zoo.inputs("llava", model, "padded3", only=row) for row in (2, 1))
