@@ -167,17 +167,19 @@ class Context:
         # A prompt is read before the vision tower is queued, so that a GPU need not be waited for.
         filled = _is_filled(cache, several)
         is_prompt = ids is not None and several and not (filled and PrunedCache.of(cache))
-        host = on_host(ids, mask) if is_prompt else (ids, mask)
-        found = visual_ids(self.located, host[0], args, kwargs) if is_prompt else ()
+        read, shown = on_host(ids, mask) if is_prompt else (ids, mask)
+        found = visual_ids(self.located, read, args, kwargs) if is_prompt else ()
         self.vision.expect(())
-        if is_prompt and has_pixels(kwargs):
-            self._expect(*host, found, drafts)
-        forward.inputs = Inputs(*host, mask, found, has_images, drafts, filled)
+        if read is not None and is_prompt and has_pixels(kwargs):
+            self._expect(read, shown, found, drafts)
+        forward.inputs = Inputs(read, shown, mask, found, has_images, drafts, filled)
 
     def read_and_expect(self, ids: torch.Tensor, mask: Any) -> None:
         """The same as `before_base` for a tower that runs before the model does, in `generate`."""
         if self.vision.parts.merging:
-            self._expect(*on_host(ids, mask), self.located.visual_ids)
+            read, shown = on_host(ids, mask)
+            assert read is not None
+            self._expect(read, shown, self.located.visual_ids)
 
     def _expect(
         self, ids: torch.Tensor, mask: Any, found: tuple[int, ...], drafts: int = 0

@@ -145,7 +145,8 @@ class Hooks:
             self.on_layers.keep()
         tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
         tagged |= dict.fromkeys(observed, self._attend_in_tower)
-        names = {module.config._attn_implementation for module in observed}
+        modules: list[Any] = list(observed)
+        names: set[str] = {module.config._attn_implementation for module in modules}
         names.add(located.implementation)
         context.implementation, context.threads = located.implementation, self._thread
         tap.tag(tagged, names)
@@ -328,7 +329,7 @@ class Hooks:
         self, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         cache = cache_of(kwargs)
-        layers = getattr(cache, "layers", ())
+        layers: Any = getattr(cache, "layers", ())
         if torch.compiler.is_dynamo_compiling():
             pruned = PrunedCache.of(cache)
             if pruned is not None and not is_static(layers[0]):

@@ -60,7 +60,7 @@ class ModulePatch:
 
     def _reducing(self, reduce: Callable) -> Callable:
         @wraps(reduce)
-        def plain(protocol):
+        def plain(protocol: Any) -> tuple[Any, ...]:
             made, arguments, *rest = reduce(protocol)
             if rest:
                 rest[0] = self._without(rest[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -162,7 +162,15 @@ class Prefill:
         return torch.where(original, hidden + features, hidden)
 
     def attend(
-        self, attend, module, query, key, value, attention_mask, *args, **kwargs
+        self,
+        attend: Callable,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         """The attention of one decoder layer, observed, and padded if its tokens came packed."""
         packing = self.packing
@@ -289,8 +297,8 @@ class Prefill:
         tokens, packing = self.tokens, self.packing
         kept, counts = selection.kept[:, : max(selection.counts)], list(selection.counts)
         if min(counts) < max(counts):
-            real = to_device(np.arange(max(counts)) < np.array(counts)[:, None], kept.device)
-            kept = kept.where(real, -1)
+            own = to_device(np.arange(max(counts)) < np.array(counts)[:, None], kept.device)
+            kept = kept.where(own, -1)
         sizes = Sizes(tokens, packing, np.array([counts]), self._may_pack)
         plan = Plan(tokens, packing, tokens.ranks_of(kept), sizes, range(1))
         (due,) = plan.cuts([index])
@@ -300,14 +308,14 @@ class Prefill:
         # Rows of the kept tokens, old and new.
         width = kept.shape[1]
         real = np.arange(width) < np.array(counts)[:, None]
-        real = to_device(np.flatnonzero(real), kept.device)
+        chosen = to_device(np.flatnonzero(real), kept.device)
         place = tokens.slots.gather(1, kept.clamp(min=0))
-        row = plan.place[0].gather(1, place).flatten().index_select(0, real).to(new.device)
+        row = plan.place[0].gather(1, place).flatten().index_select(0, chosen).to(new.device)
         states = selection.states[:, :width].flatten(0, 1).to(new)
-        states = states.index_select(0, real.to(new.device))
+        states = states.index_select(0, chosen.to(new.device))
         rows = new.flatten(0, 1)
         if forced is not None:
-            stays = forced[:, :width].flatten().index_select(0, real)[:, None].to(new.device)
+            stays = forced[:, :width].flatten().index_select(0, chosen)[:, None].to(new.device)
             states = torch.where(stays, rows.index_select(0, row), states)
         return rows.index_copy(0, row, states).view(new.shape)
 

@@ -50,7 +50,9 @@ def gather_block_mask(mask: BlockMask, tokens: Tokens, key_length: int) -> Block
     batch, width = tokens.column.shape
     real, column, old = tokens.column >= 0, tokens.some_column, mask.mask_mod
 
-    def kept_only(b, h, query, key):
+    def kept_only(
+        b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         inside = key < width
         key = key.clamp(max=width - 1)
         seen = old(b, h, column[b, query], column[b, key]) & real[b, key] & inside
@@ -111,12 +113,15 @@ def row_mask(
             index = slots.to(rows.device)[:, None, :, None]
             rows = rows.gather(2, index.expand(-1, rows.shape[1], -1, width))
         return (~rows, None) if rows.dtype == torch.bool else (None, _as_float(rows))
-    at_end, flexible = isinstance(slots, slice), isinstance(mask, BlockMask)
-    # Where the mask is causal and the rows are the last, the keys before them are seen by all.
-    first = slots.start if rows_are_causal(mask, tokens, slots) else 0
-    order = torch.arange(first, width, device=tokens.column.device)
-    query = order[None, slots.start - first : slots.stop - first] if at_end else slots
-    if flexible:
+    first, device = 0, tokens.column.device
+    if isinstance(slots, slice):
+        # Where the mask is causal and the rows are the last, the keys before them are seen by all.
+        first = slots.start if rows_are_causal(mask, tokens, slots) else 0
+        order = torch.arange(first, width, device=device)
+        query = order[None, slots.start - first : slots.stop - first]
+    else:
+        order, query = torch.arange(width, device=device), slots
+    if isinstance(mask, BlockMask):
         batch = torch.arange(len(tokens.column), device=order.device)[:, None, None]
         head = torch.zeros_like(batch)
         allowed = mask.mask_mod(batch, head, query[:, :, None], order[None, None, :])

@@ -74,7 +74,14 @@ class Observer:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept)
 
     def see(
-        self, tokens: Tokens, query, key, attention_mask, scaling=None, softcap=None, **kwargs
+        self,
+        tokens: Tokens,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
     ) -> None:
         """A layer attends, with the tokens that are present: query and key [batch, heads, n, size].
 
@@ -95,10 +102,19 @@ class Observer:
         if self.peeking:
             raise SeenEnough
 
-    def _look(self, name: Rows, tokens, query, key, mask, scaling, softcap) -> torch.Tensor:
+    def _look(
+        self,
+        name: Rows,
+        tokens: Tokens,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         """Attention of the text rows on the visual tokens, float32 [batch, heads, text, V]."""
         slots, text = self._rows(name, tokens)
-        heads, found = query.shape[1] // key.shape[1], []
+        heads, found = query.shape[1] // key.shape[1], list[torch.Tensor]()
         for piece in self._pieces(slots, text, tokens, mask, query.device):
             rows, columns = at_slots(query, piece.slots), key[:, :, : piece.keys]
             step = _key_heads_at_once(rows, columns)
@@ -106,8 +122,10 @@ class Observer:
             if step < key.shape[1]:
                 pairs = zip(rows.split(step * heads, 1), columns.split(step, 1), strict=True)
             parts = []
-            for pair in pairs:
-                attention = row_attention(*pair, scaling, piece.blocked, piece.bias, softcap)
+            for some_rows, keys in pairs:
+                attention = row_attention(
+                    some_rows, keys, scaling, piece.blocked, piece.bias, softcap
+                )
                 parts.append(_columns(attention, tokens))
                 self._count(rows, attention, [*found, *parts])
             found.append(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
@@ -115,17 +133,22 @@ class Observer:
         return attention.to(text.mask.device)
 
     def _pieces(
-        self, slots, text: _Rows, tokens: Tokens, mask: Any, device: torch.device
+        self,
+        slots: torch.Tensor | slice,
+        text: _Rows,
+        tokens: Tokens,
+        mask: Any,
+        device: torch.device,
     ) -> Iterator[_Piece]:
         """The rows in the pieces they are looked at in, and what each may see."""
-        if text.joined:
+        if text.joined or isinstance(slots, slice):
             yield _Piece(slots, tokens.width, *self._row_mask(mask, tokens, slots, device))
             return
         # Where the rows stand alike and see all before them, the keys behind them need not be multiplied.
-        alike = text.behind is not None and not tokens.padded and not has_pattern(mask)
+        alike = not tokens.padded and not has_pattern(mask)
         for start in range(0, slots.shape[1], ROWS_AT_ONCE):
             piece = slots[:, start : start + ROWS_AT_ONCE]
-            if alike:
+            if text.behind is not None and alike:
                 behind = text.behind[start : start + ROWS_AT_ONCE]
                 end = tokens.width - self.layout.drafts - int(behind[-1])
                 yield _Piece(piece, end, self._blocked(start, behind, device), None)
@@ -233,16 +256,20 @@ class Observer:
         self, mask: Any, tokens: Tokens, slots: torch.Tensor | slice, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`row_mask` on the device of the layer, which may be another than the prompt's."""
-        if rows_are_causal(mask, tokens, slots):
+        if isinstance(slots, slice) and rows_are_causal(mask, tokens, slots):
             # The same at every cut: nothing behind the first of these rows is ever dropped.
             size = slots.stop - slots.start
             blocked = self._causal.get(size)
             if blocked is None or blocked.device != device:
-                blocked, _ = row_mask(mask, tokens, slots)
-                blocked = self._causal[size] = blocked.to(device)
+                made, _ = row_mask(mask, tokens, slots)
+                assert made is not None
+                blocked = self._causal[size] = made.to(device)
             return blocked, None
-        blocked, bias = row_mask(mask, tokens, slots)
-        return tuple(part if part is None else part.to(device) for part in (blocked, bias))
+        made, bias = row_mask(mask, tokens, slots)
+        return (
+            None if made is None else made.to(device),
+            None if bias is None else bias.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -265,9 +292,9 @@ class _Rows:
     @classmethod
     def of(cls, rows: TextRows, device: torch.device) -> _Rows:
         behind = rows.behind[:1] if rows.alike else rows.behind
-        on_device = all_to_device([rows.column, rows.mask, behind], device)
-        shared = behind[0] if rows.alike else None
-        return cls(*on_device, shared, rows.are_last, rows.joined, bool(rows.mask.all()))
+        column, mask, distance = all_to_device([rows.column, rows.mask, behind], device)
+        shared, all_real = behind[0] if rows.alike else None, bool(rows.mask.all())
+        return cls(column, mask, distance, shared, rows.are_last, rows.joined, all_real)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,15 @@ def untag(modules: dict[nn.Module, Handler], implementations: set[str]) -> None:
 
 
 def _shadow(name: str, original: Callable | None) -> Callable:
-    def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         attend = original or _eager(module)
         if torch.compiler.is_dynamo_compiling():
             if traced.calls is not None:

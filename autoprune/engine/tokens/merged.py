@@ -34,9 +34,8 @@ def with_last_tokens(
     if states is not None and states.shape[1] < kept.shape[1]:
         states = torch.nn.functional.pad(states, (0, 0, 0, kept.shape[1] - states.shape[1]))
     # Kept positions ascend, so that the last token can only be the last of them.
-    place = [counts[row] - 1 for row in rows]
-    last = [tokens.counts[row] - 1 for row in rows]
-    row, place, last = all_to_device([np.array(n) for n in (rows, place, last)], kept.device)
+    ends = [(row, counts[row] - 1, tokens.counts[row] - 1) for row in rows]
+    row, place, last = all_to_device(list(np.array(ends).T), kept.device)
     forced = torch.zeros_like(kept, dtype=torch.bool)
     forced = forced.index_put((row, place), kept[row, place] != last)
     kept = kept.index_put((row, place), last)
@@ -90,9 +89,10 @@ def _places_of_new(
     last = to_device([max(n - 1, 0) for n in tokens.counts], device)
     last = slots.gather(1, last[:, None]).expand(-1, number)
     if merged.place is None:
-        slot, behind = last, 1
+        slot, behind = last, torch.ones_like(last)
     else:
-        slot, behind = slots.gather(1, merged.place.clamp(min=0)), 0
+        slot = slots.gather(1, merged.place.clamp(min=0))
+        behind = torch.zeros_like(slot)
     if ends_visual is not None:
         # The last token of such a prompt stays the last.
         ends = to_device(list(ends_visual), device)[:, None]

@@ -35,7 +35,7 @@ def visual_ids(
     video = getattr(located.outer.config, "video_token_id", None)
     if videos and not images:
         # Some families write the frames of a video with the image's token.
-        own = ids is None or bool((ids == video).any())
+        own = ids is None or (video is not None and bool(ids.eq(video).any()))
         return (video,) if own and video in located.visual_ids else located.visual_ids
     image = getattr(located.outer.config, "image_token_id", None)
     if images and not videos and video != image:
