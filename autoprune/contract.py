@@ -8,8 +8,10 @@ mask or a cache: the engine does the locating, tapping, gathering, batching and 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -220,11 +222,14 @@ class Merged:
     place: LongTensor [batch, M], positions (0..V-1, in the current visual order) that the merged tokens
         take over; None puts them behind the last visual token, as the released AutoPrune does (before it,
         where a prompt ends with it).
+    sizes: float [batch, M], above 0, how many tokens each counts for in attention from now on: its score gets
+        log(size). None for 1. Padding may hold any number above 0.
     """
 
     hidden: torch.Tensor
     counts: list[int]
     place: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -232,18 +237,20 @@ class Selection:
     """What survives a cut.
 
     kept: LongTensor [batch, K], positions (0..V-1) in the current visual order, ascending, then -1 as
-        padding.
+        padding. Where a prompt gets its summary at this cut (`MethodContract.summary`), the engine adds it.
     counts: how many of them are real, per prompt.
     merged: new tokens beside the kept ones.
     states: [batch, K, hidden size], hidden states that the kept tokens take on, for methods that merge
         dropped tokens into kept ones. Together with `merged`, of all tokens that are left, merged ones
         included, in the order in which they stand.
+    sizes: float [batch, K], as `Merged.sizes`, of the kept tokens. None leaves what they had.
     """
 
     kept: torch.Tensor
     counts: list[int]
     merged: Merged | None = None
     states: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,42 @@ class Ranking:
 
     scores: torch.Tensor
     until: int
+
+
+@dataclass(frozen=True)
+class SummaryToken:
+    """How one token of each prompt stands for all visual tokens that were dropped: its summary.
+
+    It is a slot of the budget: where n tokens enter a layer, n - 1 are kept as they are. It takes on the mean of
+    the hidden states of all that were dropped; at later cuts it takes in more, weighted by their number. Its
+    score in attention gets strength * log(number of tokens), from the cut on, for every row that sees it, in
+    decoding too. So the softmax keeps the denominator that it had: proportional attention (ToMe, ICLR 2023,
+    equation 1) with one group. A prompt of which nothing is dropped has none.
+
+    strength: 0 or more; 0 leaves the scores as they are, 1 is the whole logarithm.
+    position: the summary stands where the dropped token nearest to their "mean" position stood, or the "last".
+    norm: "mean" leaves the mean as it is; "typical" scales it to the mean norm of what it is made of.
+
+    Raises:
+        ValueError: a setting is none of these.
+    """
+
+    strength: float = 1.0
+    position: Literal["mean", "last"] = "mean"
+    norm: Literal["mean", "typical"] = "mean"
+
+    def __post_init__(self) -> None:
+        strength = self.strength
+        number = isinstance(strength, Real) and not isinstance(strength, bool)
+        if not (number and 0 <= strength < math.inf):
+            raise ValueError(
+                f"the strength of a SummaryToken must be a number, 0 or more, got {strength!r}"
+            )
+        for name, allowed in (("position", ("mean", "last")), ("norm", ("mean", "typical"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"the {name} of a SummaryToken must be one of {allowed}, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass
@@ -309,6 +352,16 @@ class MethodContract(abc.ABC):
             a CPU alone, since on a GPU it would have to be waited for.
         """
         raise NotImplementedError(f"{type(self).__name__} does not merge in the vision tower")
+
+    @property
+    def summary(self) -> SummaryToken | None:
+        """What stands for dropped tokens; None discards them.
+
+        The engine makes the summaries, and each is one of the tokens that `PromptState.schedule` counts. A
+        `Ranking` needs no more. A `Selection` keeps one token less of a prompt that has no summary yet and
+        drops any; later the summary is among the tokens that stay (`Observation.required`).
+        """
+        return None
 
     @property
     def needs_speed(self) -> bool:

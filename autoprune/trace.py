@@ -63,6 +63,8 @@ class Sample:
         mutual_information: bits; None where the method measures none or the prompt has no picture.
         schedule: the planned n_l; None if the method plans none.
         decision: what the method decided by the device's speed, and why, in a sentence; None if it did not.
+        summary_token: which visual token the summary of the dropped ones took the place of (`SummaryToken`);
+            `kept` lists it. Entering layer l it stands for N - n_l + 1 tokens. None where there is no summary.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
         kv_bytes_held: this prompt's part of what the cache of its batch really holds: a batch pads every
             layer to its longest prompt. Over a batch they sum to the bytes of a growing cache without
@@ -86,6 +88,7 @@ class Sample:
     peak_bytes: int = 0
     peak_bytes_full: int = 0
     decision: str | None = None
+    summary_token: int | None = None
 
     @property
     def mean_tokens(self) -> float:

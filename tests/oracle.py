@@ -9,6 +9,7 @@ sequence. Generated tokens are appended and computed anew, so no cache takes par
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ def oracle_logits(
     tokens: torch.Tensor | None = None,
     positions: str = "original",
     states: States | None = None,
+    summary: Summary | None = None,
 ) -> torch.Tensor:
     """Logits of the pruned model, computed by hiding.
 
@@ -38,6 +40,7 @@ def oracle_logits(
         tokens: generated tokens [batch, steps], visible to everything behind them.
         positions: "compacted" numbers the tokens that are left anew in every layer.
         states: for some layers, which columns take on other hidden states on entering, and which.
+        summary: what stands for the dropped visual tokens.
 
     Returns:
         [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
@@ -45,7 +48,8 @@ def oracle_logits(
     """
     prompt = inputs["input_ids"].shape[1]
     grown = append(model, inputs, tokens)
-    return oracle_forward(model, grown, kept_columns, positions, states)[:, prompt - 1 :]
+    logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
+    return logits[:, prompt - 1 :]
 
 
 def plain_logits(
@@ -64,13 +68,94 @@ def oracle_forward(
     kept_columns: Sequence[torch.Tensor],
     positions: str = "original",
     states: States | None = None,
+    summary: Summary | None = None,
 ) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of a plain forward in which dropped tokens are hidden."""
     prompt = kept_columns[0].shape[1]
     if prompt > inputs["input_ids"].shape[1]:
         raise ValueError(f"{prompt} columns for a prompt of {inputs['input_ids'].shape[1]}")
-    with hiding(model, kept_columns, positions, states), torch.no_grad():
+    with hiding(model, kept_columns, positions, states, summary), torch.no_grad():
         return model(**inputs, use_cache=False).logits
+
+
+@dataclass
+class Summary:
+    """What stands for the dropped visual tokens of each prompt.
+
+    columns: where it stands in each prompt, -1 for a prompt without one; visual: bool [batch, length].
+    """
+
+    columns: Sequence[int]
+    visual: torch.Tensor
+    strength: float = 1.0
+    typical: bool = False
+
+    def __post_init__(self) -> None:
+        self.sizes = [1] * len(self.columns)
+
+    def hook(self, dropped: torch.Tensor) -> Any:
+        """For a layer in front of which these tokens, bool [batch, length], are dropped."""
+
+        def change(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            entering, mask = args[0].clone(), kwargs["attention_mask"].clone()
+            copies = len(entering) // len(self.columns)
+            for row in range(len(entering)):
+                prompt = row // copies
+                column, gone = self.columns[prompt], dropped[prompt].nonzero().flatten().tolist()
+                if column < 0:
+                    continue
+                if gone and row % copies == 0:
+                    self.sizes[prompt] += len(gone)
+                size = self.sizes[prompt]
+                if gone:
+                    entering[row, column] = self._mean(args[0][row], column, size - len(gone), gone)
+                mask[row, :, :, column] += self.strength * math.log(size)
+            return (entering, *args[1:]), kwargs | {"attention_mask": mask}
+
+        return change
+
+    def _mean(self, states: torch.Tensor, column: int, size: int, gone: list[int]) -> torch.Tensor:
+        total = states[column] * size
+        norm = float(states[column].norm()) * size
+        for other in gone:
+            total = total + states[other]
+            norm += float(states[other].norm())
+        mean = total / (size + len(gone))
+        if self.typical:
+            mean = mean / mean.norm() * (norm / (size + len(gone)))
+        return mean
+
+
+def summary_of(
+    samples: Sequence[Any], attention_mask: torch.Tensor, form: Any
+) -> Summary | None:
+    """The summaries that a trace speaks of, made in the form of the method (`SummaryToken`)."""
+    if form is None:
+        return None
+    columns, visual = [], torch.zeros_like(attention_mask, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        places = attention_mask[row].nonzero().flatten()[sample.visual_positions]
+        visual[row, places] = True
+        token = sample.summary_token
+        columns.append(-1 if token is None else int(places[token]))
+        _check_place(sample, form)
+    return Summary(columns, visual, form.strength, form.norm == "typical")
+
+
+def _check_place(sample: Any, form: Any) -> None:
+    """A summary stands where it is said to: by what the first cut that drops anything leaves."""
+    cut = next((kept for kept in sample.kept if len(kept) < sample.num_visual), None)
+    if cut is None or sample.summary_token is None:
+        assert sample.summary_token is None or cut is not None
+        return
+    others = set(cut.tolist()) - {sample.summary_token}
+    dropped = [token for token in range(sample.num_visual) if token not in others]
+    if form.position == "last":
+        assert sample.summary_token == dropped[-1]
+        return
+    mean = sum(dropped) / len(dropped)
+    nearest = min(abs(token - mean) for token in dropped)
+    assert abs(abs(sample.summary_token - mean) - nearest) < 1e-4
 
 
 @contextlib.contextmanager
@@ -79,18 +164,25 @@ def hiding(
     kept_columns: Sequence[torch.Tensor],
     positions: str = "original",
     states: States | None = None,
+    summary: Summary | None = None,
 ) -> Iterator[None]:
     """Hide dropped tokens in forwards without a cache, `generate(use_cache=False)` included."""
     text = model.get_decoder()
     layers = text.layers
     _check(kept_columns, len(layers))
     rotary = text.rotary_emb if positions == "compacted" else None
+    before = torch.ones_like(kept_columns[0])
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eager_decoder(model))
         for index, (layer, kept) in enumerate(zip(layers, kept_columns, strict=True)):
             changed = (states or {}).get(index)
             hook = layer.register_forward_pre_hook(_hide(kept, rotary, changed), with_kwargs=True)
             stack.callback(hook.remove)
+            if summary is not None:
+                dropped = before & ~kept if index else summary.visual & ~kept
+                hook = layer.register_forward_pre_hook(summary.hook(dropped), with_kwargs=True)
+                stack.callback(hook.remove)
+            before = kept
         yield
 
 
@@ -173,6 +265,7 @@ def compare(model: nn.Module, inputs: Inputs, method: Any, steps: int = 3) -> Co
             columns_from_trace(kept, batch, layers),
             tokens[:, :steps],
             positions=getattr(method, "positions", "original"),
+            summary=summary_of(kept, batch, getattr(method, "summary", None)),
         )
         for kept in (samples, again)
     )

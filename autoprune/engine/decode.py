@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
 from ..errors import UnsupportedError
-from .attention.masks import additive, as_mask, decode_mask, shown_columns
+from .attention.masks import as_mask, biased, decode_mask, shown_columns
 from .attention.tap import no_plans
 from .cache.pruned import MEMORY, LayerMemory, PrunedCache, refuse_moved_rows
 from .cache.static import Slots, narrowed
 from .locate import Located
+from .refusals import refuse_sizes
 
 
 def _so_far(valid: torch.Tensor, columns: int) -> torch.Tensor:
@@ -131,10 +133,13 @@ class Decode:
 
     def _static_mask(self, mask: Any, slots: Slots, number: int, layer: Any) -> Any:
         """For one new token, one mask is made for all layers, of which each gets its own slots."""
-        if self.queries > 1 or isinstance(mask, BlockMask):
-            return as_mask(slots.seen(self._new, number), mask)
         dtype = _dtype(mask, layer)
-        whole = self._once(("slots", dtype), lambda: additive(slots.seen(self._new), dtype))
+        if self.queries > 1 or isinstance(mask, BlockMask):
+            seen = slots.seen(self._new, number)
+            if slots.bias is None:
+                return as_mask(seen, mask)
+            return biased(seen, slots.of_layer(slots.bias, number), dtype)
+        whole = self._once(("slots", dtype), lambda: biased(slots.seen(self._new), slots.bias, dtype))
         return slots.of_layer(whole, number)
 
     def _keys(self, layer: Any, memory: LayerMemory) -> int:
@@ -145,7 +150,7 @@ class Decode:
 
     def _mask(self, mask: Any, memory: LayerMemory, layer: Any, window: int | None) -> Any:
         several = self.queries > 1 or window is not None or self.valid is not None
-        if not (several or self.pruned.padded):
+        if not (several or self.pruned.padded or self.pruned.weighed):
             return None
         plain = "flash" not in self.implementation and not isinstance(mask, BlockMask)
         if plain and not several:
@@ -158,8 +163,16 @@ class Decode:
         column = torch.cat([held, new.expand(len(held), -1)], dim=1)
         column = column[:, column.shape[1] - self._keys(layer, memory) :]
         if "flash" in self.implementation:
+            if self.pruned.weighed:
+                refuse_sizes(self.implementation)
             return self._flash_mask(column, new[self.past :], window)
-        return as_mask(decode_mask(column, new[self.past :], window, self.valid), mask)
+        seen = decode_mask(column, new[self.past :], window, self.valid)
+        bias = memory.held.bias_of_stage(memory.stage)
+        if bias is None:
+            return as_mask(seen, mask)
+        # Those of new tokens are 0; a sliding layer has let its oldest tokens go.
+        bias = pad(bias, (0, self.past + self.queries))[:, -seen.shape[-1] :]
+        return biased(seen, bias, _dtype(mask, layer))
 
     def _flash_mask(
         self, column: torch.Tensor, new: torch.Tensor, window: int | None
@@ -194,7 +207,11 @@ def compiled_step(
     assert slots is not None
     new = torch.arange(hidden.shape[1], device=slots.widths.device)
     new = new + layer.cumulative_length.to(new.device) - slots.widths[number]
-    mask = as_mask(slots.seen(new, number), kwargs.get("attention_mask"))
+    seen, mask = slots.seen(new, number), kwargs.get("attention_mask")
+    if slots.bias is None:
+        mask = as_mask(seen, mask)
+    else:
+        mask = biased(seen, slots.of_layer(slots.bias, number), _dtype(mask, layer))
     kwargs = {**kwargs, "attention_mask": mask}
     if memory.renumbered:
         positions = slots.lengths[number][:, None] + new

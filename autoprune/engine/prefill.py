@@ -22,10 +22,11 @@ from .record import Record
 from .refusals import refuse_unseen_attention
 from .tokens.cut import Columns, Cut, Plan, Stage
 from .tokens.layout import Layout
-from .tokens.merged import cut_and_merge, with_last_tokens
+from .tokens.merged import cut_and_merge, with_last_tokens, with_sizes
 from .tokens.packing import WORTH_PACKING, Packing, can_pack, watches_inputs
 from .tokens.present import NEW, Tokens
 from .tokens.sizes import Sizes
+from .tokens.summary import Summaries
 from .vision.view import VisionView
 
 
@@ -50,6 +51,8 @@ class Prefill:
         # Cuts that are decided and still to be made, by layer.
         self.decided: dict[int, Cut] = {}
         self._schedule: tuple[list[list[int]], list[int], Sizes, list[int]] | None = None
+        form, prompts = method.summary, state.prompts
+        self.summaries = form and Summaries(form, prompts.num_visual, prompts.required)
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
@@ -209,6 +212,8 @@ class Prefill:
         """Ask the method about a cut; hidden states as they are, or behind a cut that makes new ones."""
         padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
         seen = self.observer.observation(index, needs, self.tokens, padded)
+        if self.summaries and (stays := self.summaries.slots(self.tokens)) is not None:
+            seen.required = stays if seen.required is None else seen.required | stays
         answer = self.method.select(seen, self.state)
         if isinstance(answer, Ranking):
             self._follow(index, answer, seen.required)
@@ -230,12 +235,21 @@ class Prefill:
             return
         if required is not None:
             scores = scores.masked_fill(required.to(scores.device), float("inf"))
+        depths = range(due[0], due[-1] + 1)
+        cuts = self._plan(scores, sizes, depths).cuts([layers[i] for i in due])
+        self.decided = {cut.stage.first_layer: cut for cut in cuts}
+
+    def _plan(self, scores: torch.Tensor, sizes: Sizes, depths: range) -> Plan:
+        """Cuts that keep the tokens with the best scores [batch, V]."""
+        tokens, standing = self.tokens, None
         if tokens.ragged:
             scores = scores.where(tokens.slot_mask, float("-inf"))
         order = scores.sort(dim=1, descending=True, stable=True).indices
-        depths = range(due[0], due[-1] + 1)
-        plan = Plan(tokens, self.packing, tokens.ranks(order), sizes, depths)
-        self.decided = {cut.stage.first_layer: cut for cut in plan.cuts([layers[i] for i in due])}
+        if self.summaries:
+            counts = sizes.counts[depths.start : depths.stop]
+            order = self.summaries.lead(tokens, order, counts)
+            standing = self.summaries.standing(tokens, counts)
+        return Plan(tokens, self.packing, tokens.ranks(order), sizes, depths, standing)
 
     def _sizes(self, index: int) -> tuple[list[int], Sizes]:
         """The layers before which the schedule falls, and what is left there."""
@@ -282,19 +296,26 @@ class Prefill:
 
     def _cut(self, due: Cut, hidden: torch.Tensor) -> torch.Tensor:
         """Make a cut that only drops tokens."""
+        packing = self.packing
         self._enter(due.stage)
         source = due.source.to(hidden.device)
-        if len(hidden) == 1 and self.tokens.batch == 1:
+        if due.mean is None and len(hidden) == 1 and self.tokens.batch == 1:
             return hidden.index_select(1, source)
-        return self._in_form(hidden.flatten(0, 1).index_select(0, source))
+        rows = hidden.flatten(0, 1).index_select(0, source)
+        if due.mean is not None:
+            padded = hidden if packing is None else packing.unpack(hidden)
+            rows.index_copy_(0, due.mean.rows.to(rows.device), due.mean.of(padded))
+        return self._in_form(rows)
 
     def _select(
         self, index: int, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
     ) -> torch.Tensor:
         """Make a cut that a method has decided by itself; `forced` is as `with_last_tokens` gives it."""
+        if self.summaries:
+            return self._summarise(index, selection, hidden)
         if selection.merged is not None:
             return self._merge(index, selection, forced, hidden)
-        tokens, packing = self.tokens, self.packing
+        tokens, packing = with_sizes(self.tokens, selection), self.packing
         kept, counts = selection.kept[:, : max(selection.counts)], list(selection.counts)
         if min(counts) < max(counts):
             own = to_device(np.arange(max(counts)) < np.array(counts)[:, None], kept.device)
@@ -318,6 +339,27 @@ class Prefill:
             stays = forced[:, :width].flatten().index_select(0, chosen)[:, None].to(new.device)
             states = torch.where(stays, rows.index_select(0, row), states)
         return rows.index_copy(0, row, states).view(new.shape)
+
+    def _summarise(self, index: int, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+        """Make such a cut where summaries take in what is dropped."""
+        assert self.summaries is not None
+        if selection.merged is not None or selection.states is not None:
+            raise ValueError(
+                f"{type(self.method).__name__} merges dropped tokens itself, so there is nothing for a summary "
+                "to stand for; use it without a summary"
+            )
+        tokens, kept = self.tokens, selection.kept
+        new = self.summaries.missing(tokens, selection.counts)
+        counts = np.array(selection.counts) + new
+        # A place more takes padding.
+        scores = torch.zeros(tokens.batch, max(tokens.counts) + 1, device=kept.device)
+        scores.scatter_(1, kept.where(kept >= 0, scores.shape[1] - 1), 1.0)
+        scores = scores[:, :-1]
+        if (stays := self.summaries.slots(tokens)) is not None:
+            scores = scores.masked_fill(stays, 2.0)
+        sizes = Sizes(tokens, self.packing, counts[None], self._may_pack)
+        (due,) = self._plan(scores, sizes, range(1)).cuts([index])
+        return self._cut(due, hidden)
 
     def _merge(
         self, index: int, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
@@ -392,8 +434,16 @@ class Prefill:
                     f"{type(self.method).__name__} keeps {new} of {old} visual tokens of prompt {prompt} "
                     f"at cut {index}; a cut can only keep between 0 and all of them"
                 )
+        if not _are_sizes(selection.sizes) or (
+            selection.merged is not None and not _are_sizes(selection.merged.sizes)
+        ):
+            raise ValueError(
+                f"{type(self.method).__name__} gives sizes at cut {index} that are not finite and above 0; a "
+                "token counts for itself with 1"
+            )
         batch, most = len(selection.counts), max(selection.counts)
-        for what, given in (("kept", selection.kept), ("states", selection.states)):
+        shapes = ("kept", selection.kept), ("states", selection.states), ("sizes", selection.sizes)
+        for what, given in shapes:
             if given is not None and (len(given) != batch or given.shape[1] < most):
                 raise ValueError(
                     f"{type(self.method).__name__} gives {what} of shape {list(given.shape)} at cut {index}, "
@@ -422,7 +472,13 @@ class Prefill:
     def record(self) -> Record:
         """What the trace gets."""
         return Record(
-            self.layout, self.state, self.stages, self.observed, self.looked, self.sharing
+            self.layout,
+            self.state,
+            self.stages,
+            self.observed,
+            self.looked,
+            self.sharing,
+            self.summaries,
         )
 
     def stage_of(self, layer: int) -> Stage:
@@ -449,6 +505,13 @@ class Prefill:
         row = (column.to(states.device) + first[:, None]).flatten()
         full.flatten(0, 1).index_copy_(0, row, states.flatten(0, 1))
         return full[:, :length]
+
+
+def _are_sizes(sizes: torch.Tensor | None) -> bool:
+    """Whether all are numbers above 0. On a GPU that is not asked, as it would have to be waited for."""
+    if sizes is None or sizes.device.type != "cpu":
+        return True
+    return bool((torch.isfinite(sizes) & (sizes > 0)).all())
 
 
 def _count(batch: int, width: int, start: int, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ..trace import Kept, Sample, Totals
 from .tokens.cut import Stage
 from .tokens.layout import Layout
 from .tokens.present import NEW, Tokens
+from .tokens.summary import Summaries
 
 Ints = NDArray[np.int64]
 
@@ -71,6 +72,7 @@ class Record:
         observed, looked: bytes that were kept of a layer's attention, or beside its hidden states, and bytes
             that the look at it took, by layer.
         sharing: see `DecoderCost.peak_bytes`.
+        summaries: the prompts' summary tokens.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Record:
         observed: Mapping[int, int] | None = None,
         looked: Mapping[int, int] | None = None,
         sharing: int = 1,
+        summaries: Summaries | None = None,
     ):
         self.real = layout.real[:, : layout.length]
         self.visual = layout.visual[:, : layout.length] & self.real
@@ -95,7 +98,12 @@ class Record:
             (cut.first_layer, cut.tokens.counts, cut.tokens.width, cut.packing is not None)
             for cut in cuts
         ]
-        self._copy: Copy | None = Copy([_old_columns(cut.tokens) for cut in cuts], self.columns)
+        parts = [_old_columns(cut.tokens) for cut in cuts]
+        self._has_summary = [False] * len(self.num_visual)
+        if summaries is not None and summaries.column is not None:
+            self._has_summary = summaries.has.tolist()
+            parts.append(summaries.column)
+        self._copy: Copy | None = Copy(parts, self.columns)
         self._columns: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -135,11 +143,21 @@ class Record:
         depths = np.zeros((len(self), most + 1), dtype=np.int16)
         depths[:] = ends[0]
         sizes = [len(self) * width for _, _, width, _ in self.cuts]
-        parts = np.split(self._columns, np.cumsum(sizes)[:-1]) if sizes else []
+        parts = np.split(self._columns, np.cumsum(sizes))[:-1]
         for part, end in zip(parts, ends[1:], strict=True):
             present = np.take_along_axis(index, part.reshape(len(self), -1).astype(np.int64), 1)
             np.put_along_axis(depths, present, end, axis=1)
         return depths[:, :most]
+
+    def summary_tokens(self) -> list[int | None]:
+        """Which of its visual tokens each prompt's summary took the place of, [batch]."""
+        if not any(self._has_summary):
+            return [None] * len(self)
+        self.settle()
+        assert self._columns is not None
+        columns = self._columns[-len(self) :].tolist()
+        places = zip(self.visual, columns, self._has_summary, strict=True)
+        return [int(visual[:column].sum()) if has else None for visual, column, has in places]
 
     @cached_property
     def spent(self) -> tuple[Ints, Ints]:
@@ -196,6 +214,7 @@ class Record:
         depths, counts, information = self.depths(), self.counts.tolist(), self.information
         (flops, kv_bytes), (flops_full, kv_bytes_full) = self.spent, self.plain
         held, (peaks, peak_full) = self.held_bytes(), self.peaks()
+        summaries = self.summary_tokens()
         samples = []
         for prompt, (total, text) in enumerate(zip(self.num_visual, self.num_text, strict=True)):
             seen = self.visual[prompt][self.real[prompt]]
@@ -220,6 +239,7 @@ class Record:
                     kv_bytes_held=held,
                     peak_bytes=int(peaks[prompt]),
                     peak_bytes_full=peak_full,
+                    summary_token=summaries[prompt],
                 )
             )
         return samples

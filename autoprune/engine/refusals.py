@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -39,6 +39,14 @@ def refuse_positions(method: MethodContract, located: Located) -> None:
             f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all layers, "
             "to compact; use positions='original'"
         )
+
+
+def refuse_sizes(implementation: str) -> NoReturn:
+    """Backends whose attention takes nothing that is added to the scores."""
+    raise UnsupportedError(
+        f"{implementation!r} attention cannot count a token for several, as summaries and sizes of merged "
+        "tokens need; use attn_implementation='sdpa', or a method without them"
+    )
 
 
 def refuse_cache(located: Located, cache: Any, length: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Ranking, Selection
-from ..parts.mergers import get_merger
+from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Ranking, Selection, SummaryToken
+from ..parts.mergers import MERGERS, as_summary, get_merger
 from ..parts.scorers import as_shares, text_attention, vision_attention
 from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_every, falls
 from ..policy.budget import Budget
@@ -62,13 +62,14 @@ class AutoPrune(Method):
             measured, "auto" is 1.
         rank_every: from the measurement on, rank tokens anew only every so many layers, stated for 32 layers.
             Cuts between follow the last ranking and are planned together, so each is nearly free. 1 ranks at
-            every cut, at any depth, and so does a `merger`.
+            every cut, at any depth, and so does `merger="dpc_knn"`.
         first_cut: "after_layer_0", or "pre_llm" to rank by the vision tower alone and cut before the
             decoder, which makes budgets feasible that could not even pay for layer 0.
         text_weight: weight of the text's attention against the vision tower's in the first cut, both
             scaled to sum to 1.
-        merger: what becomes of dropped tokens after the first cut: None discards them, "dpc_knn"
-            recycles the best of them as cluster means, inside the budget.
+        merger: what becomes of dropped tokens: None discards them. "dpc_knn" recycles the best of those that
+            are dropped after the first cut as cluster means, inside the budget. "summary" lets one token stand
+            for all of them, inside the budget, or in another form `SummaryToken(...)`.
         positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
         noise: the paper's robustness experiment: each prompt's I is multiplied by 1 + noise u, with u
             uniform in [-1, 1], and the schedule and the trace get the product. In [0, 1].
@@ -97,7 +98,7 @@ class AutoPrune(Method):
     rank_every: int = 8
     first_cut: Literal["after_layer_0", "pre_llm"] = "after_layer_0"
     text_weight: float = 1.0
-    merger: str | None = None
+    merger: str | SummaryToken | None = None
     positions: Positions = "original"
     noise: float = 0.0
     seed: int = 0
@@ -105,7 +106,7 @@ class AutoPrune(Method):
     def __post_init__(self) -> None:
         check_settings(self)
         get_curve(self.curve)
-        get_merger(self.merger)
+        as_summary(self.merger, others=MERGERS)
         for name in ("k0", "text_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
@@ -254,7 +255,7 @@ class AutoPrune(Method):
 
     def _ranking_step(self, num_layers: int) -> int:
         """`rank_every` in layers of this model."""
-        if self.rank_every == 1 or self.merger is not None:
+        if self.rank_every == 1 or self._recycles:
             return 1
         return at_depth(self.rank_every, num_layers)
 
@@ -267,6 +268,14 @@ class AutoPrune(Method):
         step = self._ranking_step(num_layers)
         first = cut - (cut - start) % step
         return first, min(first + step, end)
+
+    @property
+    def summary(self) -> SummaryToken | None:
+        return as_summary(self.merger, others=MERGERS)
+
+    @property
+    def _recycles(self) -> bool:
+        return self.merger == "dpc_knn"
 
     @property
     def needs_speed(self) -> bool:
@@ -282,7 +291,7 @@ class AutoPrune(Method):
         ranks = cut == first and any(due[first:until])
         if ranks or cut == self.mi_layer + 1:
             vision = cut == 1 and self.first_cut == "after_layer_0"
-            return Needs(rows="text", vision=vision, hidden=self.merger is not None)
+            return Needs(rows="text", vision=vision, hidden=self._recycles)
         return None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
@@ -292,9 +301,9 @@ class AutoPrune(Method):
             plan = state.notes["adaptive"].after_measuring(_sizes(state), information)
             state.mutual_information = measured
             self._follow(plan, state)
-        if self.merger is not None and seen.cut > 1:
+        if self._recycles and seen.cut > 1:
             counts = state.notes["plan"][:, seen.cut].tolist()
-            merge = get_merger(self.merger)
+            merge = get_merger("dpc_knn")
             return None if counts == seen.counts else merge(seen, self._scores(seen), counts)
         _, until = self._window(seen.cut, state.shape.num_layers)
         return Ranking(self._scores(seen), until)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
@@ -28,9 +28,10 @@ from ..contract import (
     Positions,
     PromptState,
     Selection,
+    SummaryToken,
     Tower,
 )
-from ..parts.mergers import in_order
+from ..parts.mergers import as_summary, in_order
 from ..parts.selectors import required_first, top_k
 from ..policy.cost import DecoderCost
 from ..policy.schedules import at_depth, check_size, fit_schedule, schedule_from_cuts
@@ -125,23 +126,40 @@ def check_choice(method: Method, name: str, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{method.name}: {name} must be one of {tuple(allowed)}, got {value!r}")
 
 
+def refuse_summary(method: Planned) -> NoReturn:
+    """A summary for a method that merges dropped tokens itself."""
+    raise ValueError(
+        f"{method.name} merges dropped tokens itself, so that nothing is left for a summary; merger must be None, "
+        f"got {method.merger!r}"
+    )
+
+
 @dataclass(frozen=True)
 class Planned(Method):
     """A method with a schedule of fixed shape, fitted to the budget: the nearest from below.
 
     Args:
         positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
+        merger: what becomes of dropped tokens: None leaves that to the method. "summary" lets one token stand
+            for all of them, inside the budget, or in another form `SummaryToken(...)`. Not for methods that merge
+            tokens themselves.
+
+    merges: whether the method makes tokens of dropped ones itself.
     """
 
     looks: ClassVar[Needs] = Needs()
     sees: ClassVar[Tower] = Tower()
+    merges: ClassVar[bool] = False
 
     budget: AnyBudget = AnyBudget(64)
     positions: Positions = field(default="original", kw_only=True)
+    merger: str | SummaryToken | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_choice(self, "positions", POSITIONS)
+        if as_summary(self.merger) is not None and self.merges:
+            refuse_summary(self)
 
     @abc.abstractmethod
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
@@ -222,7 +240,17 @@ class Planned(Method):
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         assert state.schedule is not None
-        return self.choose(seen, [plan[seen.cut] for plan in state.schedule], state)
+        counts = [plan[seen.cut] for plan in state.schedule]
+        if self.summary is not None:
+            # Where the first tokens go, the summary takes a slot.
+            required = state.prompts.required or [0] * len(counts)
+            prompts = zip(counts, seen.counts, state.prompts.num_visual, required, strict=True)
+            counts = [n - (least < n < now == all_) for n, now, all_, least in prompts]
+        return self.choose(seen, counts, state)
+
+    @property
+    def summary(self) -> SummaryToken | None:
+        return as_summary(self.merger)
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
         """Which tokens stay; `counts` [batch] is how many of each prompt."""

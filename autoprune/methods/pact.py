@@ -51,6 +51,7 @@ class PACT(AfterLayer):
         "CVPR 2025, arxiv.org/abs/2504.08966"
     )
     looks: ClassVar[Needs] = Needs(keys=True, ahead=True, hidden=True)
+    merges: ClassVar[bool] = True
 
     layer: float = 4
     important: float = 0.55

@@ -31,6 +31,7 @@ class Pooling(PreDecoder):
     paper: ClassVar[str] = "none: a floor that knows nothing but distance"
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(places=True)
+    merges: ClassVar[bool] = True
 
     def choose(self, seen: Observation, counts: Sequence[int], state: PromptState) -> Selection:
         assert seen.hidden is not None

@@ -51,6 +51,7 @@ class PruMerge(Ordered):
     }
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True)
+    merges: ClassVar[bool] = True
 
     neighbours: int = 32
 

@@ -12,7 +12,7 @@ from ..contract import Needs, Observation, PromptState, Selection
 from ..parts.mergers import get_merger
 from ..parts.scorers import text_attention
 from ..policy.schedules import at_depth, schedule_from_cuts
-from .base import Planned, check_choice
+from .base import Planned, check_choice, refuse_summary
 
 CUTS = (3, 7, 16)
 OFFICIAL_TOKENS = 576
@@ -66,9 +66,11 @@ class SparseVLM(Planned):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "version", tuple(OFFICIAL_LEVELS))
+        if self.recycles and self.summary is not None:
+            refuse_summary(self)
 
     @property
-    def merges(self) -> bool:
+    def recycles(self) -> bool:
         return self.recycle and self.version == 1
 
     def shape(self, setting: int, num_visual: int, num_layers: int) -> list[int]:
@@ -96,7 +98,7 @@ class SparseVLM(Planned):
             cuts_later = any(plan[-1] < plan[0] for plan in state.schedule)
             return Needs(hidden=True) if cuts_later else None
         due = any(plan[cut] < plan[cut - 1] for plan in state.schedule)
-        return Needs(rows="text", hidden=self.merges) if due else None
+        return Needs(rows="text", hidden=self.recycles) if due else None
 
     def select(self, seen: Observation, state: PromptState) -> Selection | None:
         if seen.cut == 0:
@@ -109,7 +111,7 @@ class SparseVLM(Planned):
         if self.version == 2:
             seen = replace(seen, attention=priority_heads(seen, rating))
         scores = text_attention(seen, rating)
-        return get_merger("dpc_knn" if self.merges else None)(seen, scores, counts)
+        return get_merger("dpc_knn" if self.recycles else None)(seen, scores, counts)
 
 
 def raters(seen: Observation) -> torch.Tensor:

@@ -53,6 +53,7 @@ class ToMe(TowerScored):
     released: ClassVar[Mapping[str, Any]] = {"positions": "compacted", "mask_padding": False}
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True, merge=True)
+    merges: ClassVar[bool] = True
 
     rounds: int = 24
 

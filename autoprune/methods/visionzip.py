@@ -49,6 +49,7 @@ class VisionZip(Ordered):
     }
     looks: ClassVar[Needs] = Needs(vision=True, hidden=True)
     sees: ClassVar[Tower] = Tower(attention=True, keys=True)
+    merges: ClassVar[bool] = True
 
     contextual: float = 10 / 64
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ..contract import Merged, Observation, Selection
+from ..contract import Merged, Observation, Selection, SummaryToken
 from ..policy.released import cluster_and_merge, cluster_count, recycled_count
 from .gather import tokens_at
 from .scorers import cosine
@@ -93,6 +94,25 @@ def get_merger(name: str | None) -> Merger:
     if not isinstance(name, str) or name not in MERGERS:
         raise ValueError(f"merger must be None or one of {', '.join(MERGERS)}, got {name!r}")
     return MERGERS[name]
+
+
+def as_summary(merger: Any, others: Sequence[str] = ()) -> SummaryToken | None:
+    """The summary that a `merger` option asks for: "summary", or a `Summary`; None for other mergers.
+
+    Args:
+        others: the other mergers that this option takes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if merger == "summary":
+        return SummaryToken()
+    if merger is None or isinstance(merger, SummaryToken):
+        return merger
+    if not isinstance(merger, str) or merger not in others:
+        named = ", ".join(["None", *map(repr, others), "'summary'"])
+        raise ValueError(f"merger must be one of {named}, or a SummaryToken, got {merger!r}")
+    return None
 
 
 def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:

@@ -13,9 +13,10 @@ from ...errors import UnsupportedError
 from ..cache import argument as cache_argument
 from ..cache.static import is_static
 from ..locate import Located
+from ..refusals import refuse_sizes
 from ..tokens.cut import Stage
 from ..tokens.present import Tokens
-from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask
+from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask, weighed
 
 # Arguments that follow the sequence but are sliced here, or are known not to matter.
 HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
@@ -94,6 +95,15 @@ class LayerArguments:
         return self._made[key][1]
 
     def _mask(self, mask: Any, keys: int, dtype: torch.dtype) -> Any:
+        tokens = self.tokens
+        if tokens.bias is None:
+            return self._unweighed(mask, keys, dtype)
+        if "flash" in self.implementation:
+            refuse_sizes(self.implementation)
+        return weighed(self._unweighed(mask, keys, dtype), tokens, keys, dtype)
+
+    def _unweighed(self, mask: Any, keys: int, dtype: torch.dtype) -> Any:
+        """The mask where every token counts for itself."""
         tokens = self.tokens
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             return (tokens.column >= 0).to(mask.dtype) if tokens.padded else None

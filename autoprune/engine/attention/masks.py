@@ -90,6 +90,36 @@ class CausalMasks:
         return mask
 
 
+def weighed(mask: Any, tokens: Tokens, key_length: int, dtype: torch.dtype) -> torch.Tensor:
+    """A mask over the present tokens, additive and with what is added for their sizes (`Tokens.bias`).
+
+    Args:
+        mask: None (causal, nothing padded), or a 4-D or flex-attention mask.
+        key_length: keys the attention will be given.
+
+    Returns:
+        [batch or 1, 1 or heads, n, keys].
+    """
+    assert tokens.bias is not None
+    if mask is None:
+        mask = CausalMasks().of(tokens, key_length, dtype)
+    elif isinstance(mask, BlockMask):
+        mask = additive(_allowed(mask, tokens, key_length), dtype)
+    elif mask.dtype == torch.bool:
+        mask = additive(mask, dtype)
+    bias = pad(tokens.bias.to(mask), (0, key_length - tokens.width))
+    return mask + bias[:, None, None]
+
+
+def _allowed(mask: BlockMask, tokens: Tokens, key_length: int) -> torch.Tensor:
+    """A flex-attention mask as bool [batch, 1, n, keys]."""
+    device = tokens.column.device
+    batch = torch.arange(tokens.batch, device=device)[:, None, None]
+    query = torch.arange(tokens.width, device=device)[None, :, None]
+    key = torch.arange(key_length, device=device)[None, None]
+    return mask.mask_mod(batch, torch.zeros_like(batch), query, key)[:, None]
+
+
 def row_mask(
     mask: Any, tokens: Tokens, slots: torch.Tensor | slice
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -165,6 +195,12 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as one that is added to the scores."""
     zero = torch.zeros((), dtype=dtype, device=allowed.device)
     return torch.where(allowed, zero, torch.finfo(dtype).min)
+
+
+def biased(allowed: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask [batch, 1, queries, keys] as an additive one, with `bias` [batch, keys] for all queries."""
+    mask = additive(allowed, dtype)
+    return mask if bias is None else mask + bias[:, None, None].to(mask)
 
 
 def _finish(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from ..tokens.present import Tokens
 
@@ -45,10 +46,19 @@ class HeldColumns:
         columns: LongTensor [batch, all stages' places]. The column of the prompt that each token came from; -1
             for padding, which is on the left.
         starts, widths: where each stage's tokens begin in it, and how many there are.
+        bias: float32, as `columns`: what is added to the scores of attention on each token (`Tokens.bias`); None
+            for nothing.
     """
 
-    def __init__(self, columns: torch.Tensor, starts: Sequence[int], widths: Sequence[int]):
+    def __init__(
+        self,
+        columns: torch.Tensor,
+        starts: Sequence[int],
+        widths: Sequence[int],
+        bias: torch.Tensor | None = None,
+    ):
         self.columns, self.starts, self.widths = columns, tuple(starts), tuple(widths)
+        self.bias = bias
         self._clear()
 
     @classmethod
@@ -62,7 +72,14 @@ class HeldColumns:
             for tokens, size in zip(stages, sizes, strict=True)
             for part in (tokens.column, spare[:, : size - tokens.width])
         ]
-        return cls(torch.cat(parts, dim=1), starts_of(sizes), widths)
+        bias = None
+        if any(tokens.bias is not None for tokens in stages):
+            pieces = [
+                pad(_bias_of(tokens), (0, size - tokens.width))
+                for tokens, size in zip(stages, sizes, strict=True)
+            ]
+            bias = torch.cat(pieces, dim=1)
+        return cls(torch.cat(parts, dim=1), starts_of(sizes), widths, bias)
 
     def _clear(self) -> None:
         """Forget what was made of the columns."""
@@ -71,7 +88,7 @@ class HeldColumns:
         self._moved: tuple[str, Any, int | None, HeldColumns] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"columns": self.columns, "starts": self.starts, "widths": self.widths}
+        return {name: getattr(self, name) for name in ("columns", "starts", "widths", "bias")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -85,6 +102,11 @@ class HeldColumns:
         start = self.starts[stage]
         return self.columns[:, start : start + self.widths[stage]]
 
+    def bias_of_stage(self, stage: int) -> torch.Tensor | None:
+        """The same of `bias`."""
+        start = self.starts[stage]
+        return None if self.bias is None else self.bias[:, start : start + self.widths[stage]]
+
     def lengths(self, stage: int) -> torch.Tensor:
         """LongTensor [batch], real tokens of a stage."""
         if self._lengths is None:
@@ -97,7 +119,7 @@ class HeldColumns:
         """Which tokens of a stage, and which of `new` ones behind them, the last of these may see.
 
         Returns:
-            Additive mask [batch, 1, 1, n + new] that hides padding alone.
+            Additive mask [batch, 1, 1, n + new] that hides padding alone, with what is added for sizes.
         """
         made = self._masks.get(dtype)
         if made is None or made.room < new:
@@ -112,12 +134,16 @@ class HeldColumns:
         blocked = (self.columns < 0)[:, None, None]
         for start, first, width in zip(starts, self.starts, self.widths, strict=True):
             part = blocked[..., first : first + width]
-            values[..., start : start + width].masked_fill_(part, least)
+            own = values[..., start : start + width]
+            if self.bias is not None:
+                own.copy_(self.bias[:, None, None, first : first + width])
+            own.masked_fill_(part, least)
         return Masks(values, starts, room)
 
     def without_last(self, columns: int) -> HeldColumns:
         """Without the last columns of the prompt, which are text in every row."""
-        return HeldColumns(self.columns, self.starts, [width - columns for width in self.widths])
+        widths = [width - columns for width in self.widths]
+        return HeldColumns(self.columns, self.starts, widths, self.bias)
 
     def moved(self, how: str, argument: Any) -> HeldColumns:
         """As the method `how` of `MOVES` leaves them.
@@ -130,11 +156,18 @@ class HeldColumns:
             if before == how and given is argument and version == its_version is not None:
                 return answer
         move = MOVES[how]
-        answer = HeldColumns(move(self.columns, argument), self.starts, self.widths)
+        bias = None if self.bias is None else move(self.bias, argument)
+        answer = HeldColumns(move(self.columns, argument), self.starts, self.widths, bias)
         for dtype, made in self._masks.items():
             answer._masks[dtype] = made._replace(values=move(made.values, argument))
         self._moved = how, argument, version, answer
         return answer
+
+
+def _bias_of(tokens: Tokens) -> torch.Tensor:
+    if tokens.bias is not None:
+        return tokens.bias
+    return torch.zeros(tokens.column.shape, device=tokens.column.device)
 
 
 def _version(argument: Any) -> int | None:

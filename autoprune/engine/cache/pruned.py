@@ -92,6 +92,7 @@ class PrunedCache:
     tail: of these columns, how many of the last are text in every prompt.
     compacted: whether new tokens continue each layer's own compacted positions.
     padded: whether a layer's cache holds padding.
+    weighed: whether a token in it counts for several.
     slots: what new tokens see of a static cache; None for one that grows.
     backend: the attention that the cache was filled by.
     has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
@@ -101,6 +102,7 @@ class PrunedCache:
     tail: int
     compacted: bool
     padded: bool
+    weighed: bool
     slots: Slots | None
     backend: str
     has_gaps: bool = False
@@ -125,7 +127,8 @@ class PrunedCache:
             kept, by_layer = CacheMemory.of(cache), [held[stage] for stage in stages]
             slots = kept.slots = Slots.of(cache.layers, by_layer, layout.length, kept.slots)
         padded = any(tokens.padded for tokens in held)
-        pruned = cls(layout.length, layout.tail, compacted, padded, slots, backend)
+        weighed = columns.bias is not None
+        pruned = cls(layout.length, layout.tail, compacted, padded, weighed, slots, backend)
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
             renumbered = compacted and held[stage].renumbered
             memory = LayerMemory(pruned, number, columns, stage, renumbered)
@@ -143,7 +146,8 @@ class PrunedCache:
 
     def sees_all(self, windows: Sequence[int | None]) -> bool:
         """Whether a new token sees all that is there at the model's own positions, and needs no mask."""
-        return not (self.padded or self.has_gaps or self.compacted or any(windows))
+        special = self.padded or self.weighed or self.has_gaps or self.compacted
+        return not (special or any(windows))
 
     def refuse_plain_model(self, new: int) -> None:
         """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens."""
@@ -153,6 +157,8 @@ class PrunedCache:
             reason = "its prompts have different lengths in it, which only pruning makes masks for"
         elif self.compacted:
             reason = "its positions were numbered anew, which only pruning goes on with"
+        elif self.weighed:
+            reason = "a token in it counts for several, which only pruning makes masks for"
         elif new > 1 and "flash" not in self.backend:
             reason = "several new tokens at once need masks of each layer's own"
         else:
@@ -289,7 +295,7 @@ def _with_memory(name: str, move: Callable) -> Callable:
         memory.held = memory.held.moved(name, argument)
         pruned = memory.pruned
         # Rows that hold their tokens in the same places show the same slots.
-        if pruned.slots is not None and (pruned.padded or pruned.has_gaps):
+        if pruned.slots is not None and (pruned.padded or pruned.has_gaps or pruned.weighed):
             pruned.slots.move(memory.number, name, argument)
 
     return moved

@@ -55,6 +55,8 @@ class Slots:
     lengths: LongTensor [L, batch], the same without padding.
     dropped: LongTensor [], how many fewer layer 0 has than the prompt.
     starts, sizes: where each layer's slots begin, and how many it has.
+    bias: float32, as `first_new`: what is added to the scores of attention on each (`Tokens.bias`); None for
+        nothing.
     """
 
     first_new: torch.Tensor
@@ -63,6 +65,7 @@ class Slots:
     dropped: torch.Tensor
     starts: list[int]
     sizes: list[int]
+    bias: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -91,9 +94,20 @@ class Slots:
             if tokens.padded:
                 part = slots.of_layer(slots.first_new, number)[:, : tokens.width]
                 part.masked_fill_(tokens.column < 0, NEVER)
-        for name in ("first_new", "widths", "lengths", "dropped"):
-            setattr(slots, name, _in_place(getattr(slots, name), getattr(before, name, None)))
+        slots._weigh(held, weighed_before=before is not None and before.bias is not None)
+        for name in ("first_new", "widths", "lengths", "dropped", "bias"):
+            if (value := getattr(slots, name)) is not None:
+                setattr(slots, name, _in_place(value, getattr(before, name, None)))
         return slots
+
+    def _weigh(self, held: Sequence[Tokens], weighed_before: bool) -> None:
+        """Note what is added for the sizes of tokens. What a compiled step has added once, it adds always."""
+        if not weighed_before and all(tokens.bias is None for tokens in held):
+            return
+        self.bias = torch.zeros(self.first_new.shape, device=self.first_new.device)
+        for number, tokens in enumerate(held):
+            if tokens.bias is not None:
+                self.of_layer(self.bias, number)[:, : tokens.width] = tokens.bias
 
     def of_layer(self, values: torch.Tensor, number: int) -> torch.Tensor:
         """The slots of one layer, of values [..., all layers' slots]."""
@@ -121,7 +135,10 @@ class Slots:
 
     def move(self, number: int, how: str, argument: Any) -> None:
         """Move the rows of one layer, as the method `how` of `MOVES` does."""
-        for rows in (self.of_layer(self.first_new, number), self.lengths[number]):
+        moving = [self.of_layer(self.first_new, number), self.lengths[number]]
+        if self.bias is not None:
+            moving.append(self.of_layer(self.bias, number))
+        for rows in moving:
             rows.copy_(MOVES[how](rows, argument))
 
 

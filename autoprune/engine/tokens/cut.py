@@ -16,8 +16,9 @@ import torch
 
 from ...parts.transfer import to_device
 from .packing import Packing
-from .present import Tokens, blocked_by_half
+from .present import NEVER, Tokens, blocked_by_half
 from .sizes import Sizes
+from .summary import Mean, Standing
 
 # What padding holds: a number, or what makes a tensor of it; None where there is no padding.
 Padding = Callable[[], torch.Tensor] | float | None
@@ -51,10 +52,12 @@ class Cut:
 
     source: LongTensor [rows]: for each row of the new hidden states which row of the old ones it is. Rows are
         those of [batch, n] or of a packed [1, total], flattened.
+    mean: what becomes of the summaries; None without any.
     """
 
     stage: Stage
     source: torch.Tensor
+    mean: Mean | None = None
 
 
 class Columns:
@@ -109,6 +112,7 @@ class Plan:
         ranks: LongTensor [batch, n]: a cut that keeps k visual tokens of a prompt keeps ranks below k.
         sizes: of these cuts, and of others.
         depths: which of the sizes are these cuts'.
+        standing: the summaries that take in what is dropped; None without any.
     """
 
     def __init__(
@@ -118,7 +122,9 @@ class Plan:
         ranks: torch.Tensor,
         sizes: Sizes,
         depths: range,
+        standing: Standing | None = None,
     ):
+        self.standing = standing
         self.tokens, self.packing, self.sizes, self.depths = tokens, packing, sizes, depths
         # The depth before the first cut is the present one: it says which row each token has now.
         start, known = depths.start, int(depths.start > 0)
@@ -131,6 +137,7 @@ class Plan:
         self._numbers, self._kept = numbers[:, known:], kept[known:]
         self._order, self.place = order[known:], place[known:]
         self._goes = goes[known:].where(self._kept, int(sizes.ends[-1]))
+        self._real = None if standing is None else ranks < NEVER
         self._padding_masks: dict[tuple[bool, torch.dtype], torch.Tensor] = {}
 
     def cuts(self, layers: Sequence[int]) -> list[Cut]:
@@ -144,23 +151,24 @@ class Plan:
         span = slice(sizes.rows(self.depths[0]).start, sizes.rows(self.depths[-1]).stop)
         prompt = partial(self._prompt, span) if sizes.batch > 1 else None
         shared = Columns(columns[span], prompt, padded)
+        means = self._means()
         cuts = []
         for layer, depth in zip(layers, self.depths, strict=True):
             rows = sizes.rows(depth)
             packing = self._packing(depth) if sizes.packed[depth] else None
             within = slice(rows.start - span.start, rows.stop - span.start)
             stage = Stage(layer, self._left(depth, columns), packing, shared, within)
-            cuts.append(Cut(stage, source[rows]))
+            cuts.append(Cut(stage, source[rows], None if means is None else means[len(cuts)]))
         # Masks of padding need no more than where tokens go.
         del self._kept, self._order
         return cuts
 
     def _left(self, depth: int, columns: torch.Tensor) -> Tokens:
-        sizes, tokens, index = self.sizes, self.tokens, self._index_with_new
+        sizes, tokens, index, bias = self.sizes, self.tokens, self._index_with_new, self._bias
         rows = sizes.rows(depth)
         if sizes.packed[depth]:
             columns, rows = self._padded_columns, sizes.padded_rows(depth)
-            index = self._padded_index_with_new
+            index, bias = self._padded_index_with_new, self._padded_bias
         shape = sizes.batch, int(sizes.widths[depth])
         return Tokens(
             tokens.prompts,
@@ -177,7 +185,49 @@ class Plan:
                 if shape[0] * shape[1] > sizes.lengths[depth].sum()
                 else None
             ),
+            bias=None if bias is None else bias[rows].view(shape),
         )
+
+    def _means(self) -> list[Mean] | None:
+        """What becomes of the summaries at each cut."""
+        standing = self.standing
+        if standing is None:
+            return None
+        assert self._real is not None
+        was = torch.cat([self._real[None], self._kept[:-1]])
+        weights = standing.weights(was & ~self._kept)
+        rows = standing.rows(self.place)
+        # Weights are of what stood before a cut, in the form in which attention sees it.
+        later = torch.cat([weights[1:], torch.zeros_like(weights[:1])])
+        held, padded = None, None
+        means = []
+        for number, depth in enumerate(self.depths):
+            if not number:
+                own = weights[0]
+            elif self.sizes.packed[depth - 1]:
+                padded = self._put_padded(None, later, 0.0) if padded is None else padded
+                own = padded[self.sizes.padded_rows(depth - 1)]
+            else:
+                held = self._put(None, later, 0.0) if held is None else held
+                own = held[self.sizes.rows(depth - 1)]
+            means.append(Mean(own.view(len(rows[0]), 1, -1), rows[number], standing.typical))
+        return means
+
+    @cached_property
+    def _bias(self) -> torch.Tensor | None:
+        bias = self._biases
+        return None if bias is None else self._put(None, bias, 0.0)
+
+    @cached_property
+    def _padded_bias(self) -> torch.Tensor | None:
+        bias = self._biases
+        return None if bias is None else self._put_padded(None, bias, 0.0)
+
+    @cached_property
+    def _biases(self) -> torch.Tensor | None:
+        """Of the tokens present at each depth, float32 [cuts or none, batch, n]."""
+        bias = self.tokens.bias
+        return bias if self.standing is None else self.standing.biases(bias)
 
     def _padding_mask(
         self, rows: slice, shape: tuple[int, int], packed: bool, dtype: torch.dtype

@@ -39,7 +39,27 @@ def with_last_tokens(
     forced = torch.zeros_like(kept, dtype=torch.bool)
     forced = forced.index_put((row, place), kept[row, place] != last)
     kept = kept.index_put((row, place), last)
-    return replace(selection, kept=kept, counts=counts, states=states), forced
+    sizes = selection.sizes
+    if sizes is not None:
+        # Such a token takes none in.
+        missing = max(kept.shape[1] - sizes.shape[1], 0)
+        sizes = torch.nn.functional.pad(sizes, (0, missing), value=1.0)
+        sizes = sizes.masked_fill(torch.nn.functional.pad(forced, (0, sizes.shape[1] - forced.shape[1])), 1.0)
+    return replace(selection, kept=kept, counts=counts, states=states, sizes=sizes), forced
+
+
+def with_sizes(tokens: Tokens, selection: Selection) -> Tokens:
+    """The present tokens, of which those that are kept have the sizes that the selection gives them."""
+    sizes = selection.sizes
+    if sizes is None:
+        return tokens
+    kept = selection.kept[:, : max(selection.counts)]
+    own = sizes[:, : kept.shape[1]].to(kept.device, torch.float32).log()
+    # A place more takes padding.
+    visual = own.new_zeros(tokens.batch, tokens.slots.shape[1] + 1)
+    visual.scatter_(1, kept.where(kept >= 0, visual.shape[1] - 1), own)
+    bias = tokens.spread(visual[:, :-1], torch.zeros_like(tokens.column, dtype=torch.float32))
+    return replace(tokens, bias=bias)
 
 
 def cut_and_merge(
@@ -54,7 +74,7 @@ def cut_and_merge(
         The new tokens, and LongTensor [batch, n'] of sources: places in the old sequence, or
         width + i for new token i. Sources of padding point anywhere.
     """
-    merged = selection.merged
+    merged, tokens = selection.merged, with_sizes(tokens, selection)
     assert merged is not None
     counts = [a + b for a, b in zip(selection.counts, merged.counts, strict=True)]
     lengths = [
@@ -78,7 +98,23 @@ def cut_and_merge(
     columns = torch.cat([tokens.column, tokens.column.gather(1, slot)], dim=1)
     column = columns.gather(1, source).where(real, -1)
     left = Tokens(tokens.prompts, lengths, counts, column, tokens.heads, was_cut=True)
-    return replace(left, index_with_new=index), source
+    bias = _biases(tokens, merged, source, real)
+    return replace(left, index_with_new=index, bias=bias), source
+
+
+def _biases(
+    tokens: Tokens, merged: Merged, source: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor | None:
+    """`Tokens.bias` behind the cut, from that before it and the sizes of the new tokens."""
+    if tokens.bias is None and merged.sizes is None:
+        return None
+    old = tokens.bias
+    if old is None:
+        old = torch.zeros_like(tokens.column, dtype=torch.float32)
+    new = old.new_zeros(merged.hidden.shape[:2])
+    if merged.sizes is not None:
+        new = merged.sizes.to(new).log()
+    return torch.cat([old, new], dim=1).gather(1, source).where(real, 0.0)
 
 
 def _places_of_new(

@@ -83,6 +83,8 @@ class Tokens:
         of visual tokens, -1 for all others.
     number, first_slot: LongTensor [batch], `counts`, and the places of the first visual tokens where they are
         in one piece; planned_padding_mask: `padding_mask`. Known where they were planned with other depths.
+    bias: float32 [batch, n], what is added to every score of attention on a token: the logarithm of how many
+        tokens it counts for. None where each counts for itself.
     """
 
     prompts: OnDevice
@@ -95,6 +97,7 @@ class Tokens:
     number: torch.Tensor | None = None
     first_slot: torch.Tensor | None = None
     planned_padding_mask: Callable[[torch.dtype], torch.Tensor] | None = None
+    bias: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layout: Layout, device: torch.device) -> Tokens:
@@ -112,6 +115,7 @@ class Tokens:
             planned_padding_mask=None,
             column=self.column[:, : self.width - columns],
             lengths=lengths,
+            bias=None if self.bias is None else self.bias[:, : self.width - columns],
         )
 
     @property
@@ -181,6 +185,14 @@ class Tokens:
         number = [n - visual for n, visual in zip(self.lengths, self.counts, strict=True)]
         places = self._places((self.column >= 0) & ~self.is_visual, max(number))
         return places.where(length_mask(number, max(number), places.device), -1)
+
+    @cached_property
+    def last_slot(self) -> torch.Tensor:
+        """LongTensor [batch or 1, 1], the place of each prompt's last token."""
+        if self.was_cut or not self.padded:
+            return self.prompts.ascending[self.width - 1][None, None]
+        place = self.prompts.ascending[: self.width].where(self.column >= 0, -1)
+        return place.amax(dim=1, keepdim=True)
 
     def _places(self, chosen: torch.Tensor, most: int) -> torch.Tensor:
         """Places of the True entries of bool [batch, n], at most so many, ascending; then 0."""

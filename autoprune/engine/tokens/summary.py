@@ -1,0 +1,177 @@
+"""Summaries: of each prompt, one visual token that stands for all that were dropped.
+
+It is the dropped token nearest to the mean of their positions, and takes on the mean of their hidden states. So
+positions, masks and caches treat it as any token that is kept; its attention alone counts for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...contract import SummaryToken
+from ...parts.transfer import all_to_device
+from .present import Tokens
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What a cut makes of the summaries.
+
+    weights: float32 [batch, 1, n], the share of each token that stood before the cut.
+    rows: LongTensor [batch], the summaries' rows in the new hidden states. A prompt without one keeps its last
+        token as it is.
+    typical: whether means are scaled to the mean norm of what they are made of.
+    """
+
+    weights: torch.Tensor
+    rows: torch.Tensor
+    typical: bool
+
+    def of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The summaries' hidden states [batch, size], from those before the cut [batch, n, size]."""
+        weights = self.weights.to(hidden)
+        mean = weights @ hidden
+        if self.typical:
+            norms = torch.linalg.vector_norm(hidden, dim=2, keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=torch.float32)
+            wanted = self.weights.to(norms) @ norms
+            mean = mean * (wanted / norm.clamp(min=torch.finfo(torch.float32).tiny)).to(mean)
+        return mean[:, 0]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The summaries of all prompts at cuts that follow each other.
+
+    here: bool [batch, n], the token of each prompt that is its summary; its last one where it has none.
+    before, after: LongTensor [cuts, batch, 1], how many tokens it stands for before and behind each cut; 1
+        where there is no summary.
+    takes: bool [batch, 1], whether there is one.
+    """
+
+    here: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    takes: torch.Tensor
+    strength: float
+    typical: bool
+
+    def weights(self, dropped: torch.Tensor) -> torch.Tensor:
+        """Each token's share in the summary behind each cut, float32 [cuts, batch, n].
+
+        Args:
+            dropped: bool [cuts, batch, n], the tokens that go at each cut.
+        """
+        counts = torch.where(self.here, self.before, (dropped & self.takes).long())
+        return counts / self.after
+
+    def biases(self, others: torch.Tensor | None) -> torch.Tensor:
+        """What is added to the scores of attention on each token, float32 [cuts, batch, n]."""
+        own = self.after.float().log() * self.strength
+        if others is None:
+            others = own.new_zeros(())
+        return torch.where(self.here, own, others)
+
+    def rows(self, place: torch.Tensor) -> torch.Tensor:
+        """The summaries' rows behind each cut, [cuts, batch]; `place` [cuts, batch, n] has all tokens'."""
+        slot = self.here.to(torch.uint8).argmax(dim=1)
+        return place.gather(2, slot[None, :, None].expand(len(place), -1, 1))[..., 0]
+
+
+class Summaries:
+    """Which token of each prompt is its summary, in one prefill.
+
+    Args:
+        form: as the method asks for it.
+        num_visual: N of each prompt.
+        required: how many tokens of each prompt stay whatever is decided (`Prompts.required`).
+    """
+
+    def __init__(self, form: SummaryToken, num_visual: Sequence[int], required: Sequence[int]):
+        self.form, self.num_visual = form, np.array(num_visual)
+        self.required = np.array(required) if len(required) else np.zeros_like(self.num_visual)
+        # LongTensor [batch, 1], where they stand; None until there is any.
+        self.column: torch.Tensor | None = None
+        # Whether each prompt has one; a prompt that gave its own up gets no other.
+        self.has = np.zeros(len(self.num_visual), dtype=bool)
+        self._lost = np.zeros_like(self.has)
+
+    def fits(self, counts: np.ndarray) -> np.ndarray:
+        """Whether so many visual tokens, [..., batch], leave room for a summary."""
+        return counts > self.required
+
+    def missing(self, tokens: Tokens, kept: Sequence[int]) -> np.ndarray:
+        """bool [batch]: prompts that get a summary at a cut that keeps so many visual tokens beside it."""
+        after, whole = np.array(kept) + 1, np.array(tokens.counts) == self.num_visual
+        return ~self.has & ~self._lost & whole & (after < self.num_visual) & self.fits(after)
+
+    def slots(self, tokens: Tokens) -> torch.Tensor | None:
+        """bool [batch, V], the summaries among the visual tokens present; None if there are none."""
+        if self.column is None or not self.has.any():
+            return None
+        column = tokens.column.gather(1, tokens.slots)
+        here = (column == self.column) & tokens.slot_mask
+        return here if self.has.all() else here & _flags(self.has, here.device)
+
+    def lead(self, tokens: Tokens, order: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """The visual tokens in the order in which they are kept, with new summaries in front.
+
+        Args:
+            order: LongTensor [batch, V], best first; summaries that there are come before all that a cut drops.
+            counts: int [cuts, batch], what each prompt keeps.
+        """
+        roomy = self.fits(counts).all(axis=0)
+        self._lost |= self.has & ~roomy
+        self.has &= roomy
+        whole, fallen = np.array(tokens.counts) == self.num_visual, counts < self.num_visual
+        new = ~self.has & ~self._lost & roomy & whole & fallen.any(axis=0)
+        if not new.any():
+            return order
+        first = counts[fallen.argmax(axis=0), np.arange(len(new))]
+        # The summary takes a slot of its own, so one token more is dropped.
+        start, stop = np.where(new, first - 1, 0), np.where(new, self.num_visual, 1)
+        place = np.arange(order.shape[1])
+        dropped = (place >= start[:, None]) & (place < stop[:, None])
+        inside, new_there = all_to_device([dropped, new[:, None]], order.device)
+        position = order.float()
+        if self.form.position == "last":
+            chosen = position.masked_fill(~inside, -1.0).argmax(dim=1, keepdim=True)
+        else:
+            mean = (position * inside).sum(dim=1, keepdim=True) / inside.sum(dim=1, keepdim=True)
+            distance = (position - mean).abs()
+            chosen = distance.masked_fill(~inside, float("inf")).argmin(dim=1, keepdim=True)
+        summary = order.gather(1, chosen)
+        column = tokens.column.gather(1, tokens.slots.gather(1, summary))
+        if self.column is not None:
+            column = torch.where(new_there, column, self.column)
+        self.column, self.has = column, self.has | new
+        # Where it is put in front, those before it move on by one.
+        every = tokens.prompts.ascending[: order.shape[1]]
+        moved = order.gather(1, torch.where(every <= chosen, every - 1, every).clamp_(min=0))
+        led = torch.where(every == 0, summary, moved)
+        return led if new.all() else torch.where(new_there, led, order)
+
+    def standing(self, tokens: Tokens, counts: np.ndarray) -> Standing | None:
+        """The summaries at cuts to so many visual tokens [cuts, batch]; None if there are none."""
+        if self.column is None or not self.has.any():
+            return None
+        after = np.where(self.has, self.num_visual - counts + 1, 1)
+        now = np.where(self.has, self.num_visual - np.array(tokens.counts) + 1, 1)
+        before = np.concatenate([now[None], after[:-1]])
+        device = tokens.column.device
+        sizes = [a[..., None] for a in (before, after, self.has)]
+        there = all_to_device(sizes, device)
+        here = tokens.column == self.column
+        if not self.has.all():
+            last = tokens.prompts.ascending[: tokens.width] == tokens.last_slot
+            here = torch.where(there[2], here, last)
+        return Standing(here, *there, self.form.strength, self.form.norm == "typical")
+
+
+def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    (flags,) = all_to_device([values[:, None]], device)
+    return flags
