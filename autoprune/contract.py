@@ -269,16 +269,18 @@ class Ranking:
 
 @dataclass(frozen=True)
 class SummaryToken:
-    """How one token of each prompt stands for all visual tokens that were dropped: its summary.
+    """One token of each prompt that stands for all visual tokens that were dropped.
 
-    It is a slot of the budget: where n tokens enter a layer, n - 1 are kept as they are. It takes on the mean of
-    the hidden states of all that were dropped; at later cuts it takes in more, weighted by their number. Its
-    score in attention gets strength * log(number of tokens), from the cut on, for every row that sees it, in
-    decoding too. So the softmax keeps the denominator that it had: proportional attention (ToMe, ICLR 2023,
-    equation 1) with one group. A prompt of which nothing is dropped has none.
+    It is a slot of the budget: where n tokens enter a layer, n - 1 are kept as they are. Its hidden states
+    are the mean of those that were dropped, each as it was when it was dropped; later cuts add to it, weighted
+    by number. Its score in attention gets strength * log(number of tokens) in every later layer, for every row
+    that sees it, in decoding too. So the softmax keeps the denominator that it had: proportional attention
+    (ToMe, ICLR 2023, equation 1) with one group. A prompt of which nothing is dropped has no summary.
 
-    strength: 0 or more; 0 leaves the scores as they are, 1 is the whole logarithm.
-    position: the summary stands where the dropped token nearest to their "mean" position stood, or the "last".
+    As text: "summary", or "summary strength=0.5 position=last norm=typical".
+
+    strength: 0 or more; 0 leaves the scores as they are, 1 adds the whole logarithm.
+    position: which dropped token's place it takes: the one nearest to their "mean" position, or the "last".
     norm: "mean" leaves the mean as it is; "typical" scales it to the mean norm of what it is made of.
 
     Raises:
@@ -301,6 +303,37 @@ class SummaryToken:
                 raise ValueError(
                     f"the {name} of a SummaryToken must be one of {allowed}, got {getattr(self, name)!r}"
                 )
+
+    @classmethod
+    def of(cls, text: str) -> SummaryToken:
+        """From its form as text.
+
+        Raises:
+            ValueError: it is none.
+        """
+        name, *settings = text.split() or [""]
+        given: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals or key not in cls.__dataclass_fields__:
+                name = ""
+            given[key] = float(value) if key == "strength" and _is_number(value) else value
+        if name != "summary":
+            raise ValueError(
+                f'expected "summary", or "summary strength=0.5 position=last norm=typical", got {text!r}'
+            )
+        return cls(**given)
+
+    def __str__(self) -> str:
+        return f"summary strength={self.strength:g} position={self.position} norm={self.norm}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass

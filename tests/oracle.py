@@ -30,6 +30,7 @@ def oracle_logits(
     positions: str = "original",
     states: States | None = None,
     summary: Summary | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of the pruned model, computed by hiding.
 
@@ -41,6 +42,7 @@ def oracle_logits(
         positions: "compacted" numbers the tokens that are left anew in every layer.
         states: for some layers, which columns take on other hidden states on entering, and which.
         summary: what stands for the dropped visual tokens.
+        biases: [batch, prompt length], added to the scores on each column in every layer.
 
     Returns:
         [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
@@ -48,7 +50,14 @@ def oracle_logits(
     """
     prompt = inputs["input_ids"].shape[1]
     grown = append(model, inputs, tokens)
-    logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
+    if biases is None:
+        logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
+        return logits[:, prompt - 1 :]
+    with contextlib.ExitStack() as stack:
+        for layer in model.get_decoder().layers:
+            handle = layer.register_forward_pre_hook(_add(biases), with_kwargs=True)
+            stack.callback(handle.remove)
+        logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
     return logits[:, prompt - 1 :]
 
 
@@ -126,9 +135,7 @@ class Summary:
         return mean
 
 
-def summary_of(
-    samples: Sequence[Any], attention_mask: torch.Tensor, form: Any
-) -> Summary | None:
+def summary_of(samples: Sequence[Any], attention_mask: torch.Tensor, form: Any) -> Summary | None:
     """The summaries that a trace speaks of, made in the form of the method (`SummaryToken`)."""
     if form is None:
         return None
@@ -365,6 +372,15 @@ def _eager_decoder(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _add(biases: torch.Tensor) -> Any:
+    def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        mask = kwargs["attention_mask"].expand(len(biases), -1, -1, -1).clone()
+        mask[..., : biases.shape[1]] += biases[:, None, None]
+        return args, kwargs | {"attention_mask": mask}
+
+    return hook
 
 
 def _hide(

@@ -139,7 +139,9 @@ class Decode:
             if slots.bias is None:
                 return as_mask(seen, mask)
             return biased(seen, slots.of_layer(slots.bias, number), dtype)
-        whole = self._once(("slots", dtype), lambda: biased(slots.seen(self._new), slots.bias, dtype))
+        whole = self._once(
+            ("slots", dtype), lambda: biased(slots.seen(self._new), slots.bias, dtype)
+        )
         return slots.of_layer(whole, number)
 
     def _keys(self, layer: Any, memory: LayerMemory) -> int:

@@ -52,7 +52,9 @@ class Prefill:
         self.decided: dict[int, Cut] = {}
         self._schedule: tuple[list[list[int]], list[int], Sizes, list[int]] | None = None
         form, prompts = method.summary, state.prompts
-        self.summaries = form and Summaries(form, prompts.num_visual, prompts.required)
+        self.summaries = (
+            None if form is None else Summaries(form, prompts.num_visual, prompts.required)
+        )
         # Bytes that were kept of a layer's attention, or beside its hidden states, while it ran.
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
@@ -228,7 +230,7 @@ class Prefill:
     def _follow(self, index: int, ranking: Ranking, required: torch.Tensor | None) -> None:
         """Plan all cuts that follow from a ranking."""
         self._refuse_two_decisions(index)
-        tokens, scores = self.tokens, ranking.scores
+        scores = ranking.scores
         layers, sizes = self._sizes(index)
         due = [i for i, layer in enumerate(layers) if index <= layer < ranking.until]
         if not due:

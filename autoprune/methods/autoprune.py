@@ -11,7 +11,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..contract import ModelShape, Needs, Observation, Positions, PromptState, Ranking, Selection, SummaryToken
+from ..contract import (
+    ModelShape,
+    Needs,
+    Observation,
+    Positions,
+    PromptState,
+    Ranking,
+    Selection,
+    SummaryToken,
+)
 from ..parts.mergers import MERGERS, as_summary, get_merger
 from ..parts.scorers import as_shares, text_attention, vision_attention
 from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_every, falls
@@ -106,7 +115,7 @@ class AutoPrune(Method):
     def __post_init__(self) -> None:
         check_settings(self)
         get_curve(self.curve)
-        as_summary(self.merger, others=MERGERS)
+        as_summary(self.merger, others=list(MERGERS))
         for name in ("k0", "text_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
@@ -271,7 +280,7 @@ class AutoPrune(Method):
 
     @property
     def summary(self) -> SummaryToken | None:
-        return as_summary(self.merger, others=MERGERS)
+        return as_summary(self.merger, others=list(MERGERS))
 
     @property
     def _recycles(self) -> bool:

@@ -129,8 +129,8 @@ def check_choice(method: Method, name: str, allowed: Sequence[Any]) -> None:
 def refuse_summary(method: Planned) -> NoReturn:
     """A summary for a method that merges dropped tokens itself."""
     raise ValueError(
-        f"{method.name} merges dropped tokens itself, so that nothing is left for a summary; merger must be None, "
-        f"got {method.merger!r}"
+        f"{method.name} merges dropped tokens itself, so that nothing is left for a summary; merger must be "
+        f"None, got {method.merger!r}"
     )
 
 
@@ -141,8 +141,8 @@ class Planned(Method):
     Args:
         positions: "original" rotary positions, or "compacted" to 0, 1, 2, ... in every layer.
         merger: what becomes of dropped tokens: None leaves that to the method. "summary" lets one token stand
-            for all of them, inside the budget, or in another form `SummaryToken(...)`. Not for methods that merge
-            tokens themselves.
+            for all of them, inside the budget, or in another form `SummaryToken(...)`. Not for methods that
+            merge tokens themselves.
 
     merges: whether the method makes tokens of dropped ones itself.
     """

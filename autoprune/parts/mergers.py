@@ -97,7 +97,7 @@ def get_merger(name: str | None) -> Merger:
 
 
 def as_summary(merger: Any, others: Sequence[str] = ()) -> SummaryToken | None:
-    """The summary that a `merger` option asks for: "summary", or a `Summary`; None for other mergers.
+    """The summary that a `merger` option asks for, as text or as it is; None for other mergers.
 
     Args:
         others: the other mergers that this option takes.
@@ -105,13 +105,13 @@ def as_summary(merger: Any, others: Sequence[str] = ()) -> SummaryToken | None:
     Raises:
         ValueError: it is none of these.
     """
-    if merger == "summary":
-        return SummaryToken()
     if merger is None or isinstance(merger, SummaryToken):
         return merger
+    if isinstance(merger, str) and merger.startswith("summary"):
+        return SummaryToken.of(merger)
     if not isinstance(merger, str) or merger not in others:
-        named = ", ".join(["None", *map(repr, others), "'summary'"])
-        raise ValueError(f"merger must be one of {named}, or a SummaryToken, got {merger!r}")
+        named = ", ".join(["None", *others])
+        raise ValueError(f"merger must be {named}, summary or a SummaryToken, got {merger!r}")
     return None
 
 

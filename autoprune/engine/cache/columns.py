@@ -46,8 +46,8 @@ class HeldColumns:
         columns: LongTensor [batch, all stages' places]. The column of the prompt that each token came from; -1
             for padding, which is on the left.
         starts, widths: where each stage's tokens begin in it, and how many there are.
-        bias: float32, as `columns`: what is added to the scores of attention on each token (`Tokens.bias`); None
-            for nothing.
+        bias: float32, as `columns`: what is added to the scores of attention on each token (`Tokens.bias`).
+            None for nothing.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ class Plan:
         prompt = partial(self._prompt, span) if sizes.batch > 1 else None
         shared = Columns(columns[span], prompt, padded)
         means = self._means()
-        cuts = []
+        cuts: list[Cut] = []
         for layer, depth in zip(layers, self.depths, strict=True):
             rows = sizes.rows(depth)
             packing = self._packing(depth) if sizes.packed[depth] else None

@@ -44,7 +44,9 @@ def with_last_tokens(
         # Such a token takes none in.
         missing = max(kept.shape[1] - sizes.shape[1], 0)
         sizes = torch.nn.functional.pad(sizes, (0, missing), value=1.0)
-        sizes = sizes.masked_fill(torch.nn.functional.pad(forced, (0, sizes.shape[1] - forced.shape[1])), 1.0)
+        sizes = sizes.masked_fill(
+            torch.nn.functional.pad(forced, (0, sizes.shape[1] - forced.shape[1])), 1.0
+        )
     return replace(selection, kept=kept, counts=counts, states=states, sizes=sizes), forced
 
 

@@ -164,12 +164,13 @@ class Summaries:
         before = np.concatenate([now[None], after[:-1]])
         device = tokens.column.device
         sizes = [a[..., None] for a in (before, after, self.has)]
-        there = all_to_device(sizes, device)
+        before_there, after_there, takes = all_to_device(sizes, device)
         here = tokens.column == self.column
         if not self.has.all():
             last = tokens.prompts.ascending[: tokens.width] == tokens.last_slot
-            here = torch.where(there[2], here, last)
-        return Standing(here, *there, self.form.strength, self.form.norm == "typical")
+            here = torch.where(takes, here, last)
+        typical = self.form.norm == "typical"
+        return Standing(here, before_there, after_there, takes, self.form.strength, typical)
 
 
 def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:

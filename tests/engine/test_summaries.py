@@ -1,0 +1,355 @@
+"""Tokens that stand for several: summaries of what was dropped, and sizes of merged tokens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import autoprune
+from autoprune import AutoPrune, Budget, SummaryToken, UnsupportedError
+from autoprune.contract import Needs, Selection
+from autoprune.methods.base import Planned, PreDecoder
+from autoprune.parts.selectors import top_k
+from tests import oracle, zoo
+from tests.scattered import DEEP, Scattered
+
+TOLERANCE = 2e-4
+BATCHES = ["single", "padded3", "padded3_text"]
+SETTINGS = [
+    pytest.param(name, attention, media, id=f"{name}-{attention}-{media}")
+    for name, family in zoo.FAMILIES.items()
+    for attention in family.attentions
+    for media in family.media
+]
+FORMS = {
+    "default": SummaryToken(),
+    "half, last, typical": SummaryToken(0.5, "last", "typical"),
+    "no size": SummaryToken(0.0),
+}
+DROPPING = [
+    name
+    for name, method in autoprune.methods.METHODS.items()
+    if issubclass(method, Planned) and not method.merges and name != "no_image"
+]
+model_of = functools.cache(zoo.build)
+close = functools.partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+
+
+def of(form="summary", budget=0.5, **options):
+    return AutoPrune(Budget.ratio(budget), merger=form, **options)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
+def test_summaries_equal_the_oracle(name, attention, media, batch):
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, batch, media)
+    result = oracle.compare(model, arguments, of(), steps=3)
+    assert result.worst < TOLERANCE
+    for sample in result.samples:
+        total = sample.num_visual
+        assert (sample.summary_token is None) == (total == 0)
+        assert sum(sample.tokens_per_layer) == round(zoo.LAYERS * 0.5 * total)
+        assert all(sample.summary_token in kept.tolist() for kept in sample.kept if total)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_every_form_equals_the_oracle(name, form, batch):
+    model = model_of(name, zoo.FAMILIES[name].attentions[0])
+    arguments = zoo.inputs(name, model, batch)
+    results = {}
+    for every in (1, 8):
+        method = of(FORMS[form], rank_every=every)
+        results[every] = oracle.compare(model, arguments, method, steps=2)
+        assert results[every].worst < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", DROPPING)
+def test_every_method_that_drops_may_summarise(name, family, batch):
+    if name == "sparsevlm":
+        method = autoprune.create(name, Budget.ratio(0.5), recycle=False, merger="summary")
+    else:
+        method = autoprune.create(name, Budget.ratio(0.5), merger="summary")
+    model = model_of(family, "sdpa")
+    result = oracle.compare(model, zoo.inputs(family, model, batch), method, steps=2)
+    assert result.worst < TOLERANCE
+    for sample in result.samples:
+        assert sample.tokens_per_layer == sample.schedule
+        assert (sample.summary_token is None) == (sample.num_visual == 0)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])
+def test_methods_that_merge_leave_nothing_for_a_summary(name):
+    with pytest.raises(ValueError, match="merges dropped tokens itself"):
+        autoprune.create(name, 16, merger="summary")
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_beams_and_copies_follow_their_prompt(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    method = of()
+    with method(model) as trace, torch.no_grad():
+        got = model.generate(**arguments, **options)
+    mask = arguments["attention_mask"]
+    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    for row in range(3):
+        alone = zoo.inputs(name, model, "padded3", only=row)
+        with method(model) as own, torch.no_grad():
+            expected = model.generate(**alone, **options)
+        assert own.samples[0].summary_token == trace.samples[row].summary_token
+        new = expected.shape[1] - alone["input_ids"].shape[1]
+        assert got[row, -new:].tolist() == expected[0, -new:].tolist()
+    # One beam after the other, the cache is what it was.
+    assert len(columns) == zoo.LAYERS
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_second_turn_of_several_tokens_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    words = torch.randint(10, 100, (3, 5), generator=torch.Generator().manual_seed(1))
+    method = of()
+    with method(model) as trace:
+        conversation = oracle.Conversation(model, arguments)
+        again = copy.deepcopy(conversation)
+        rows = [conversation.logits[:, -1:], conversation.feed(words[:, :1])]
+        rows.append(conversation.feed(words[:, 1:]))
+        at_once = again.feed(words)
+    mask = arguments["attention_mask"]
+    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    summary = oracle.summary_of(trace.samples, mask, method.summary)
+    expected = oracle.oracle_logits(model, arguments, columns, words, summary=summary)
+    close(torch.cat(rows, dim=1), expected)
+    close(at_once, expected[:, 1:])
+
+
+def test_the_rows_of_a_cache_are_moved_with_their_summaries():
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3")
+    word = torch.tensor([[11], [12], [13]])
+    with of()(model), torch.inference_mode():
+        conversation = oracle.Conversation(model, arguments)
+        other = copy.deepcopy(conversation)
+        expected = conversation.feed(word)
+        order = torch.tensor([2, 0, 1])
+        other.cache.reorder_cache(order)
+        other.mask = other.mask[order]
+        moved = other.feed(word[order])
+    close(moved, expected[order])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", ["single", "padded3", "padded3_text"])
+def test_static_caches_hold_summaries(batch, implementation):
+    model = model_of("llava", implementation)
+    arguments = zoo.inputs("llava", model, batch)
+    visual = zoo.visual_mask(model, arguments["input_ids"]).sum(dim=1)
+    text = int((arguments["attention_mask"].sum(dim=1) - visual).max())
+    method = of(k0=3.0, gamma=1.5)
+    with method(model) as trace:
+        expected, tokens = oracle.generate_logits(model, arguments, 4)
+    handle = method.attach(model)
+    try:
+        cache = handle.static_cache([n for n in visual.tolist() if n], text, 8)
+        for _ in range(2):
+            got, _ = oracle.generate_logits(model, arguments, 4, past_key_values=cache)
+            close(got, expected)
+            cache.reset()
+        close(oracle.manual_logits(model, arguments, tokens[:, :4], cache), expected)
+    finally:
+        handle.detach()
+    assert trace.samples[0].summary_token is not None
+
+
+def test_a_plain_cache_is_not_gone_on_with_when_pruning_ends():
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "single")
+    with of()(model):
+        conversation = oracle.Conversation(model, arguments)
+    with pytest.raises(UnsupportedError, match="a token in it counts for several"):
+        conversation.feed(torch.tensor([[11]]))
+
+
+def test_compiled_layers_take_summaries():
+    model = zoo.build("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "single")
+    method = of()
+    with method(model):
+        expected = oracle.manual_logits(model, arguments, torch.tensor([[11, 12]]))
+    handle = method.attach(model)
+    try:
+        handle.compile_prefill(backend="eager")
+        close(oracle.manual_logits(model, arguments, torch.tensor([[11, 12]])), expected)
+    finally:
+        handle.detach()
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_forward_returns_the_oracles_rows(padding_side):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3", padding_side=padding_side)
+    method = of()
+    with method(model) as trace, torch.no_grad():
+        actual = model(**arguments).logits
+    mask = arguments["attention_mask"]
+    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    summary = oracle.summary_of(trace.samples, mask, method.summary)
+    expected = oracle.oracle_forward(model, arguments, columns, summary=summary)
+    alive = columns[-1] & mask.bool()
+    close(actual[alive], expected[alive])
+
+
+@pytest.mark.parametrize("method", [of(budget=1.0), autoprune.create("fastv", 1000, merger="summary")])
+def test_where_nothing_is_dropped_there_is_no_summary(method):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3")
+    plain = oracle.plain_logits(model, arguments)
+    with method(model) as trace, torch.no_grad():
+        got = model(**arguments).logits[:, -1:]
+    assert torch.equal(got, plain)
+    assert [sample.summary_token for sample in trace.samples] == [None] * 3
+
+
+def test_one_slot_is_the_summary_of_everything():
+    """A single token enters the later layers: the mean of all, with the whole logarithm."""
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "single")
+    method = autoprune.create("fastervlm", 1, merger="summary")
+    result = oracle.compare(model, arguments, method)
+    assert result.worst < TOLERANCE
+    (sample,) = result.samples
+    assert sample.tokens_per_layer == [1] * zoo.LAYERS
+    assert sample.kept[0].tolist() == [sample.summary_token]
+    # The first of the two in the middle.
+    assert sample.summary_token == (sample.num_visual - 1) // 2
+
+
+def test_what_flash_attention_cannot_add_is_refused(monkeypatch):
+    from tests import kernels
+
+    model = kernels.flash_model("llava") if hasattr(kernels, "flash_model") else None
+    if model is None:
+        from autoprune.engine.refusals import refuse_sizes
+
+        with pytest.raises(UnsupportedError, match="use attn_implementation='sdpa'"):
+            refuse_sizes("flash_attention_2")
+
+
+@dataclass(frozen=True)
+class Sized(PreDecoder):
+    """Keeps every other token and gives each kept one a size."""
+
+    name: ClassVar[str] = "sized"
+    paper: ClassVar[str] = "none"
+    looks: ClassVar[Needs] = Needs()
+    size: float = 3.0
+
+    def choose(self, seen, counts, state):
+        scores = (seen.index % 2 == 0).float()
+        kept = top_k(scores, counts, seen.mask)
+        sizes = torch.full(kept.shape, self.size)
+        sizes[:, 0] = 1.0
+        return Selection(kept, list(counts), sizes=sizes)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sizes_that_a_method_gives_equal_the_oracle(batch, attention):
+    model = model_of("llava", attention)
+    arguments = zoo.inputs("llava", model, batch)
+    mask = arguments["attention_mask"]
+    with Sized(Budget.ratio(0.5))(model) as trace:
+        logits, tokens = oracle.generate_logits(model, arguments, 3)
+    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
+    bias = torch.zeros(mask.shape)
+    for row, sample in enumerate(trace.samples):
+        places = mask[row].nonzero().flatten()[sample.visual_positions]
+        bias[row, places[sample.kept[0][1:]]] = math.log(3.0)
+    expected = oracle.oracle_logits(model, arguments, columns, tokens[:, :3], biases=bias)
+    close(logits, expected)
+    without = oracle.oracle_logits(model, arguments, columns, tokens[:, :3])
+    assert (expected - without).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, math.nan, math.inf])
+def test_sizes_that_are_none(size):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "single")
+    with Sized(Budget.ratio(0.5), size=size)(model), pytest.raises(ValueError, match="sizes at cut 0"):
+        model(**arguments)
+
+
+def test_a_summary_beside_a_method_that_merges_by_itself():
+    @dataclass(frozen=True)
+    class Wrong(Scattered):
+        @property
+        def summary(self):
+            return SummaryToken()
+
+        def select(self, seen, state):
+            selection = super().select(seen, state)
+            states = torch.zeros(*selection.kept.shape, zoo.HIDDEN)
+            return Selection(selection.kept, selection.counts, states=states)
+
+    model = model_of("llava", "sdpa")
+    with Wrong(DEEP)(model), pytest.raises(ValueError, match="use it without a summary"):
+        model(**zoo.inputs("llava", model, "single"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": -1}, "strength of a SummaryToken must be a number, 0 or more, got -1"),
+        ({"strength": math.nan}, "got nan"),
+        ({"strength": "1"}, "got '1'"),
+        ({"position": "first"}, "position of a SummaryToken must be one of"),
+        ({"norm": None}, "norm of a SummaryToken must be one of"),
+    ],
+)
+def test_settings_of_a_summary_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SummaryToken(**settings)
+
+
+def test_a_summary_as_text():
+    half = SummaryToken(0.5, "last", "typical")
+    assert SummaryToken.of(str(half)) == half
+    assert AutoPrune(16, merger="summary strength=0.5").summary == SummaryToken(0.5)
+    for wrong in ("summary 3", "summary size=3", "summaries", "summary strength=x"):
+        with pytest.raises(ValueError, match="summary"):
+            AutoPrune(16, merger=wrong)
+
+
+def test_a_batch_of_different_budgets_summarises_each_prompt():
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3")
+    method = AutoPrune.per_prompt([Budget.ratio(0.3), None, Budget.ratio(0.6)], merger="summary")
+    result = oracle.compare(model, arguments, method)
+    assert result.worst < TOLERANCE
+    first, whole, last = result.samples
+    assert whole.summary_token is None
+    for sample, share in ((first, 0.3), (last, 0.6)):
+        assert sample.summary_token is not None
+        assert sum(sample.tokens_per_layer) == round(zoo.LAYERS * share * sample.num_visual)
+
+
+def test_methods_of_a_batch_agree_in_their_summaries():
+    methods = [AutoPrune(9, merger="summary"), AutoPrune(9)]
+    with pytest.raises(ValueError, match="summar"):
+        autoprune.per_prompt(methods)
+    fastv = autoprune.create("fastv", 9, merger="summary")
+    with pytest.raises(ValueError, match="summar"):
+        autoprune.per_prompt([AutoPrune(9, merger="summary"), fastv])
