@@ -30,7 +30,7 @@ def oracle_logits(
     positions: str = "original",
     states: States | None = None,
     summary: Summary | None = None,
-    biases: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits of the pruned model, computed by hiding.
 
@@ -42,7 +42,7 @@ def oracle_logits(
         positions: "compacted" numbers the tokens that are left anew in every layer.
         states: for some layers, which columns take on other hidden states on entering, and which.
         summary: what stands for the dropped visual tokens.
-        biases: [batch, prompt length], added to the scores on each column in every layer.
+        biases: for every layer [batch, prompt length], added to the scores on each column.
 
     Returns:
         [batch, steps + 1, vocabulary]: the row of the prompt's last column, then one per token.
@@ -54,8 +54,8 @@ def oracle_logits(
         logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
         return logits[:, prompt - 1 :]
     with contextlib.ExitStack() as stack:
-        for layer in model.get_decoder().layers:
-            handle = layer.register_forward_pre_hook(_add(biases), with_kwargs=True)
+        for layer, bias in zip(model.get_decoder().layers, biases, strict=True):
+            handle = layer.register_forward_pre_hook(_add(bias), with_kwargs=True)
             stack.callback(handle.remove)
         logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
     return logits[:, prompt - 1 :]
@@ -374,10 +374,10 @@ def _eager_decoder(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _add(biases: torch.Tensor) -> Any:
+def _add(bias: torch.Tensor) -> Any:
     def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        mask = kwargs["attention_mask"].expand(len(biases), -1, -1, -1).clone()
-        mask[..., : biases.shape[1]] += biases[:, None, None]
+        mask = kwargs["attention_mask"].expand(len(bias), -1, -1, -1).clone()
+        mask[..., : bias.shape[1]] += bias[:, None, None]
         return args, kwargs | {"attention_mask": mask}
 
     return hook

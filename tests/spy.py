@@ -32,6 +32,8 @@ class Spy(Method):
     def __init__(self, method: Method):
         self.method, self.budget, self.positions = method, method.budget, method.positions
         self.decisions: list[Decisions] = []
+        # What was shown and what was answered, cut by cut.
+        self.answers: list[tuple[Observation, Selection | Ranking | None]] = []
         self._present: list[torch.Tensor] = []
         self._required: Sequence[int] = ()
 
@@ -58,6 +60,7 @@ class Spy(Method):
 
     def select(self, seen: Observation, state) -> Selection | Ranking | None:
         selection = self.method.select(seen, state)
+        self.answers.append((seen, selection))
         if isinstance(selection, Ranking):
             self._follow(seen.cut, selection, state.schedule)
             return selection

@@ -351,7 +351,10 @@ class Prefill:
                 "to stand for; use it without a summary"
             )
         tokens, kept = self.tokens, selection.kept
-        new = self.summaries.missing(tokens, selection.counts)
+        # In a batch of several methods some plan and others do not.
+        plans: Sequence[list[int] | None] = self.state.schedule or [None] * tokens.batch
+        planned = [None if plan is None else plan[index] for plan in plans]
+        new = self.summaries.missing(tokens, selection.counts, planned)
         counts = np.array(selection.counts) + new
         # A place more takes padding.
         scores = torch.zeros(tokens.batch, max(tokens.counts) + 1, device=kept.device)

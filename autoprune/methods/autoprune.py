@@ -21,7 +21,7 @@ from ..contract import (
     Selection,
     SummaryToken,
 )
-from ..parts.mergers import MERGERS, as_summary, get_merger
+from ..parts.mergers import MERGERS, as_summary, dpc_knn
 from ..parts.scorers import as_shares, text_attention, vision_attention
 from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_every, falls
 from ..policy.budget import Budget
@@ -312,8 +312,7 @@ class AutoPrune(Method):
             self._follow(plan, state)
         if self._recycles and seen.cut > 1:
             counts = state.notes["plan"][:, seen.cut].tolist()
-            merge = get_merger("dpc_knn")
-            return None if counts == seen.counts else merge(seen, self._scores(seen), counts)
+            return None if counts == seen.counts else dpc_knn(seen, self._scores(seen), counts)
         _, until = self._window(seen.cut, state.shape.num_layers)
         return Ranking(self._scores(seen), until)
 

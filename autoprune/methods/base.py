@@ -126,6 +126,13 @@ def check_choice(method: Method, name: str, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{method.name}: {name} must be one of {tuple(allowed)}, got {value!r}")
 
 
+def without_summary(counts: Sequence[int], seen: Observation, state: PromptState) -> list[int]:
+    """How many tokens are kept as they are where so many enter: of a prompt that gets its summary, one less."""
+    required = state.prompts.required or [0] * len(counts)
+    prompts = zip(counts, seen.counts, state.prompts.num_visual, required, strict=True)
+    return [n - (least < n < now == whole) for n, now, whole, least in prompts]
+
+
 def refuse_summary(method: Planned) -> NoReturn:
     """A summary for a method that merges dropped tokens itself."""
     raise ValueError(
@@ -242,10 +249,7 @@ class Planned(Method):
         assert state.schedule is not None
         counts = [plan[seen.cut] for plan in state.schedule]
         if self.summary is not None:
-            # Where the first tokens go, the summary takes a slot.
-            required = state.prompts.required or [0] * len(counts)
-            prompts = zip(counts, seen.counts, state.prompts.num_visual, required, strict=True)
-            counts = [n - (least < n < now == all_) for n, now, all_, least in prompts]
+            counts = without_summary(counts, seen, state)
         return self.choose(seen, counts, state)
 
     @property
@@ -311,7 +315,10 @@ class Ordered(TowerScored):
         if self.order == "picture":
             return selection
         assert selection.states is not None
-        return replace(selection, states=in_order(selection.states, selection.kept, rank))
+        states, sizes = in_order(selection.states, selection.kept, rank), selection.sizes
+        if sizes is not None:
+            sizes = in_order(sizes[..., None], selection.kept, rank)[..., 0]
+        return replace(selection, states=states, sizes=sizes)
 
 
 @dataclass(frozen=True)

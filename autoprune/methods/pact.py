@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ..contract import Needs, Observation, PromptState, Selection
 from ..parts.gather import tokens_at
-from ..parts.mergers import absorb
+from ..parts.mergers import absorb, owned
 from ..parts.selectors import top_k
 from ..parts.transfer import to_device
 from .base import AfterLayer
@@ -43,6 +43,8 @@ class PACT(AfterLayer):
         layer: stated for 32 layers; the official code cuts on entering layer 4, the fifth.
         important: share of the tokens that is clustered, in (0, 1].
         recover: 0 loses all tokens that the first step drops.
+        proportional: a merged token counts in the decoder's attention for as many as it is made of: its score
+            gets the logarithm of their number (proportional attention, ToMe's equation 1).
     """
 
     name: ClassVar[str] = "pact"
@@ -56,6 +58,7 @@ class PACT(AfterLayer):
     layer: float = 4
     important: float = 0.55
     recover: float = 1.5
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +82,9 @@ class PACT(AfterLayer):
         is_centre = owner == torch.arange(owner.shape[1], device=owner.device)
         found = is_centre.sum(dim=1).tolist()
         kept = top_k(is_centre.float(), found, mask)
-        return Selection(kept.to(seen.mask.device), found, states=absorb(hidden, kept, owner))
+        sizes = owned(kept, owner) if self.proportional else None
+        states = absorb(hidden, kept, owner)
+        return Selection(kept.to(seen.mask.device), found, states=states, sizes=sizes)
 
 
 def importance(keys: torch.Tensor, queries: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

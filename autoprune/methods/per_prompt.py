@@ -17,6 +17,7 @@ from ..contract import (
     PromptState,
     Ranking,
     Selection,
+    SummaryToken,
     Tower,
 )
 from ..policy.budget import Budget, InfeasibleBudget
@@ -73,6 +74,7 @@ class PerPrompt(Method):
         _check_positions(different)
         positions = different[0].positions if different else "original"
         object.__setattr__(self, "positions", positions)
+        _check_summaries(different)
         self.tower()
 
     @property
@@ -113,6 +115,10 @@ class PerPrompt(Method):
         if None in self.methods:
             rooms.append([num_visual] * num_layers)
         return [max(layer) for layer in zip(*rooms, strict=True)]
+
+    @property
+    def summary(self) -> SummaryToken | None:
+        return self._different[0].summary if self._different else None
 
     @property
     def needs_speed(self) -> bool:
@@ -214,6 +220,16 @@ def _check_positions(methods: Sequence[Method]) -> None:
         raise ValueError(
             f"the methods of a batch must agree in their positions, and these do not ({listed}); give them "
             "the same, or run them in batches of their own"
+        )
+
+
+def _check_summaries(methods: Sequence[Method]) -> None:
+    """Raise ValueError unless all have the same summary of dropped tokens, or none."""
+    if any(method.summary != methods[0].summary for method in methods):
+        listed = ", ".join(f"{method.name} {method.summary}" for method in methods)
+        raise ValueError(
+            f"the methods of a batch must agree in their summary token, and these do not ({listed}); give them "
+            "the same merger, or run them in batches of their own"
         )
 
 

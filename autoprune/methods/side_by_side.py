@@ -14,7 +14,7 @@ from ..contract import Merged, Needs, Observation, PromptState, Ranking, Rows, S
 from ..parts.gather import tokens_at
 from ..parts.selectors import required_first, top_k
 from ..parts.transfer import to_device
-from .base import Method
+from .base import Method, without_summary
 
 # What a method must have asked of the tower to be shown a field of `Observation`.
 ASKED: dict[str, Callable[[Tower], bool]] = {
@@ -73,16 +73,20 @@ class Part:
             answer = self.method.select(seen, self.state)
             if not isinstance(answer, Ranking):
                 return answer
-            self.ranking = replace(answer, scores=required_first(answer.scores, seen))
+            # By the visual tokens of the prompt, of which those that are left may not be known here.
+            number = max(self.state.prompts.num_visual)
+            every = answer.scores.new_zeros(len(answer.scores), number + 1)
+            place = seen.index.where(seen.mask, number)
+            self.ranking = replace(answer, scores=every.scatter_(1, place, answer.scores))
         assert self.state.schedule is not None
+        scores = self.ranking.scores.gather(1, seen.index.clamp(min=0))
         counts = [
             max(plan[seen.cut], least)
             for plan, least in zip(self.state.schedule, self._required(), strict=True)
         ]
-        kept = top_k(self.ranking.scores, counts, seen.mask)
-        left = self.ranking.scores.gather(1, kept.clamp(min=0))
-        self.ranking = replace(self.ranking, scores=left)
-        return Selection(kept, counts)
+        if self.method.summary is not None:
+            counts = without_summary(counts, seen, self.state)
+        return Selection(top_k(required_first(scores, seen), counts, seen.mask), counts)
 
     def _required(self) -> Sequence[int]:
         return self.state.prompts.required or [0] * len(self.prompts)

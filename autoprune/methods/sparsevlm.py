@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection
-from ..parts.mergers import get_merger
+from ..parts.mergers import discard, dpc_knn
 from ..parts.scorers import text_attention
 from ..policy.schedules import at_depth, schedule_from_cuts
 from .base import Planned, check_choice, refuse_summary
@@ -51,6 +51,8 @@ class SparseVLM(Planned):
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
         version: 1 or 2.
         recycle: False loses all dropped tokens, as the second version always does.
+        proportional: a merged token counts in the decoder's attention for as many as it is made of: its score
+            gets the logarithm of their number (proportional attention, ToMe's equation 1).
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -62,6 +64,7 @@ class SparseVLM(Planned):
 
     version: int = 1
     recycle: bool = True
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +114,9 @@ class SparseVLM(Planned):
         if self.version == 2:
             seen = replace(seen, attention=priority_heads(seen, rating))
         scores = text_attention(seen, rating)
-        return get_merger("dpc_knn" if self.recycles else None)(seen, scores, counts)
+        if self.recycles:
+            return dpc_knn(seen, scores, counts, self.proportional)
+        return discard(seen, scores, counts)
 
 
 def raters(seen: Observation) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract import Needs, Observation, Patches, PromptState, Selection, Tower
-from ..parts.mergers import absorb, join_similar, merge_similar
+from ..parts.mergers import absorb, join_similar, merge_similar, owned
 from ..parts.scorers import real_patches, required_vision, required_vision_attention
 from ..parts.selectors import ranks, top_k
 from ..parts.transfer import to_device
@@ -46,6 +46,8 @@ class ToMe(TowerScored):
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
         rounds: for merging at the tower's end only, over how many rounds the merges are spread evenly, one
             for each block of ViT-L; more follow where a round cannot take its share.
+        proportional: a merged token counts in the decoder's attention for as many as it is made of: its score
+            gets the logarithm of their number (proportional attention, ToMe's equation 1).
     """
 
     name: ClassVar[str] = "tome"
@@ -56,6 +58,7 @@ class ToMe(TowerScored):
     merges: ClassVar[bool] = True
 
     rounds: int = 24
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +85,9 @@ class ToMe(TowerScored):
         stays = ranks(first, seen.mask) < to_device(list(counts), owner.device)[:, None]
         kept = top_k(first, counts, seen.mask)
         owner = torch.where(stays, position, owner)
-        return Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
+        sizes = owned(kept, owner) if self.proportional else None
+        states = absorb(seen.hidden(), kept, owner)
+        return Selection(kept, list(counts), states=states, sizes=sizes)
 
     def merge(self, seen: Patches, leaving: int) -> torch.Tensor:
         number = torch.full((len(seen.sizes),), leaving, device=seen.sizes.device)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract import Needs, Observation, PromptState, Selection, Tower
-from ..parts.mergers import absorb
+from ..parts.mergers import absorb, owned
 from ..parts.scorers import cosine, real_patches, required_vision, required_vision_attention
 from ..parts.selectors import ranks, top_by_tier
 from ..parts.transfer import to_device
@@ -35,6 +35,8 @@ class VisionZip(Ordered):
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
         contextual: share of the budget that goes to merged tokens, in [0, 1].
+        proportional: a merged token counts in the decoder's attention for as many as it is made of: its score
+            gets the logarithm of their number (proportional attention, ToMe's equation 1).
     """
 
     name: ClassVar[str] = "visionzip"
@@ -52,6 +54,7 @@ class VisionZip(Ordered):
     merges: ClassVar[bool] = True
 
     contextual: float = 10 / 64
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,5 +78,7 @@ class VisionZip(Ordered):
         nearest = similarity.masked_fill(~target[:, None], float("-inf")).argmax(dim=2)
         merges = rest & ~target & target.any(dim=1, keepdim=True)
         owner = torch.where(merges, nearest, -1)
-        selection = Selection(kept, list(counts), states=absorb(seen.hidden(), kept, owner))
+        sizes = owned(kept, owner) if self.proportional else None
+        states = absorb(seen.hidden(), kept, owner)
+        selection = Selection(kept, list(counts), states=states, sizes=sizes)
         return self.ordered(selection, 2 - tiers)

@@ -24,6 +24,7 @@ def recycle(
     recycled: Sequence[int],
     clusters: Sequence[int],
     behind: bool = False,
+    proportional: bool = False,
 ) -> Selection:
     """Keep the best tokens, and merge the best of the dropped ones into cluster means (DPC-KNN).
 
@@ -35,6 +36,7 @@ def recycle(
         recycled: dropped tokens of each prompt, best first, that are clustered; the rest is lost.
         clusters: merged tokens that come out of them.
         behind: put merged tokens behind all others, rather than where their cluster's centre was.
+        proportional: a merged token counts in attention for as many as it is made of.
     """
     scores = required_first(scores, seen)
     kept = top_k(scores, counts, seen.mask)
@@ -46,24 +48,31 @@ def recycle(
     width = max(clusters)
     merged = hidden.new_zeros(len(counts), width, hidden.shape[2])
     place = torch.zeros(len(counts), width, dtype=torch.long, device=hidden.device)
+    sizes = torch.ones(len(counts), width, device=hidden.device)
     for prompt, (count, m, k) in enumerate(zip(counts, recycled, clusters, strict=True)):
         if not k:
             continue
         candidates = order[prompt, count : count + m].to(hidden.device)
-        centers, _, means = cluster_and_merge(hidden[prompt, candidates].float(), k)
+        centers, cluster, means = cluster_and_merge(hidden[prompt, candidates].float(), k)
+        sizes[prompt, :k] = torch.zeros_like(sizes[prompt, :k]).index_add_(
+            0, cluster, torch.ones_like(cluster, dtype=sizes.dtype)
+        )
         merged[prompt, :k] = means.to(hidden.dtype)
         place[prompt, :k] = candidates[centers]
-    return Selection(
-        kept,
-        list(counts),
-        Merged(merged, list(clusters), None if behind else place.to(seen.mask.device)),
-    )
+    where = None if behind else place.to(seen.mask.device)
+    weighed = sizes.to(seen.mask.device) if proportional else None
+    return Selection(kept, list(counts), Merged(merged, list(clusters), where, weighed))
 
 
-def dpc_knn(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
+def dpc_knn(
+    seen: Observation, scores: torch.Tensor, counts: Sequence[int], proportional: bool = False
+) -> Selection:
     """Recycle inside the budget: kept and merged tokens together are `counts`.
 
     30 % of the dropped tokens are clustered, ten to a cluster, as in SparseVLM.
+
+    Args:
+        proportional: as for `recycle`.
     """
     kept, recycled, clusters = [], [], []
     for present, target in zip(seen.counts, counts, strict=True):
@@ -77,23 +86,11 @@ def dpc_knn(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> S
         kept.append(target - k)
         recycled.append(recycled_count(present - target + k) if k else 0)
         clusters.append(k)
-    return recycle(seen, scores, kept, recycled, clusters)
+    return recycle(seen, scores, kept, recycled, clusters, proportional=proportional)
 
 
 MERGERS: dict[str, Merger] = {"dpc_knn": dpc_knn}
-
-
-def get_merger(name: str | None) -> Merger:
-    """The merger of that name; None discards.
-
-    Raises:
-        ValueError: there is no such merger.
-    """
-    if name is None:
-        return _discard
-    if not isinstance(name, str) or name not in MERGERS:
-        raise ValueError(f"merger must be None or one of {', '.join(MERGERS)}, got {name!r}")
-    return MERGERS[name]
+"""Those that make tokens of dropped ones, by name."""
 
 
 def as_summary(merger: Any, others: Sequence[str] = ()) -> SummaryToken | None:
@@ -115,7 +112,8 @@ def as_summary(merger: Any, others: Sequence[str] = ()) -> SummaryToken | None:
     return None
 
 
-def _discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
+def discard(seen: Observation, scores: torch.Tensor, counts: Sequence[int]) -> Selection:
+    """Keep the best tokens, and lose the others."""
     mask = seen.mask if seen.ragged else None
     return Selection(top_k(required_first(scores, seen), counts, mask), list(counts))
 
@@ -141,6 +139,19 @@ def absorb(hidden: torch.Tensor, kept: torch.Tensor, owner: torch.Tensor) -> tor
     size.scatter_add_(1, owner, torch.ones_like(size))
     means = (total / size.clamp(min=1)[..., None]).to(hidden.dtype)
     return tokens_at(means, kept.clamp(min=0))
+
+
+def owned(kept: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Of how many tokens `absorb` makes each kept one, float32 [batch, K], for `Selection.sizes`.
+
+    Args:
+        kept, owner: as there.
+    """
+    kept = kept.to(owner.device)
+    itself = torch.arange(owner.shape[1], device=owner.device)
+    size = torch.zeros(owner.shape, device=owner.device)
+    size.scatter_add_(1, torch.where(owner < 0, itself, owner), torch.ones_like(size))
+    return size.gather(1, kept.clamp(min=0)).clamp(min=1)
 
 
 def in_order(states: torch.Tensor, kept: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:

@@ -133,5 +133,5 @@ def test_lists_and_arrays_are_as_good_as_tensors():
 
 @pytest.mark.parametrize("merger", [["dpc_knn"], 3, {"dpc_knn": 1}])
 def test_a_merger_that_is_no_name(merger):
-    with pytest.raises(ValueError, match="merger must be None or one of dpc_knn"):
+    with pytest.raises(ValueError, match="merger must be None, dpc_knn, summary or a SummaryToken"):
         AutoPrune(16, merger=merger)

@@ -10,15 +10,16 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import autoprune
 from autoprune import AutoPrune, Budget, SummaryToken, UnsupportedError
 from autoprune.contract import Needs, Selection
 from autoprune.methods.base import Planned, PreDecoder
 from autoprune.parts.selectors import top_k
-from tests import oracle, zoo
+from autoprune.policy.released import recycled_count
+from tests import kernels, oracle, zoo
 from tests.scattered import DEEP, Scattered
+from tests.spy import Spy, for_oracle
 
 TOLERANCE = 2e-4
 BATCHES = ["single", "padded3", "padded3_text"]
@@ -40,6 +41,12 @@ DROPPING = [
 ]
 model_of = functools.cache(zoo.build)
 close = functools.partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+
+
+def copied(conversation):
+    other = copy.copy(conversation)
+    other.cache = copy.deepcopy(conversation.cache)
+    return other
 
 
 def of(form="summary", budget=0.5, **options):
@@ -86,7 +93,7 @@ def test_every_method_that_drops_may_summarise(name, family, batch):
     assert result.worst < TOLERANCE
     for sample in result.samples:
         assert sample.tokens_per_layer == sample.schedule
-        assert (sample.summary_token is None) == (sample.num_visual == 0)
+        assert (sample.summary_token is None) == (sample.tokens_per_layer[-1] == 0)
 
 
 @pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])
@@ -103,17 +110,14 @@ def test_beams_and_copies_follow_their_prompt(name):
     method = of()
     with method(model) as trace, torch.no_grad():
         got = model.generate(**arguments, **options)
-    mask = arguments["attention_mask"]
-    columns = oracle.columns_from_trace(trace.samples, mask, zoo.LAYERS)
     for row in range(3):
         alone = zoo.inputs(name, model, "padded3", only=row)
         with method(model) as own, torch.no_grad():
             expected = model.generate(**alone, **options)
-        assert own.samples[0].summary_token == trace.samples[row].summary_token
+        beams = trace.samples[3 * row : 3 * row + 3]
+        assert {beam.summary_token for beam in beams} == {own.samples[0].summary_token}
         new = expected.shape[1] - alone["input_ids"].shape[1]
         assert got[row, -new:].tolist() == expected[0, -new:].tolist()
-    # One beam after the other, the cache is what it was.
-    assert len(columns) == zoo.LAYERS
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -124,7 +128,7 @@ def test_a_second_turn_of_several_tokens_equals_the_oracle(name):
     method = of()
     with method(model) as trace:
         conversation = oracle.Conversation(model, arguments)
-        again = copy.deepcopy(conversation)
+        again = copied(conversation)
         rows = [conversation.logits[:, -1:], conversation.feed(words[:, :1])]
         rows.append(conversation.feed(words[:, 1:]))
         at_once = again.feed(words)
@@ -142,7 +146,7 @@ def test_the_rows_of_a_cache_are_moved_with_their_summaries():
     word = torch.tensor([[11], [12], [13]])
     with of()(model), torch.inference_mode():
         conversation = oracle.Conversation(model, arguments)
-        other = copy.deepcopy(conversation)
+        other = copied(conversation)
         expected = conversation.feed(word)
         order = torch.tensor([2, 0, 1])
         other.cache.reorder_cache(order)
@@ -212,7 +216,9 @@ def test_a_forward_returns_the_oracles_rows(padding_side):
     close(actual[alive], expected[alive])
 
 
-@pytest.mark.parametrize("method", [of(budget=1.0), autoprune.create("fastv", 1000, merger="summary")])
+@pytest.mark.parametrize(
+    "method", [of(budget=1.0), autoprune.create("fastv", 1000, merger="summary")]
+)
 def test_where_nothing_is_dropped_there_is_no_summary(method):
     model = model_of("llava", "sdpa")
     arguments = zoo.inputs("llava", model, "padded3")
@@ -235,17 +241,6 @@ def test_one_slot_is_the_summary_of_everything():
     assert sample.kept[0].tolist() == [sample.summary_token]
     # The first of the two in the middle.
     assert sample.summary_token == (sample.num_visual - 1) // 2
-
-
-def test_what_flash_attention_cannot_add_is_refused(monkeypatch):
-    from tests import kernels
-
-    model = kernels.flash_model("llava") if hasattr(kernels, "flash_model") else None
-    if model is None:
-        from autoprune.engine.refusals import refuse_sizes
-
-        with pytest.raises(UnsupportedError, match="use attn_implementation='sdpa'"):
-            refuse_sizes("flash_attention_2")
 
 
 @dataclass(frozen=True)
@@ -278,17 +273,67 @@ def test_sizes_that_a_method_gives_equal_the_oracle(batch, attention):
     for row, sample in enumerate(trace.samples):
         places = mask[row].nonzero().flatten()[sample.visual_positions]
         bias[row, places[sample.kept[0][1:]]] = math.log(3.0)
-    expected = oracle.oracle_logits(model, arguments, columns, tokens[:, :3], biases=bias)
+    expected = oracle.oracle_logits(
+        model, arguments, columns, tokens[:, :3], biases=[bias] * zoo.LAYERS
+    )
     close(logits, expected)
     without = oracle.oracle_logits(model, arguments, columns, tokens[:, :3])
     assert (expected - without).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["visionzip", "tome", "turbo", "folder", "pact"])
+def test_merged_tokens_count_for_what_they_are_made_of(name, batch):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, batch)
+    spy = Spy(autoprune.create(name, Budget.ratio(0.5), proportional=True))
+    with spy(model):
+        logits, tokens = oracle.generate_logits(model, arguments, steps=2)
+    (decisions,) = spy.decisions
+    visual = zoo.visual_mask(model, arguments["input_ids"])
+    kept, states = for_oracle(decisions, arguments, visual, zoo.LAYERS)
+    biases = [torch.zeros(visual.shape) for _ in range(zoo.LAYERS)]
+    for seen, selection in spy.answers:
+        for row in range(len(visual)):
+            # What is made of several tokens is their mean, so their number can be told by hand.
+            places = visual[row].nonzero().flatten()[selection.kept[row, : selection.counts[row]]]
+            sizes = selection.sizes[row, : selection.counts[row]]
+            assert (sizes >= 1).all() and float(sizes.sum()) <= seen.counts[row]
+            for layer in range(seen.cut, zoo.LAYERS):
+                biases[layer][row, places] = sizes.log()
+    assert max(float(bias.max()) for bias in biases) > 0.6
+    expected = oracle.oracle_logits(
+        model, arguments, kept, tokens[:, :2], spy.positions, states, biases=biases
+    )
+    close(logits, expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_recycled_tokens_count_for_their_clusters(batch):
+    """All clusters together are made of all tokens that were recycled."""
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, batch)
+    spy = Spy(autoprune.create("sparsevlm", Budget.ratio(0.5), proportional=True))
+    with spy(model):
+        oracle.generate_logits(model, arguments, steps=1)
+    merging = [(seen, s) for seen, s in spy.answers if s is not None and s.merged is not None]
+    assert merging
+    for seen, selection in merging:
+        merged = selection.merged
+        for row, number in enumerate(merged.counts):
+            dropped = seen.counts[row] - selection.counts[row]
+            assert float(merged.sizes[row, :number].sum()) == (
+                recycled_count(dropped) if number else 0
+            )
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0, math.nan, math.inf])
 def test_sizes_that_are_none(size):
     model = model_of("llava", "sdpa")
     arguments = zoo.inputs("llava", model, "single")
-    with Sized(Budget.ratio(0.5), size=size)(model), pytest.raises(ValueError, match="sizes at cut 0"):
+    method = Sized(Budget.ratio(0.5))
+    object.__setattr__(method, "size", size)
+    with method(model), pytest.raises(ValueError, match="sizes at cut 0"):
         model(**arguments)
 
 
@@ -329,7 +374,7 @@ def test_a_summary_as_text():
     assert SummaryToken.of(str(half)) == half
     assert AutoPrune(16, merger="summary strength=0.5").summary == SummaryToken(0.5)
     for wrong in ("summary 3", "summary size=3", "summaries", "summary strength=x"):
-        with pytest.raises(ValueError, match="summary"):
+        with pytest.raises(ValueError, match=r"(?i)summary"):
             AutoPrune(16, merger=wrong)
 
 
@@ -350,6 +395,33 @@ def test_methods_of_a_batch_agree_in_their_summaries():
     methods = [AutoPrune(9, merger="summary"), AutoPrune(9)]
     with pytest.raises(ValueError, match="summar"):
         autoprune.per_prompt(methods)
-    fastv = autoprune.create("fastv", 9, merger="summary")
-    with pytest.raises(ValueError, match="summar"):
-        autoprune.per_prompt([AutoPrune(9, merger="summary"), fastv])
+
+
+def test_different_methods_side_by_side_summarise_as_alone():
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3")
+    own = [
+        AutoPrune(Budget.ratio(0.4), merger="summary"),
+        autoprune.create("pdrop", Budget.ratio(0.5), merger="summary"),
+        autoprune.create("fastervlm", Budget.ratio(0.3), merger="summary"),
+    ]
+    result = oracle.compare(model, arguments, autoprune.per_prompt(own))
+    assert result.worst < TOLERANCE
+    for row, method in enumerate(own):
+        alone = zoo.inputs("llava", model, "padded3", only=row)
+        with method(model) as trace, torch.no_grad():
+            model(**alone)
+        assert trace.samples[0].summary_token == result.samples[row].summary_token
+        assert trace.samples[0].tokens_per_layer == result.samples[row].tokens_per_layer
+
+
+def test_flash_attention_refuses_sizes_and_flex_attention_adds_them():
+    model = zoo.build("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3")
+    refused = pytest.raises(UnsupportedError, match="use attn_implementation='sdpa'")
+    with kernels.flash_attention(model), of()(model), refused:
+        model(**arguments)
+    with kernels.flex_attention(model):
+        result = oracle.compare(model, arguments, of(), steps=2)
+    assert result.worst < TOLERANCE
+    assert all(sample.summary_token is not None for sample in result.samples)

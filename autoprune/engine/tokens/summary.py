@@ -104,9 +104,16 @@ class Summaries:
         """Whether so many visual tokens, [..., batch], leave room for a summary."""
         return counts > self.required
 
-    def missing(self, tokens: Tokens, kept: Sequence[int]) -> np.ndarray:
-        """bool [batch]: prompts that get a summary at a cut that keeps so many visual tokens beside it."""
+    def missing(
+        self, tokens: Tokens, kept: Sequence[int], planned: Sequence[int | None]
+    ) -> np.ndarray:
+        """bool [batch]: prompts that get a summary at a cut that keeps so many visual tokens beside it.
+
+        Args:
+            planned: how many are to enter the next layer, where that is known.
+        """
         after, whole = np.array(kept) + 1, np.array(tokens.counts) == self.num_visual
+        whole &= [n is None or n > now for n, now in zip(planned, kept, strict=True)]
         return ~self.has & ~self._lost & whole & (after < self.num_visual) & self.fits(after)
 
     def slots(self, tokens: Tokens) -> torch.Tensor | None:
