@@ -218,7 +218,7 @@ class Prefill:
             seen.required = stays if seen.required is None else seen.required | stays
         answer = self.method.select(seen, self.state)
         if isinstance(answer, Ranking):
-            self._follow(index, answer, seen.required)
+            self._follow(index, answer, seen.required, hidden.dtype)
         elif answer is not None and not self._keeps_all(answer):
             self._check(index, answer)
             selection, forced = with_last_tokens(self.tokens, answer, self.layout.ends_visual)
@@ -227,7 +227,9 @@ class Prefill:
                 return self._select(index, selection, forced, hidden)
         return hidden
 
-    def _follow(self, index: int, ranking: Ranking, required: torch.Tensor | None) -> None:
+    def _follow(
+        self, index: int, ranking: Ranking, required: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
         """Plan all cuts that follow from a ranking."""
         self._refuse_two_decisions(index)
         scores = ranking.scores
@@ -238,10 +240,10 @@ class Prefill:
         if required is not None:
             scores = scores.masked_fill(required.to(scores.device), float("inf"))
         depths = range(due[0], due[-1] + 1)
-        cuts = self._plan(scores, sizes, depths).cuts([layers[i] for i in due])
+        cuts = self._plan(scores, sizes, depths, dtype).cuts([layers[i] for i in due])
         self.decided = {cut.stage.first_layer: cut for cut in cuts}
 
-    def _plan(self, scores: torch.Tensor, sizes: Sizes, depths: range) -> Plan:
+    def _plan(self, scores: torch.Tensor, sizes: Sizes, depths: range, dtype: torch.dtype) -> Plan:
         """Cuts that keep the tokens with the best scores [batch, V]."""
         tokens, standing = self.tokens, None
         if tokens.ragged:
@@ -250,7 +252,7 @@ class Prefill:
         if self.summaries:
             counts = sizes.counts[depths.start : depths.stop]
             order = self.summaries.lead(tokens, order, counts)
-            standing = self.summaries.standing(tokens, counts)
+            standing = self.summaries.standing(tokens, counts, dtype)
         return Plan(tokens, self.packing, tokens.ranks(order), sizes, depths, standing)
 
     def _sizes(self, index: int) -> tuple[list[int], Sizes]:
@@ -363,7 +365,7 @@ class Prefill:
         if (stays := self.summaries.slots(tokens)) is not None:
             scores = scores.masked_fill(stays, 2.0)
         sizes = Sizes(tokens, self.packing, counts[None], self._may_pack)
-        (due,) = self._plan(scores, sizes, range(1)).cuts([index])
+        (due,) = self._plan(scores, sizes, range(1), hidden.dtype).cuts([index])
         return self._cut(due, hidden)
 
     def _merge(

@@ -95,28 +95,23 @@ class LayerArguments:
         return self._made[key][1]
 
     def _mask(self, mask: Any, keys: int, dtype: torch.dtype) -> Any:
-        tokens = self.tokens
-        if tokens.bias is None:
-            return self._unweighed(mask, keys, dtype)
-        if "flash" in self.implementation:
+        tokens, flat = self.tokens, isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if tokens.bias is not None and (flat or "flash" in self.implementation):
             refuse_sizes(self.implementation)
-        return weighed(self._unweighed(mask, keys, dtype), tokens, keys, dtype)
-
-    def _unweighed(self, mask: Any, keys: int, dtype: torch.dtype) -> Any:
-        """The mask where every token counts for itself."""
-        tokens = self.tokens
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        if flat:
             return (tokens.column >= 0).to(mask.dtype) if tokens.padded else None
         if mask is None and "flash" in self.implementation:
             return (tokens.column >= 0).to(torch.long) if tokens.padded else None
-        if mask is None and not tokens.padded:
-            return None
         if mask is None:
-            return self._masks.of(tokens, keys, dtype)
+            plain = tokens.bias is None and not tokens.padded
+            return None if plain else self._masks.of(tokens, keys, dtype)
+        cut: Any = None
         if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            return gather_mask(mask, tokens, keys)
-        if isinstance(mask, BlockMask):
-            return gather_block_mask(mask, tokens, keys)
+            cut = gather_mask(mask, tokens, keys)
+        elif isinstance(mask, BlockMask):
+            cut = gather_block_mask(mask, tokens, keys)
+        if cut is not None:
+            return cut if tokens.bias is None else weighed(cut, tokens, keys, dtype)
         raise UnsupportedError(
             f"attention masks of type {type(mask).__name__} are not supported; "
             "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"

@@ -73,7 +73,7 @@ class CausalMasks:
         self._triangle: torch.Tensor | None = None
 
     def of(self, tokens: Tokens, key_length: int, dtype: torch.dtype) -> torch.Tensor:
-        """[batch or 1, 1, n, keys], for what a cut left, with padding on the left."""
+        """[batch or 1, 1, n, keys], for what a cut left: padding on the left, tokens weighed by their sizes."""
         blocked, width = blocked_by_half(dtype), tokens.width
         device = tokens.column.device
         if self._triangle is None or self._triangle.shape[0] < width:
@@ -81,10 +81,14 @@ class CausalMasks:
             self._triangle = full.triu_(1)
         mask = self._triangle[None, None, :width, :width]
         # Kernels read masks whose rows begin at multiples of 8 as they are.
-        shape = tokens.batch if tokens.padded else 1, 1, width, -(-key_length // 8) * 8
+        columns = tokens.bias
         if tokens.padded:
-            padding = tokens.padding_mask(dtype)[:, None, None]
-            mask = torch.add(mask, padding, out=mask.new_empty(shape)[..., :width])
+            padding = tokens.padding_mask(dtype)
+            columns = padding if columns is None else padding + columns
+        if columns is not None:
+            shape = len(columns), 1, width, -(-key_length // 8) * 8
+            out = mask.new_empty(shape)[..., :width]
+            mask = torch.add(mask, columns[:, None, None], out=out)
         if key_length > width:
             mask = pad(mask, (0, key_length - width), value=blocked)
         return mask
@@ -94,16 +98,14 @@ def weighed(mask: Any, tokens: Tokens, key_length: int, dtype: torch.dtype) -> t
     """A mask over the present tokens, additive and with what is added for their sizes (`Tokens.bias`).
 
     Args:
-        mask: None (causal, nothing padded), or a 4-D or flex-attention mask.
+        mask: a 4-D or flex-attention mask.
         key_length: keys the attention will be given.
 
     Returns:
         [batch or 1, 1 or heads, n, keys].
     """
     assert tokens.bias is not None
-    if mask is None:
-        mask = CausalMasks().of(tokens, key_length, dtype)
-    elif isinstance(mask, BlockMask):
+    if isinstance(mask, BlockMask):
         mask = additive(_allowed(mask, tokens, key_length), dtype)
     elif mask.dtype == torch.bool:
         mask = additive(mask, dtype)

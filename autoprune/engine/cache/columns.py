@@ -7,7 +7,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from ..tokens.present import Tokens
 
@@ -74,9 +73,11 @@ class HeldColumns:
         ]
         bias = None
         if any(tokens.bias is not None for tokens in stages):
+            none = torch.zeros(spare.shape, device=spare.device)
             pieces = [
-                pad(_bias_of(tokens), (0, size - tokens.width))
+                part
                 for tokens, size in zip(stages, sizes, strict=True)
+                for part in (_bias_of(tokens), none[:, : size - tokens.width])
             ]
             bias = torch.cat(pieces, dim=1)
         return cls(torch.cat(parts, dim=1), starts_of(sizes), widths, bias)

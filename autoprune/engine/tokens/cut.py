@@ -194,21 +194,22 @@ class Plan:
         if standing is None:
             return None
         assert self._real is not None
-        was = torch.cat([self._real[None], self._kept[:-1]])
-        weights = standing.weights(was & ~self._kept)
+        # Who is kept by a cut was there before it.
+        weights = standing.weights(torch.cat([self._real[None], self._kept[:-1]]) ^ self._kept)
         rows = standing.rows(self.place)
         # Weights are of what stood before a cut, in the form in which attention sees it.
-        later = torch.cat([weights[1:], torch.zeros_like(weights[:1])])
         held, padded = None, None
         means = []
         for number, depth in enumerate(self.depths):
             if not number:
                 own = weights[0]
             elif self.sizes.packed[depth - 1]:
-                padded = self._put_padded(None, later, 0.0) if padded is None else padded
+                if padded is None:
+                    padded = _put_at(self._goes_padded, weights, int(self.sizes.padded_ends[-1]))
                 own = padded[self.sizes.padded_rows(depth - 1)]
             else:
-                held = self._put(None, later, 0.0) if held is None else held
+                if held is None:
+                    held = _put_at(self._goes, weights, int(self.sizes.ends[-1]))
                 own = held[self.sizes.rows(depth - 1)]
             means.append(Mean(own.view(len(rows[0]), 1, -1), rows[number], standing.typical))
         return means
@@ -311,6 +312,12 @@ class Plan:
         unpack, pack = self._maps
         place = unpack[self.sizes.padded_rows(depth)].view(self.sizes.batch, -1)
         return Packing(place, pack[self.sizes.rows(depth)])
+
+
+def _put_at(goes: torch.Tensor, weights: torch.Tensor, rows: int) -> torch.Tensor:
+    """Weights of each cut but the first, [cuts, batch, n], at the rows that tokens have before it."""
+    held = weights.new_zeros(rows + 1)
+    return held.index_put_((goes[:-1],), weights[1:])
 
 
 def _filled(padding: Padding, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...contract import SummaryToken
-from ...parts.transfer import all_to_device
+from ...parts.transfer import all_to_device, to_device
 from .present import Tokens
 
 
@@ -21,7 +21,7 @@ from .present import Tokens
 class Mean:
     """What a cut makes of the summaries.
 
-    weights: float32 [batch, 1, n], the share of each token that stood before the cut.
+    weights: [batch, 1, n], the share of each token that stood before the cut.
     rows: LongTensor [batch], the summaries' rows in the new hidden states. A prompt without one keeps its last
         token as it is.
     typical: whether means are scaled to the mean norm of what they are made of.
@@ -33,8 +33,7 @@ class Mean:
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
         """The summaries' hidden states [batch, size], from those before the cut [batch, n, size]."""
-        weights = self.weights.to(hidden)
-        mean = weights @ hidden
+        mean = self.weights.to(hidden.device) @ hidden
         if self.typical:
             norms = torch.linalg.vector_norm(hidden, dim=2, keepdim=True, dtype=torch.float32)
             norm = torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=torch.float32)
@@ -48,38 +47,36 @@ class Standing:
     """The summaries of all prompts at cuts that follow each other.
 
     here: bool [batch, n], the token of each prompt that is its summary; its last one where it has none.
-    before, after: LongTensor [cuts, batch, 1], how many tokens it stands for before and behind each cut; 1
-        where there is no summary.
-    takes: bool [batch, 1], whether there is one.
+    own, each: float32 [cuts, batch, 1], the share in the summary behind a cut that it had before, and that
+        each token has that goes at the cut. 1 and 0 where there is no summary.
+    bias: float32 [cuts, batch, 1], what is added to the scores of attention on it.
+    dtype: of hidden states.
     """
 
     here: torch.Tensor
-    before: torch.Tensor
-    after: torch.Tensor
-    takes: torch.Tensor
-    strength: float
+    own: torch.Tensor
+    each: torch.Tensor
+    bias: torch.Tensor
     typical: bool
+    dtype: torch.dtype
 
     def weights(self, dropped: torch.Tensor) -> torch.Tensor:
-        """Each token's share in the summary behind each cut, float32 [cuts, batch, n].
+        """Each token's share in the summary behind each cut, [cuts, batch, n].
 
         Args:
             dropped: bool [cuts, batch, n], the tokens that go at each cut.
         """
-        counts = torch.where(self.here, self.before, (dropped & self.takes).long())
-        return counts / self.after
+        return torch.where(self.here, self.own, dropped * self.each).to(self.dtype)
 
     def biases(self, others: torch.Tensor | None) -> torch.Tensor:
         """What is added to the scores of attention on each token, float32 [cuts, batch, n]."""
-        own = self.after.float().log() * self.strength
         if others is None:
-            others = own.new_zeros(())
-        return torch.where(self.here, own, others)
+            return self.here * self.bias
+        return torch.where(self.here, self.bias, others)
 
     def rows(self, place: torch.Tensor) -> torch.Tensor:
         """The summaries' rows behind each cut, [cuts, batch]; `place` [cuts, batch, n] has all tokens'."""
-        slot = self.here.to(torch.uint8).argmax(dim=1)
-        return place.gather(2, slot[None, :, None].expand(len(place), -1, 1))[..., 0]
+        return (place * self.here).sum(dim=2)
 
 
 class Summaries:
@@ -162,22 +159,25 @@ class Summaries:
         led = torch.where(every == 0, summary, moved)
         return led if new.all() else torch.where(new_there, led, order)
 
-    def standing(self, tokens: Tokens, counts: np.ndarray) -> Standing | None:
-        """The summaries at cuts to so many visual tokens [cuts, batch]; None if there are none."""
+    def standing(self, tokens: Tokens, counts: np.ndarray, dtype: torch.dtype) -> Standing | None:
+        """The summaries at cuts to so many visual tokens [cuts, batch]; None if there are none.
+
+        Args:
+            dtype: of hidden states.
+        """
         if self.column is None or not self.has.any():
             return None
         after = np.where(self.has, self.num_visual - counts + 1, 1)
         now = np.where(self.has, self.num_visual - np.array(tokens.counts) + 1, 1)
         before = np.concatenate([now[None], after[:-1]])
-        device = tokens.column.device
-        sizes = [a[..., None] for a in (before, after, self.has)]
-        before_there, after_there, takes = all_to_device(sizes, device)
+        device, strength = tokens.column.device, self.form.strength
+        numbers = np.stack([before / after, self.has / after, strength * np.log(after)])
+        own, each, bias = to_device(numbers.astype(np.float32)[..., None], device).unbind(0)
         here = tokens.column == self.column
         if not self.has.all():
             last = tokens.prompts.ascending[: tokens.width] == tokens.last_slot
-            here = torch.where(takes, here, last)
-        typical = self.form.norm == "typical"
-        return Standing(here, before_there, after_there, takes, self.form.strength, typical)
+            here = torch.where(_flags(self.has, device), here, last)
+        return Standing(here, own, each, bias, self.form.norm == "typical", dtype)
 
 
 def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:
