@@ -64,6 +64,8 @@ class Sample:
         schedule: the planned n_l; None if the method plans none.
         decision: what the method decided by the device's speed, and why, in a sentence; None if it did not.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
+        flops_ahead: what comes on top of `flops` where a method looks at the attention of layers ahead of
+            their turn. No budget counts it; `Summary.flops_saved` does.
         kv_bytes_held: this prompt's part of what the cache of its batch really holds: a batch pads every
             layer to its longest prompt. Over a batch they sum to the bytes of a growing cache without
             sliding windows; draft tokens that came with a prompt count.
@@ -85,6 +87,7 @@ class Sample:
     kv_bytes_held: int = 0
     peak_bytes: int = 0
     peak_bytes_full: int = 0
+    flops_ahead: float = 0.0
     decision: str | None = None
 
     @property
@@ -138,7 +141,7 @@ class Totals:
     """Sums over prompts, exact however many they are.
 
     tokens: mean visual tokens per layer. information, measured: bits, of so many prompts. Both, like
-    `visual`, over the prompts that hold a picture.
+    `visual`, over the prompts that hold a picture. flops: looks ahead included.
     """
 
     prompts: int = 0

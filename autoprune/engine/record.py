@@ -71,6 +71,8 @@ class Record:
         observed, looked: bytes that were kept of a layer's attention, or beside its hidden states, and bytes
             that the look at it took, by layer.
         sharing: see `DecoderCost.peak_bytes`.
+        ahead: FLOPs of looks ahead (`Needs.ahead`), of each prompt; None if there were none. ahead_bytes:
+            bytes that these took, by layer.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Record:
         observed: Mapping[int, int] | None = None,
         looked: Mapping[int, int] | None = None,
         sharing: int = 1,
+        ahead: Ints | None = None,
+        ahead_bytes: Mapping[int, int] | None = None,
     ):
         self.real = layout.real[:, : layout.length]
         self.visual = layout.visual[:, : layout.length] & self.real
@@ -91,6 +95,8 @@ class Record:
         self.decision = state.decision
         self.observed, self.looked = dict(observed or {}), dict(looked or {})
         self.sharing, cuts = sharing, stages[1:]
+        self.ahead = np.zeros(len(layout.real), dtype=np.int64) if ahead is None else ahead
+        self.ahead_bytes = dict(ahead_bytes or {})
         self.cuts = [
             (cut.first_layer, cut.tokens.counts, cut.tokens.width, cut.packing is not None)
             for cut in cuts
@@ -160,9 +166,9 @@ class Record:
 
     def peaks(self) -> tuple[Ints, int]:
         """`Sample.peak_bytes` [batch], and `Sample.peak_bytes_full`."""
-        observed, looked = (
+        observed, looked, ahead = (
             [by_layer.get(layer, 0) / len(self) for layer in range(self.layers)]
-            for by_layer in (self.observed, self.looked)
+            for by_layer in (self.observed, self.looked, self.ahead_bytes)
         )
         peaks = self.cost.peak_bytes(
             self._computed_columns(),
@@ -171,6 +177,7 @@ class Record:
             sharing=self.sharing,
             cached=self._cached_columns(),
             looked=looked,
+            ahead=ahead,
         )
         plain = self.cost.peak_bytes([self.columns] * self.layers, sharing=self.sharing)
         return peaks, int(plain)
@@ -215,6 +222,7 @@ class Record:
                     decision=self.decision if total else None,
                     flops=float(flops[prompt]),
                     flops_full=float(flops_full[prompt]),
+                    flops_ahead=float(self.ahead[prompt]),
                     kv_bytes=int(kv_bytes[prompt]),
                     kv_bytes_full=int(kv_bytes_full[prompt]),
                     kv_bytes_held=held,
@@ -242,7 +250,7 @@ class Record:
             tokens=Fraction(int(self.counts[pictures].sum()), self.layers),
             information=sum(measured, Fraction(0)),
             measured=len(measured),
-            flops=_sum(flops),
+            flops=_sum(flops) + _sum(self.ahead),
             flops_full=_sum(flops_full),
             kv_bytes=_sum(kv_bytes),
             kv_bytes_full=_sum(kv_bytes_full),
