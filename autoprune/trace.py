@@ -91,6 +91,11 @@ class Sample:
     decision: str | None = None
 
     @property
+    def total_flops(self) -> float:
+        """`flops` with those of looks ahead."""
+        return self.flops + self.flops_ahead
+
+    @property
     def mean_tokens(self) -> float:
         """The budget that was spent: mean over the layers of the visual tokens entering them."""
         return sum(self.tokens_per_layer) / len(self.tokens_per_layer)

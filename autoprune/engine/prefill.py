@@ -12,7 +12,7 @@ import torch
 
 from ..contract import MethodContract, Needs, PromptState, Ranking, Selection
 from ..parts.transfer import to_device
-from .attention.ahead import few_projections, has_own_projections
+from .attention.ahead import LooksAhead, few_projections, has_own_projections
 from .attention.arguments import LayerArguments
 from .attention.rows import Observer, SeenEnough, at_slots
 from .attention.tap import no_plans
@@ -55,9 +55,7 @@ class Prefill:
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
         self.looked: dict[int, int] = {}
-        # FLOPs of looks ahead, of each prompt, and bytes that they take, by layer.
-        self.ahead = np.zeros(len(layout.real), dtype=np.int64)
-        self.ahead_bytes: dict[int, int] = {}
+        self.ahead = LooksAhead(state.shape.cost, layout)
         # The layer that runs on a packed row, until its attention was seen and its cache holds the batch.
         self.unsettled: int | None = None
         self.attention_seen = False
@@ -140,13 +138,11 @@ class Prefill:
         kwargs = without_cache(self._fit(index, hidden, kwargs))
         attention = self.located.attentions[index]
         apart = has_own_projections(attention)
-        rows = self.observer.rows_of(needs, self.tokens) if apart else None
-        self._count_look(needs, apart, None if rows is None else rows[1])
+        rows = self.observer.rows_ahead(needs, self.tokens) if apart else None
         # What was seen of the layer before stays.
         self.observer.needs, self.observer.peeking = needs, True
-        few = few_projections(
-            attention, hidden.shape, self._places(None if rows is None else rows[0])
-        )
+        self.observer.looked_bytes = 0
+        few = few_projections(attention, hidden.shape, self._places(rows))
         try:
             with few if apart else nullcontext():
                 self.located.layers[index].forward(hidden, *args[1:], **kwargs)
@@ -155,23 +151,13 @@ class Prefill:
         finally:
             self.observer.peeking = False
         columns, looked = hidden.shape[:2].numel(), self.observer.looked_bytes
-        self.ahead_bytes[index] = self.state.shape.cost.look_bytes(columns, looked, not index)
+        self.ahead.add(index, needs, self.tokens, columns, looked, apart)
 
     def _places(self, slots: torch.Tensor | slice | None) -> torch.Tensor | slice | None:
         """Places in the sequence, as places in hidden states: others where these are packed."""
         if self.packing is None or slots is None:
             return slots
         return at_slots(self.packing.place[..., None], slots).flatten()[None]
-
-    def _count_look(self, needs: Needs, apart: bool, queries: np.ndarray | None) -> None:
-        """Note what a look ahead computes; `queries`: of how many tokens, None for all."""
-        keys, kinds = np.array(self.tokens.lengths), {one.rows for one in needs.each(ahead=True)}
-        rows = sum(
-            self.layout.text_rows(kind).mask.sum(axis=1) for kind in kinds if kind is not None
-        )
-        self.ahead = self.ahead + self.state.shape.cost.look_flops(
-            keys, keys if queries is None else queries, 1 if apart else keys, rows
-        )
 
     def _add_deepstack(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Add the features of one level (flat over all visual tokens) to the visual tokens still present.
@@ -458,8 +444,8 @@ class Prefill:
             self.observed,
             self.looked,
             self.sharing,
-            self.ahead,
-            self.ahead_bytes,
+            self.ahead.flops,
+            self.ahead.bytes_taken,
         )
 
     def stage_of(self, layer: int) -> Stage:

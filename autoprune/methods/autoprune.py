@@ -76,12 +76,13 @@ class AutoPrune(Method):
         first_cut: "after_layer_0"; or before the decoder, which makes budgets feasible that could not even pay
             for layer 0: "pre_llm" ranks by the vision tower alone, "peek" by the text's attention in layer 0,
             looked at ahead of that layer. The look projects the keys of all tokens and the queries of the
-            text (all of layer 0's attention where its projections are joined): about 0.3 % of a prefill's
-            FLOPs and 18 kernels more. The trace counts it (`Sample.flops_ahead`), a budget does not.
+            text (all of layer 0's projections where these are joined): 0.3 % of the FLOPs of
+            LLaVA-1.5-7B's plain prefill, and about 30 kernels. The trace counts it (`Sample.flops_ahead`), a
+            budget does not.
         first_ranking: by what the first cut ranks. "text": the text's attention. "text+vision": the vision
             tower's beside it. "text+diversity": the order in which a determinantal point process picks tokens
             that the text attends to and whose hidden states differ (`selectors.relevance_and_diversity`),
-            with a few kernels for each token that stays. None is "text+vision" after layer 0, "vision" for
+            with 26 kernels for each token that stays. None is "text+vision" after layer 0, "vision" for
             "pre_llm", which has nothing else, and "text" for "peek".
         text_weight: weight of the text's attention against the vision tower's in "text+vision", both
             scaled to sum to 1.

@@ -173,7 +173,7 @@ def _too_small(task: _Task) -> InfeasibleBudget:
     smallest = smallest_for(task.whole(task.least))
     undecided = smallest_for(np.ones((len(task.visual), task.layers), dtype=np.int64))
     way_out = (
-        'set first_cut="pre_llm" or "peek", which prune before layer 0 sees every visual token '
+        'set first_cut="pre_llm" or set first_cut="peek", which prune before layer 0 sees every visual token '
         f"and are feasible down to {undecided.expression}"
         if undecided.value < smallest.value
         else ""

@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ...contract import Needs
+from ...policy.cost import DecoderCost
+from ..tokens.layout import Layout
+from ..tokens.present import Tokens
 from .rows import at_slots
 
 # What an attention's forward may project beside queries, keys and values: its output.
@@ -81,3 +86,34 @@ def _shorten(projection: Any, shape: torch.Size, rows: torch.Tensor | slice) -> 
         return whole
 
     return [projection.register_forward_pre_hook(take), projection.register_forward_hook(put)]
+
+
+class LooksAhead:
+    """What the looks ahead of one prefill cost.
+
+    flops: of each prompt, int [batch]. bytes_taken: of all prompts together, by layer.
+    """
+
+    def __init__(self, cost: DecoderCost, layout: Layout):
+        self._cost, self._layout = cost, layout
+        self.flops = np.zeros(len(layout.real), dtype=np.int64)
+        self.bytes_taken: dict[int, int] = {}
+
+    def add(
+        self, index: int, needs: Needs, tokens: Tokens, columns: int, looked: int, apart: bool
+    ) -> None:
+        """Count the look at layer `index`.
+
+        Args:
+            tokens: those that are present; columns: how many rows the hidden states of all prompts have.
+            looked: bytes that the rows' attention took.
+            apart: whether no more was projected than is read.
+        """
+        looks, keys = needs.each(ahead=True), np.array(tokens.lengths)
+        kinds = {one.rows for one in looks if one.rows is not None}
+        rows = [self._layout.text_rows(kind).mask.sum(axis=1) for kind in kinds]
+        few = apart and rows and not any(one.keys for one in looks)
+        self.flops = self.flops + self._cost.look_flops(
+            keys, np.max(rows, axis=0) if few else keys, 1 if apart else keys, sum(rows)
+        )
+        self.bytes_taken[index] = self._cost.look_bytes(columns, looked, first=not index)

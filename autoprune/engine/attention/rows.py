@@ -64,20 +64,16 @@ class Observer:
         self.needs, self._attention, self._projections = needs, {}, {}
         self.looked_bytes = 0
 
-    def rows_of(
-        self, needs: Needs, tokens: Tokens
-    ) -> tuple[torch.Tensor | slice, np.ndarray] | None:
-        """The text rows that a look ahead reads: their places in the present sequence, and their numbers.
+    def rows_ahead(self, needs: Needs, tokens: Tokens) -> torch.Tensor | slice | None:
+        """Where the rows are whose queries a look ahead reads, in the present sequence; None for all tokens.
 
-        Numbers are on the host, [batch]. None if it reads the queries of all tokens. Where several kinds of
-        rows are asked for, the widest kind holds the others.
+        Where several kinds of rows are asked for, the widest kind holds the others.
         """
         looks = needs.each(ahead=True)
         wanted = [name for name in ("all", "text", "last") if name in {one.rows for one in looks}]
         if not wanted or any(one.keys for one in looks):
             return None
-        slots, text = self._rows(wanted[0], tokens)
-        return slots, text.number
+        return self._rows(wanted[0], tokens)[0]
 
     @property
     def kept_bytes(self) -> int:
@@ -293,7 +289,7 @@ class _Rows:
 
     distance: LongTensor [batch, rows], how many tokens of its prompt stand behind each row; [1, rows] where
         that is the same in all prompts. behind: the same on the host, [rows], there; else None.
-    number: how many rows each prompt has, on the host, [batch]. all_real: whether no row is padding.
+    all_real: whether no row is padding.
     """
 
     column: torch.Tensor
@@ -303,15 +299,13 @@ class _Rows:
     are_last: bool
     joined: bool
     all_real: bool
-    number: np.ndarray
 
     @classmethod
     def of(cls, rows: TextRows, device: torch.device) -> _Rows:
         behind = rows.behind[:1] if rows.alike else rows.behind
         column, mask, distance = all_to_device([rows.column, rows.mask, behind], device)
         shared, all_real = behind[0] if rows.alike else None, bool(rows.mask.all())
-        number = rows.mask.sum(axis=1)
-        return cls(column, mask, distance, shared, rows.are_last, rows.joined, all_real, number)
+        return cls(column, mask, distance, shared, rows.are_last, rows.joined, all_real)
 
 
 @dataclass(frozen=True)
