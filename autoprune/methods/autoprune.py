@@ -82,7 +82,7 @@ class AutoPrune(Method):
         first_ranking: by what the first cut ranks. "text": the text's attention. "text+vision": the vision
             tower's beside it. "text+diversity": the order in which a determinantal point process picks tokens
             that the text attends to and whose hidden states differ (`selectors.relevance_and_diversity`),
-            with 26 kernels for each token that stays. None is "text+vision" after layer 0, "vision" for
+            with 16 kernels for each token that stays. None is "text+vision" after layer 0, "vision" for
             "pre_llm", which has nothing else, and "text" for "peek".
         text_weight: weight of the text's attention against the vision tower's in "text+vision", both
             scaled to sum to 1.

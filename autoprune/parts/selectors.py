@@ -150,23 +150,26 @@ def dpp_order(
         LongTensor [batch, steps], positions in the order of their picks. Those behind a prompt's last real
         token mean nothing.
     """
-    similarity = cosine(features, features).to(mask.device)
-    width = similarity.shape[1]
-    gain = quality**2 * similarity.diagonal(dim1=1, dim2=2)
-    factor = similarity.new_zeros(len(similarity), steps, width)
-    free = mask.clone()
-    picks = mask.new_empty(len(similarity), steps, dtype=torch.long)
+    none, quality = float("-inf"), quality.detach()
+    kernel = cosine(features.detach(), features.detach()).to(mask.device)
+    kernel = kernel * quality[:, :, None] * quality[:, None]
+    # What a token multiplies the determinant by; 0 for those that cannot be picked.
+    gain = kernel.diagonal(dim1=1, dim2=2).masked_fill(~mask, 0.0)
+    rest = (quality - 2.0).masked_fill_(~mask, none)
+    factor = kernel.new_zeros(len(kernel), steps, kernel.shape[1])
+    picks = mask.new_empty(len(kernel), steps, dtype=torch.long)
     for step in range(steps):
-        merit = torch.where(gain > SMALLEST_GAIN, gain, quality - 2.0)
-        pick = merit.masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
-        row = tokens_at(similarity, pick)[:, 0]
-        row = quality.gather(1, pick) * row * quality
-        before = factor[:, :step]
-        row = row - (before.gather(2, pick[:, None].expand(-1, step, -1)) * before).sum(dim=1)
+        pick = torch.where(gain > SMALLEST_GAIN, gain, rest).argmax(dim=1, keepdim=True)
+        row, before = tokens_at(kernel, pick), factor[:, :step]
+        if step:
+            own = before.gather(2, pick[:, None].expand(-1, step, -1))
+            row = torch.baddbmm(row, own.transpose(1, 2), before, alpha=-1)
         scale = gain.gather(1, pick)
-        row = torch.where(scale > SMALLEST_GAIN, row / scale.clamp(min=SMALLEST_GAIN).sqrt(), 0.0)
-        factor[:, step], gain = row, gain - row**2
-        free = free.scatter(1, pick, False)
+        scale = scale.rsqrt().masked_fill_(scale <= SMALLEST_GAIN, 0.0)
+        row = row[:, 0] * scale
+        factor[:, step] = row
+        gain = gain.addcmul_(row, row, value=-1).scatter_(1, pick, 0.0)
+        rest.scatter_(1, pick, none)
         picks[:, step] = pick[:, 0]
     return picks
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +22,7 @@ from autoprune.contract import Needs
 from autoprune.engine.attention.ahead import has_own_projections
 from autoprune.engine.locate import locate
 from autoprune.methods.base import Planned
+from autoprune.parts.selectors import relevance_and_diversity
 from autoprune.policy.time_model import DeviceSpeed
 from tests import oracle, zoo, zoo_decoders
 from tests.engine.test_ends_with_picture import ending
@@ -432,6 +435,26 @@ def slow_order(features, quality, number):
         values = [np.linalg.slogdet(kernel[np.ix_(own, own)])[1] for own in sets]
         picked.append(left[int(np.argmax(values))])
     return picked
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9))
+def test_scores_rank_first_what_a_slow_loop_picks_then_by_relevance(seed, number, present):
+    draw = np.random.default_rng(seed)
+    width, counts = 9, [9, present]
+    features, relevance = draw.normal(size=(2, width, 12)), draw.uniform(0.1, 1, size=(2, width))
+    mask = np.arange(width) < np.array(counts)[:, None]
+    scores = relevance_and_diversity(
+        *(torch.tensor(array, dtype=torch.float32) for array in (relevance, features)),
+        number,
+        torch.tensor(mask),
+    )
+    order = scores.where(torch.tensor(mask), -1.0).argsort(dim=1, descending=True).tolist()
+    for row, count in enumerate(counts):
+        own = relevance[row, :count]
+        picked = slow_order(features[row, :count], (own / own.max()) ** 1.5, min(number, count))
+        rest = sorted(set(range(count)) - set(picked), key=lambda i, own=own: -own[i])
+        assert order[row][:count] == picked + rest
 
 
 @pytest.mark.parametrize("first_cut", ["peek", "after_layer_0"])
