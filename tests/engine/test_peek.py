@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import autoprune
 from autoprune import AutoPrune, Budget
 from autoprune.bench.launches import Launches
-from autoprune.contract import Needs
+from autoprune.contract import Needs, Observation
 from autoprune.engine.attention.ahead import has_own_projections
 from autoprune.engine.locate import locate
 from autoprune.methods.base import Planned
@@ -207,6 +207,7 @@ class Look(Planned):
 
     cut: int = 0
     looked_at: Needs = TEXT_AHEAD
+    shown: list[Observation] = field(default_factory=list)
 
     def shape(self, setting, num_visual, num_layers):
         return [num_visual] * num_layers
@@ -215,7 +216,7 @@ class Look(Planned):
         return self.looked_at if cut == self.cut else None
 
     def select(self, seen, state):
-        return None
+        self.shown.append(seen)
 
 
 @torch.no_grad()
@@ -261,6 +262,26 @@ def test_where_keys_are_asked_for_all_queries_are_projected():
         looked = counted(model, inputs)
     wanted = 2 * zoo.HIDDEN * zoo.HEAD_DIM * ((2 + zoo.HEADS) * length + 2)
     assert looked - plain == wanted == trace.samples[0].flops_ahead
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3_text"])
+@pytest.mark.parametrize(("first", "other"), [("text", "last"), ("last", "text"), ("last", "all")])
+def test_looks_at_rows_of_two_kinds_show_each_as_if_it_were_alone(first, other, batch):
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, batch)
+    shown = []
+    for needs in (
+        Needs(rows=first, ahead=True, beside=Needs(rows=other, ahead=True)),
+        Needs(rows=first, ahead=True),
+        Needs(rows=other, ahead=True),
+    ):
+        method = Look(Budget.ratio(1.0), looked_at=needs)
+        with method(model), torch.no_grad():
+            model(**inputs)
+        shown += method.shown
+    both, one, another = shown
+    torch.testing.assert_close(both.attention, one.attention)
+    torch.testing.assert_close(both.beside.attention, another.attention)
 
 
 def test_each_prompt_of_a_batch_is_charged_its_own_tokens():
