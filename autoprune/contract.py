@@ -126,8 +126,9 @@ class Needs:
         every cut and in every batch. "all": every one of them, at that price. "last": only the prompt's last
         token. A prompt that ends with its picture is always looked at from its last token.
     keys: keys and queries of the layer before the cut.
-    ahead: take attention, keys and queries from the layer behind the cut instead. Costs that layer's
-        projections of all tokens a second time.
+    ahead: take attention, keys and queries from the layer behind the cut instead. Costs the keys of all tokens
+        and the queries of the rows a second time; with `keys`, all queries. Where a layer joins its
+        projections, or its cache holds latents, all of them.
     vision: what `Method.tower` asked for, where the model gives it.
     hidden: hidden states at the cut.
     beside: what must be seen besides, of other rows or of the layer on the cut's other side; shown as

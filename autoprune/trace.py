@@ -66,6 +66,8 @@ class Sample:
         summary_token: which visual token the summary of the dropped ones took the place of (`SummaryToken`);
             `kept` lists it. Entering layer l it stands for N - n_l + 1 tokens. None where there is no summary.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
+        flops_ahead: what comes on top of `flops` where a method looks at the attention of layers ahead of
+            their turn. No budget counts it; `Summary.flops_saved` does.
         kv_bytes_held: this prompt's part of what the cache of its batch really holds: a batch pads every
             layer to its longest prompt. Over a batch they sum to the bytes of a growing cache without
             sliding windows; draft tokens that came with a prompt count.
@@ -87,8 +89,14 @@ class Sample:
     kv_bytes_held: int = 0
     peak_bytes: int = 0
     peak_bytes_full: int = 0
+    flops_ahead: float = 0.0
     decision: str | None = None
     summary_token: int | None = None
+
+    @property
+    def total_flops(self) -> float:
+        """`flops` with those of looks ahead."""
+        return self.flops + self.flops_ahead
 
     @property
     def mean_tokens(self) -> float:
@@ -141,7 +149,7 @@ class Totals:
     """Sums over prompts, exact however many they are.
 
     tokens: mean visual tokens per layer. information, measured: bits, of so many prompts. Both, like
-    `visual`, over the prompts that hold a picture.
+    `visual`, over the prompts that hold a picture. flops: looks ahead included.
     """
 
     prompts: int = 0

@@ -322,7 +322,8 @@ def test_an_interrupted_run_leaves_the_model_as_it_was_and_what_was_measured(sub
 def sample(counts, text, flops=1.0):
     return SimpleNamespace(
         tokens_per_layer=counts, num_text=text, num_visual=counts[0], mean_tokens=np.mean(counts),
-        flops=flops, flops_full=4.0, kv_bytes=1, kv_bytes_held=1, peak_bytes=1, mutual_information=None,
+        flops=flops, total_flops=flops, flops_full=4.0, kv_bytes=1, kv_bytes_held=1, peak_bytes=1,
+        mutual_information=None,
     )  # fmt: skip
 
 

@@ -166,6 +166,28 @@ def test_the_peak_is_what_the_trace_says(name):
         assert held.peak < plain.peak
 
 
+def many_pictures(model, number=12):
+    """A prompt of many pictures and little text, in which a look ahead takes the most memory."""
+    inputs = zoo.inputs("llava", model)
+    ids = inputs["input_ids"]
+    visual = ids[ids == zoo.IMAGE].repeat(number)[None]
+    ids = torch.cat([ids[:, :1], visual, ids[:, -3:]], dim=1)
+    pixels = inputs["pixel_values"].repeat(number, 1, 1, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [AutoPrune(budget=2, first_cut="peek"), create("pdrop", 60), create("pact", 60)],
+    ids=str,
+)
+def test_the_peak_of_a_look_ahead_is_what_the_trace_says(method):
+    model = wide("llava")
+    held = hold_once(model, many_pictures(model), method)
+    (sample,) = held.samples
+    assert held.peak == pytest.approx(sample.peak_bytes, rel=0.02)
+
+
 def test_the_peak_of_a_batch_is_the_sum():
     model = wide("llava")
     for method in (AutoPrune(budget=9), create("random", 5)):

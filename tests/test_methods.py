@@ -26,6 +26,10 @@ EXACT = [
     AutoPrune(Budget.ratio(0.4), mi_layer=3, curve="linear"),
     AutoPrune(Budget.ratio(0.4), cut_every=2),
     AutoPrune(Budget.ratio(0.4), mi_layer=2, prior="linear"),
+    AutoPrune(Budget.ratio(0.2), first_cut="peek"),
+    AutoPrune(Budget.ratio(0.2), first_cut="peek", first_ranking="text+diversity"),
+    AutoPrune(Budget.ratio(0.4), first_ranking="text"),
+    AutoPrune(Budget.ratio(0.4), first_ranking="text+diversity"),
 ]
 
 
@@ -70,6 +74,8 @@ def test_unknown_names_and_options_are_errors_that_help():
         {"cut_every": 0},
         {"cut_every": 2.5},
         {"first_cut": "before"},
+        {"first_ranking": "vision"},
+        {"first_ranking": "diversity"},
         {"prior": "straight"},
         {"prior": None},
         {"positions": "new"},
@@ -152,7 +158,7 @@ def test_the_plan_without_a_model_is_the_one_that_is_followed(model, method):
 
 
 @pytest.mark.parametrize("prior", ["curve", "linear"])
-@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm"])
+@pytest.mark.parametrize("first_cut", ["after_layer_0", "pre_llm", "peek"])
 def test_easy_is_much_information_and_pruned_early_hard_is_little_and_pruned_late(first_cut, prior):
     """In the words of docs/method.md: easy = large I, a flat curve; hard = small I, a steep one."""
     method = AutoPrune(64, first_cut=first_cut, prior=prior)
@@ -186,7 +192,35 @@ def test_infeasible_budgets_name_the_smallest_and_it_works():
         "the smallest feasible budget here is Budget.tokens(18.9688)"
     )
     assert sum(AutoPrune(smallest).plan(32, 576, 0.5)) == 576 + 31
-    assert sum(AutoPrune(16, first_cut="pre_llm").plan(32, 576, 0.5)) == 512
+    for first_cut in ("pre_llm", "peek"):
+        assert f'first_cut="{first_cut}"' in str(refused.value)
+        assert sum(AutoPrune(16, first_cut=first_cut).plan(32, 576, 0.5)) == 512
+        assert AutoPrune(1, first_cut=first_cut).plan(32, 576, 0.5) == [1] * 32
+        with pytest.raises(
+            InfeasibleBudget, match=r"smallest feasible budget here is Budget\.tokens\(1\)"
+        ):
+            AutoPrune(0.9, first_cut=first_cut).plan(32, 576, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("first_cut", "first_ranking", "message"),
+    [
+        (
+            "pre_llm",
+            "text",
+            "'pre_llm' can rank by 'vision', got first_ranking='text'; leave it out",
+        ),
+        (
+            "peek",
+            "vision",
+            "'text' or 'text\\+vision' or 'text\\+diversity', got first_ranking='vision'",
+        ),
+        ("after_layer_0", "dpp", "got first_ranking='dpp'; leave it out for 'text\\+vision'"),
+    ],
+)
+def test_rankings_that_a_first_cut_cannot_have(first_cut, first_ranking, message):
+    with pytest.raises(ValueError, match=message):
+        AutoPrune(64, first_cut=first_cut, first_ranking=first_ranking)
 
 
 def plan_of(method):

@@ -95,7 +95,7 @@ def _row(plain: Measured, own: Measured) -> Row:
         row["of"] = own.variant.of
     if method is None:
         return row
-    ideal = sum(s.flops_full for s in samples) / sum(s.flops for s in samples)
+    ideal = sum(s.flops_full for s in samples) / sum(s.total_flops for s in samples)
     if own.floor:
         floor = _ratios(plain.seconds["prefill"], own.floor)
         added = [
@@ -113,7 +113,7 @@ def _row(plain: Measured, own: Measured) -> Row:
         "text_tokens": samples[0].num_text,
         "tokens_per_layer": [s.tokens_per_layer for s in samples],
         "mutual_information": [s.mutual_information for s in samples],
-        "flops": sum(s.flops for s in samples),
+        "flops": sum(s.total_flops for s in samples),
         "flops_full": sum(s.flops_full for s in samples),
         "ideal_speedup": ideal,
         "realised_share": row["speedup"]["prefill"]["median"] / ideal,

@@ -143,7 +143,7 @@ def _show(
             _marked(result.pruned, result.pruned_is_correct, console),
             bits(sample.mutual_information),
             sparkline(sample.tokens_per_layer, total, can_draw(console)),
-            f"-{saved(sample.flops, sample.flops_full)}",
+            f"-{saved(sample.total_flops, sample.flops_full)}",
             f"-{saved(sample.kv_bytes, sample.kv_bytes_full)}",
         )
     console.print(table)

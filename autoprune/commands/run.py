@@ -132,7 +132,7 @@ def _show(
         table.add_row("information", f"{bits(sample.mutual_information)} bits")
     table.add_row(
         "prefill FLOPs",
-        f"{sample.flops / 1e9:.4g} G, {saved(sample.flops, sample.flops_full)} saved",
+        f"{sample.total_flops / 1e9:.4g} G, {saved(sample.total_flops, sample.flops_full)} saved",
     )
     table.add_row(
         "KV cache",

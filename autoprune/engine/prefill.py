@@ -12,8 +12,9 @@ import torch
 
 from ..contract import MethodContract, Needs, PromptState, Ranking, Selection
 from ..parts.transfer import to_device
+from .attention.ahead import LooksAhead, few_projections, has_own_projections
 from .attention.arguments import LayerArguments
-from .attention.rows import Observer, SeenEnough
+from .attention.rows import Observer, SeenEnough, at_slots
 from .attention.tap import no_plans
 from .cache.argument import cache_of, without_cache
 from .cache.pruned import PrunedCache
@@ -59,6 +60,7 @@ class Prefill:
         self.observed: dict[int, int] = {}
         # Bytes that the look at a layer's attention took while the layer attended.
         self.looked: dict[int, int] = {}
+        self.ahead = LooksAhead(state.shape.cost, layout)
         # The layer that runs on a packed row, until its attention was seen and its cache holds the batch.
         self.unsettled: int | None = None
         self.attention_seen = False
@@ -139,14 +141,28 @@ class Prefill:
     ) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
         kwargs = without_cache(self._fit(index, hidden, kwargs))
+        attention = self.located.attentions[index]
+        apart = has_own_projections(attention)
+        rows = self.observer.rows_ahead(needs, self.tokens) if apart else None
         # What was seen of the layer before stays.
         self.observer.needs, self.observer.peeking = needs, True
+        self.observer.looked_bytes = 0
+        few = few_projections(attention, hidden.shape, self._places(rows))
         try:
-            self.located.layers[index].forward(hidden, *args[1:], **kwargs)
+            with few if apart else nullcontext():
+                self.located.layers[index].forward(hidden, *args[1:], **kwargs)
         except SeenEnough:
             pass
         finally:
             self.observer.peeking = False
+        columns, looked = hidden.shape[:2].numel(), self.observer.looked_bytes
+        self.ahead.add(index, needs, self.tokens, columns, looked, apart)
+
+    def _places(self, slots: torch.Tensor | slice | None) -> torch.Tensor | slice | None:
+        """Places in the sequence, as places in hidden states: others where these are packed."""
+        if self.packing is None or slots is None:
+            return slots
+        return at_slots(self.packing.place[..., None], slots).flatten()[None]
 
     def _add_deepstack(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Add the features of one level (flat over all visual tokens) to the visual tokens still present.
@@ -485,6 +501,8 @@ class Prefill:
             self.observed,
             self.looked,
             self.sharing,
+            self.ahead.flops,
+            self.ahead.bytes_taken,
             self.summaries,
         )
 

@@ -72,6 +72,8 @@ class Record:
         observed, looked: bytes that were kept of a layer's attention, or beside its hidden states, and bytes
             that the look at it took, by layer.
         sharing: see `DecoderCost.peak_bytes`.
+        ahead: FLOPs of looks ahead (`Needs.ahead`), of each prompt; None if there were none. ahead_bytes:
+            bytes that these took, by layer.
         summaries: the prompts' summary tokens.
     """
 
@@ -83,6 +85,8 @@ class Record:
         observed: Mapping[int, int] | None = None,
         looked: Mapping[int, int] | None = None,
         sharing: int = 1,
+        ahead: Ints | None = None,
+        ahead_bytes: Mapping[int, int] | None = None,
         summaries: Summaries | None = None,
     ):
         self.real = layout.real[:, : layout.length]
@@ -94,6 +98,8 @@ class Record:
         self.decision = state.decision
         self.observed, self.looked = dict(observed or {}), dict(looked or {})
         self.sharing, cuts = sharing, stages[1:]
+        self.ahead = np.zeros(len(layout.real), dtype=np.int64) if ahead is None else ahead
+        self.ahead_bytes = dict(ahead_bytes or {})
         self.cuts = [
             (cut.first_layer, cut.tokens.counts, cut.tokens.width, cut.packing is not None)
             for cut in cuts
@@ -178,9 +184,9 @@ class Record:
 
     def peaks(self) -> tuple[Ints, int]:
         """`Sample.peak_bytes` [batch], and `Sample.peak_bytes_full`."""
-        observed, looked = (
+        observed, looked, ahead = (
             [by_layer.get(layer, 0) / len(self) for layer in range(self.layers)]
-            for by_layer in (self.observed, self.looked)
+            for by_layer in (self.observed, self.looked, self.ahead_bytes)
         )
         peaks = self.cost.peak_bytes(
             self._computed_columns(),
@@ -189,6 +195,7 @@ class Record:
             sharing=self.sharing,
             cached=self._cached_columns(),
             looked=looked,
+            ahead=ahead,
         )
         plain = self.cost.peak_bytes([self.columns] * self.layers, sharing=self.sharing)
         return peaks, int(plain)
@@ -234,6 +241,7 @@ class Record:
                     decision=self.decision if total else None,
                     flops=float(flops[prompt]),
                     flops_full=float(flops_full[prompt]),
+                    flops_ahead=float(self.ahead[prompt]),
                     kv_bytes=int(kv_bytes[prompt]),
                     kv_bytes_full=int(kv_bytes_full[prompt]),
                     kv_bytes_held=held,
@@ -262,7 +270,7 @@ class Record:
             tokens=Fraction(int(self.counts[pictures].sum()), self.layers),
             information=sum(measured, Fraction(0)),
             measured=len(measured),
-            flops=_sum(flops),
+            flops=_sum(flops) + _sum(self.ahead),
             flops_full=_sum(flops_full),
             kv_bytes=_sum(kv_bytes),
             kv_bytes_full=_sum(kv_bytes_full),

@@ -64,7 +64,7 @@ def _record(task: Task, prediction: str, sample: Sample) -> dict[str, Any]:
         "prediction": prediction,
         "correct": is_right(prediction, task.answers),
         "entering": sample.mean_tokens,
-        "flops": sample.flops,
+        "flops": sample.total_flops,
         "kv_bytes": sample.kv_bytes,
         "mutual_information": sample.mutual_information,
     }

@@ -118,6 +118,22 @@ SMALLEST_GAIN = 1e-6
 def dpp_map(
     features: torch.Tensor, quality: torch.Tensor, counts: Sequence[int], mask: torch.Tensor
 ) -> torch.Tensor:
+    """The tokens that `dpp_order` picks first.
+
+    Args:
+        features, quality: as for `dpp_order`.
+        counts, mask: as for `top_k`.
+
+    Returns:
+        As `top_k`.
+    """
+    order = dpp_order(features, quality, max(counts), mask)
+    return first_picks(order, counts, features.shape[1])
+
+
+def dpp_order(
+    features: torch.Tensor, quality: torch.Tensor, steps: int, mask: torch.Tensor
+) -> torch.Tensor:
     """Greedy MAP of a determinantal point process with kernel L_ij = q_i cos(f_i, f_j) q_j.
 
     Each pick is the token that multiplies the determinant of the picked tokens' kernel the most, found
@@ -127,30 +143,63 @@ def dpp_map(
     Args:
         features: [batch, V, size].
         quality: [batch, V], within [0, 1].
-        counts, mask: as for `top_k`.
+        steps: how many tokens to pick.
+        mask: as for `top_k`.
 
     Returns:
-        As `top_k`.
+        LongTensor [batch, steps], positions in the order of their picks. Those behind a prompt's last real
+        token mean nothing.
     """
-    similarity, steps = cosine(features, features).to(mask.device), max(counts)
-    width = similarity.shape[1]
-    gain = quality**2 * similarity.diagonal(dim1=1, dim2=2)
-    factor = similarity.new_zeros(len(counts), steps, width)
-    free = mask.clone()
-    picks: list[torch.Tensor] = []
+    none, quality = float("-inf"), quality.detach()
+    kernel = cosine(features.detach(), features.detach()).to(mask.device)
+    kernel = kernel * quality[:, :, None] * quality[:, None]
+    # What a token multiplies the determinant by; 0 for those that cannot be picked.
+    gain = kernel.diagonal(dim1=1, dim2=2).masked_fill(~mask, 0.0)
+    rest = (quality - 2.0).masked_fill_(~mask, none)
+    factor = kernel.new_zeros(len(kernel), steps, kernel.shape[1])
+    picks = mask.new_empty(len(kernel), steps, dtype=torch.long)
     for step in range(steps):
-        merit = torch.where(gain > SMALLEST_GAIN, gain, quality - 2.0)
-        pick = merit.masked_fill(~free, float("-inf")).argmax(dim=1, keepdim=True)
-        row = tokens_at(similarity, pick)[:, 0]
-        row = quality.gather(1, pick) * row * quality
-        before = factor[:, :step]
-        row = row - (before.gather(2, pick[:, None].expand(-1, step, -1)) * before).sum(dim=1)
+        pick = torch.where(gain > SMALLEST_GAIN, gain, rest).argmax(dim=1, keepdim=True)
+        row, before = tokens_at(kernel, pick), factor[:, :step]
+        if step:
+            own = before.gather(2, pick[:, None].expand(-1, step, -1))
+            row = torch.baddbmm(row, own.transpose(1, 2), before, alpha=-1)
         scale = gain.gather(1, pick)
-        row = torch.where(scale > SMALLEST_GAIN, row / scale.clamp(min=SMALLEST_GAIN).sqrt(), 0.0)
-        factor[:, step], gain = row, gain - row**2
-        free = free.scatter(1, pick, False)
-        picks.append(pick)
-    return first_picks(torch.cat(picks, dim=1), counts, width)
+        scale = scale.rsqrt().masked_fill_(scale <= SMALLEST_GAIN, 0.0)
+        row = row[:, 0] * scale
+        factor[:, step] = row
+        gain = gain.addcmul_(row, row, value=-1).scatter_(1, pick, 0.0)
+        rest.scatter_(1, pick, none)
+        picks[:, step] = pick[:, 0]
+    return picks
+
+
+RELEVANCE_POWER = 1.5
+"""Power of the relevance in `relevance_and_diversity`: the best of those that were tried for a first cut."""
+
+
+def relevance_and_diversity(
+    relevance: torch.Tensor, features: torch.Tensor, steps: int, mask: torch.Tensor
+) -> torch.Tensor:
+    """Scores that rank tokens by relevance and diversity at once, float32 [batch, V].
+
+    The order is the one in which a determinantal point process with kernel L_ij = q_i cos(f_i, f_j) q_j picks
+    tokens greedily, as in CDPruner (NeurIPS 2025, arxiv.org/abs/2506.10967). q is the relevance, scaled so that
+    the prompt's highest is 1, to the power RELEVANCE_POWER. Tokens that are not picked follow by q.
+
+    Args:
+        relevance: [batch, V], 0 or more.
+        features: [batch, V, size].
+        steps: how many tokens to pick; each takes a few small operations.
+        mask: bool [batch, V], False for padding.
+    """
+    relevance = relevance.where(mask, 0.0)
+    highest = relevance.amax(dim=1, keepdim=True)
+    quality = (relevance / highest.clamp(min=torch.finfo(relevance.dtype).tiny)) ** RELEVANCE_POWER
+    picks = dpp_order(features, quality, steps, mask)
+    place = torch.arange(steps, 0, -1, device=picks.device, dtype=quality.dtype)
+    # What is picked again, behind a prompt's last token, keeps its first place.
+    return quality.scatter_reduce(1, picks, (place + 1).expand_as(picks), "amax")
 
 
 def weighted_coverage(

@@ -215,6 +215,49 @@ class DecoderCost:
             self.layer_flops(tokens).sum(axis=-1) + (self.lm_head_flops if lm_head else 0)
         )
 
+    def look_flops(
+        self, keys: ArrayLike, queries: ArrayLike, values: ArrayLike, rows: ArrayLike
+    ) -> Any:
+        """FLOPs of looking at a layer's attention ahead of the layer: projections, and scores of a few rows.
+
+        Args:
+            keys, queries, values: of how many tokens each is projected. Latents are made of the keys' tokens.
+            rows: rows whose scores are computed, over all these keys. Each is a scalar or `[batch]`.
+        """
+        keys, queries, values, rows = (
+            np.asarray(numbers, dtype=np.int64) for numbers in (keys, queries, values, rows)
+        )
+        if (latent := self.latent) is not None:
+            # All but what makes the output.
+            weights = latent.weights(self.hidden, self.heads)
+            projected = (weights - self.heads * latent.value * self.hidden) * keys
+            size = latent.rotated + latent.unrotated
+        else:
+            size = self.head_dim
+            projected = (
+                self.hidden * size * (self.heads * queries + self.kv_heads * (keys + values))
+            )
+        return int_or_rows(2 * (projected + self.heads * size * rows * keys))
+
+    def look_bytes(self, columns: int, looked: int, first: bool) -> int:
+        """Most bytes of a look ahead of a layer, beside cache and rotary embeddings.
+
+        Those are normed hidden states, queries, keys and values. While the queries are rotated, there are four
+        tensors of their size; while the rows attend, one.
+
+        Args:
+            columns: tokens that it computes, of all prompts together.
+            looked: bytes that the look takes while the rows attend, for all of them.
+            first: whether the hidden states that enter are what enters the decoder, which is not counted.
+        """
+        size = self.head_dim
+        if (latent := self.latent) is not None:
+            size = latent.rotated + latent.unrotated
+        states = self.hidden * (1 if first else 2)
+        row = (states + size * (self.heads + 2 * self.kv_heads)) * self.dtype_bytes
+        rotating = 3 * size * self.heads * self.dtype_bytes * columns
+        return row * columns + max(rotating, looked)
+
     def decode_flops(
         self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0, lm_head: bool = False
     ) -> Any:
@@ -249,6 +292,7 @@ class DecoderCost:
         sharing: int = 1,
         cached: ArrayLike | None = None,
         looked: ArrayLike = 0,
+        ahead: ArrayLike = 0,
     ) -> Any:
         """Most bytes that the prefill of a prompt allocates and holds at one time.
 
@@ -270,6 +314,7 @@ class DecoderCost:
                 enter the layer.
             looked: bytes that it takes to look at each layer's attention, while that attends; like
                 `observed`.
+            ahead: bytes that a look ahead of each layer takes beside the cache, see `look_bytes`; likewise.
 
         Returns:
             int for `[L]`, int64 `[batch]` for `[batch, L]`.
@@ -298,7 +343,10 @@ class DecoderCost:
         working = np.where(looks > 0, np.maximum(working, attending + looks), working)
         columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)
         cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
-        return int_or_rows((cache + working).max(axis=-1))
+        rotated = 2 * self.head_dim * (first // sharing) * self.dtype_bytes
+        looks = np.asarray(ahead, dtype=np.int64)
+        look = np.where(looks > 0, cache - columns * self.kv_bytes_per_token + rotated + looks, 0)
+        return int_or_rows(np.maximum(cache + working, look).max(axis=-1))
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)

@@ -173,8 +173,8 @@ def _too_small(task: _Task) -> InfeasibleBudget:
     smallest = smallest_for(task.whole(task.least))
     undecided = smallest_for(np.ones((len(task.visual), task.layers), dtype=np.int64))
     way_out = (
-        'set first_cut="pre_llm", which prunes before layer 0 sees every visual token '
-        f"and is feasible down to {undecided.expression}"
+        'set first_cut="pre_llm" or set first_cut="peek", which prune before layer 0 sees every visual token '
+        f"and are feasible down to {undecided.expression}"
         if undecided.value < smallest.value
         else ""
     )

@@ -20,6 +20,7 @@ METHODS = {
     "autoprune": AutoPrune(budget=Budget.ratio(0.5)),
     "deep": Scattered(DEEP),
     "pre_llm": Scattered(PRE_LLM),
+    "peek": AutoPrune(Budget.ratio(0.3), first_cut="peek"),
 }
 FLASH = ["llava", "qwen2_5_vl", "internvl", "qwen3_vl", "glm4v", "paligemma"]
 FLEX = ["llava", "qwen2_5_vl"]
@@ -184,7 +185,7 @@ def test_flash_attention_with_a_static_cache_is_refused():
         assert not trace.samples
 
 
-@pytest.mark.parametrize("method", ["autoprune", "pre_llm"])
+@pytest.mark.parametrize("method", ["autoprune", "pre_llm", "peek"])
 @pytest.mark.parametrize("batch", ["single", "padded3_text"])
 @pytest.mark.parametrize("name", FLEX)
 def test_flex_attention_equals_the_oracle(name, batch, method):

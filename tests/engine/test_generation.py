@@ -21,6 +21,7 @@ METHODS = {
     "autoprune": AutoPrune(budget=Budget.ratio(0.5)),
     "deep": Scattered(DEEP),
     "pre_llm": Scattered(PRE_LLM),
+    "peek": AutoPrune(Budget.ratio(0.3), first_cut="peek"),
 }
 model_of = functools.cache(zoo.build)
 close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=0)

@@ -43,7 +43,7 @@ def settings(draw):
         beta=draw(st.floats(-3, 3)),
         curve=draw(st.sampled_from(["logistic", "linear", "step"])),
         mi_layer=draw(st.integers(0, min(layers - 2, 3))),
-        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm"])),
+        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm", "peek"])),
         cut_every=draw(st.integers(1, 12)),
     )
     return method, layers, visual, draw(st.floats(0, 2))

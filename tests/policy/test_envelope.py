@@ -55,7 +55,7 @@ def settings(draw):
         mi_layer=draw(st.integers(0, min(layers - 2, 4))),
         prior=draw(st.sampled_from(["curve", "linear"])),
         cut_every=draw(st.sampled_from([1, 2, 5])),
-        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm"])),
+        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm", "peek"])),
         noise=draw(st.sampled_from([0.0, 1.0])),
     )
     return method, layers, visual, text, cost

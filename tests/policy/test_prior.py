@@ -68,7 +68,7 @@ def settings(draw):
         draw(st.integers(0, min(layers - 2, 6))),
         k0=draw(st.floats(0, 2)),
         curve=draw(st.sampled_from(["logistic", "linear", "step", "exponential"])),
-        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm"])),
+        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm", "peek"])),
         cut_every=draw(st.sampled_from([1, 3])),
     )
     return method, layers, visual, cost, draw(st.floats(0, 3))

@@ -64,6 +64,17 @@ class Observer:
         self.needs, self._attention, self._projections = needs, {}, {}
         self.looked_bytes = 0
 
+    def rows_ahead(self, needs: Needs, tokens: Tokens) -> torch.Tensor | slice | None:
+        """Where the rows are whose queries a look ahead reads, in the present sequence; None for all tokens.
+
+        Where several kinds of rows are asked for, the widest kind holds the others.
+        """
+        looks = needs.each(ahead=True)
+        wanted = [name for name in ("all", "text", "last") if name in {one.rows for one in looks}]
+        if not wanted or any(one.keys for one in looks):
+            return None
+        return self._rows(wanted[0], tokens)[0]
+
     @property
     def kept_bytes(self) -> int:
         """What is kept of the attention that was seen; keys usually are the cache's own."""
