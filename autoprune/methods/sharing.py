@@ -81,7 +81,7 @@ def _signals(
     information: Sequence[float],
     spread: Sequence[Sequence[float]],
 ) -> list[Signals]:
-    means = schedule.before_measuring(sizes).mean(axis=1).tolist()
+    means = schedule.before_measuring(sizes)[:, schedule.mi_layer + 1 :].mean(axis=1).tolist()
     measured = zip(information, spread, sizes.num_visual, sizes.num_text, means, strict=True)
     return [
         # Attention that overflowed tells nothing: as if it were everywhere.

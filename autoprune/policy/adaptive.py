@@ -98,7 +98,7 @@ class AdaptiveSchedule:
             allowed: as for `solve_schedule`, between what `range_after_measuring` gives.
         """
         retained = self.retention(sizes.num_layers, information)
-        return self._solve(retained, sizes, self._decided(sizes), allowed)
+        return self._solve(retained, sizes, self.decided(sizes), allowed)
 
     def range_after_measuring(self, sizes: Sizes) -> tuple[Ints, Ints]:
         """The least and the most that each prompt can spend when I is known, [prompts] each.
@@ -106,7 +106,7 @@ class AdaptiveSchedule:
         The layers up to `mi_layer` are decided by then. Behind them at least one token stays, and at most what
         entered the last of them. The unit is that of `Budget.allowed`.
         """
-        decided = self._decided(sizes)
+        decided = self.decided(sizes)
         last = np.repeat(decided[:, -1:], sizes.num_layers - decided.shape[1], axis=1)
         least, most = (
             self.budget.spent(np.concatenate((decided, rest), axis=1), sizes.num_text, sizes.cost)
@@ -114,7 +114,7 @@ class AdaptiveSchedule:
         )
         return least, most
 
-    def _decided(self, sizes: Sizes) -> Ints:
+    def decided(self, sizes: Sizes) -> Ints:
         """What enters the layers up to `mi_layer`, [prompts, mi_layer + 1]."""
         return self.before_measuring(sizes)[:, : self.mi_layer + 1]
 
@@ -139,7 +139,7 @@ class AdaptiveSchedule:
         layers = sizes.num_layers
         if self.budget.over != "prompt":
             # One prompt may get what all others save.
-            decided = self._decided(sizes)[0]
+            decided = self.decided(sizes)[0]
             return [*decided.tolist(), *[int(decided[-1])] * (layers - len(decided))]
         slopes, midpoints = self._slope_and_midpoint(layers, self._path(most_information))
         room = envelope(
@@ -148,7 +148,7 @@ class AdaptiveSchedule:
             midpoints,
             sizes.num_visual[0],
             self.budget,
-            self._decided(sizes),
+            self.decided(sizes),
             layers,
             sizes.cost,
             sizes.num_text[0],

@@ -96,7 +96,9 @@ def share_sum(curves: Sequence[LossCurve], total: int) -> Ints:
     order = np.argsort(slopes, kind="stable")
     spent = np.cumsum(lengths[order])
     last = slopes[order[min(int(np.searchsorted(spent, rest)), len(order) - 1)]]
-    before, at = slopes < last, slopes == last
+    # Gains that differ by rounding alone are equal.
+    at = np.abs(slopes - last) <= 1e-9 * abs(last)
+    before = (slopes < last) & ~at
     part = min((rest - lengths[before].sum()) / lengths[at].sum(), 1.0)
     taken = np.bincount(owner, lengths * (before + part * at), minlength=len(curves))
     real: Floats = np.clip(least + taken, least, most).astype(np.float64)

@@ -1,7 +1,8 @@
 """What the prompts of one prefill ask of a budget that they share, and how a batch shares it.
 
 The first layers of every prompt follow its own allowance, as nothing is known of it yet. When its signals are
-measured, what is left is distributed: in a batch at once, in a stream with the help of a `Fleet`.
+measured, what is left for the other layers, the open ones, is distributed: in a batch at once, in a stream with
+the help of a `Fleet`.
 """
 
 from __future__ import annotations
@@ -80,23 +81,32 @@ class Demand:
         tokens = _candidates(max(self.sizes.num_visual))
         losses = predicted(rule, self.signals, tokens)
         least, most = self.schedule.range_after_measuring(self.sizes)
-        costs = [self._cost(tokens, text) for text in self.sizes.num_text]
+        costs = self._costs(tokens)
         limits = zip(least.tolist(), most.tolist(), strict=True)
         return [
             LossCurve.of(cost, loss, *limit)
             for cost, loss, limit in zip(costs, losses, limits, strict=True)
         ]
 
-    def _cost(self, tokens: Floats, text: int) -> Floats:
-        """What so many visual tokens in every layer cost a prompt, in the budget's unit."""
-        layers, cost, kind = self.sizes.num_layers, self.sizes.cost, self.schedule.budget.kind
+    def _costs(self, tokens: Floats) -> Floats:
+        """What prompts cost with so many visual tokens in every open layer, [prompts, candidates]."""
+        cost, kind, plan = (
+            self.sizes.cost,
+            self.schedule.budget.kind,
+            self.schedule.decided(self.sizes),
+        )
+        open_layers = self.sizes.num_layers - plan.shape[1]
+        whole = np.pad(plan, ((0, 0), (0, open_layers)))
         if kind in ("tokens", "ratio"):
-            return layers * tokens
-        assert cost is not None
-        if kind == "kv_bytes":
-            return layers * cost.kv_bytes_per_token * (tokens + text)
-        length = tokens + text
-        return layers * (cost.linear_flops * length + cost.attention_flops * length * length)
+            more = tokens[None]
+        elif kind == "kv_bytes":
+            assert cost is not None
+            more = cost.kv_bytes_per_token * tokens[None]
+        else:
+            assert cost is not None
+            text = np.array(self.sizes.num_text)[:, None]
+            more = cost.linear_flops * tokens + cost.attention_flops * (tokens + 2 * text) * tokens
+        return self.spent(whole)[:, None] + open_layers * more
 
 
 def plan_batch(prompts: Demand, rule: Rule) -> Ints:
@@ -136,5 +146,5 @@ def _spend_rest(prompts: Demand, plan: Ints, total: int) -> Ints:
 
 
 def _candidates(largest: int) -> Floats:
-    """Mean numbers of tokens that rules are asked about: from 1 to `largest`, eight to each doubling."""
+    """Numbers of tokens that rules are asked about: from 1 to `largest`, eight to each doubling."""
     return np.unique(np.append(np.exp2(np.arange(0, 8 * math.log2(largest)) / 8), largest))

@@ -1,7 +1,8 @@
 """Rules of who gets how much: from what was measured of a prompt to what it loses at each number of tokens.
 
 A rule is called with the prompts' `Signals` and with candidate numbers of tokens, and answers with a table:
-the loss that it predicts for each prompt at each of them. Any function of that form is a rule.
+the loss that it predicts for each prompt at each of them. Any function of that form is a rule. Numbers of
+tokens are means over the layers that are still open, those behind `mi_layer`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-LEAST_BITS = 0.01
-"""Less information than this counts as so much: 0 bits would ask for everything."""
+LEAST_BITS = 0.1
+"""Less information than this counts as so much: a prompt of 0 bits would ask for everything."""
 
 FEWEST_ROWS = 100
 """Prompts below which a calibrated rule is refused: from 50 it does worse than no rule."""
@@ -37,7 +38,8 @@ class Signals:
             p over text rows and heads, tokens.
         entropy: of the same p, bits.
         num_visual: N, tokens; num_text: the other tokens of the prompt.
-        own_tokens: the mean number of visual tokens that its own allowance pays for.
+        own_tokens: the mean number of visual tokens that its own allowance pays for in the layers behind
+            `mi_layer`.
     """
 
     information: float
@@ -49,7 +51,7 @@ class Signals:
 
 
 Rule = Callable[[Sequence[Signals], Floats], ArrayLike]
-"""(signals of P prompts, ascending mean visual tokens per layer [C]) -> predicted loss [P, C].
+"""(signals of P prompts, ascending mean visual tokens per open layer [C]) -> predicted loss [P, C].
 
 Only differences within a row matter, and all rows are in the same unit.
 """
@@ -63,7 +65,8 @@ class InformationRule:
     w. Only ratios of information matter, so its scale, which differs between models, does not.
 
     Args:
-        power: 1 gives a prompt of twice the information half the tokens; 0 gives all the same.
+        power: 1 gives a prompt of twice the information half the tokens in the open layers; 0 gives every
+            prompt what it gets alone.
     """
 
     power: float = 1.0
@@ -92,7 +95,7 @@ class CalibratedRule:
     one from prompts without labels.
 
     Args:
-        tokens: mean visual tokens per layer of the B budgets, ascending.
+        tokens: of the B budgets, ascending: mean visual tokens per open layer.
         mean, scale: of each of the F features of `features`.
         weights: `[B, 1 + F]`, the constant first.
     """
@@ -138,7 +141,8 @@ class CalibratedRule:
 
         Args:
             signals: of each of P prompts, measured at the budget that the rule is for.
-            tokens: mean visual tokens per layer of the B budgets that were tried, ascending.
+            tokens: of the B budgets that were tried, ascending: mean visual tokens per open layer, which
+                `Signals.own_tokens` says of a prompt at each of them.
             agreement: `[P, B]`, from 0 to 1: whether the answer at each budget is that at a larger one.
             ridge: weight of the squared coefficients against the sum of the log losses.
 
