@@ -14,11 +14,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from autoprune import Budget, DecoderCost, Fleet
-from autoprune.policy.adaptive import AdaptiveSchedule, Sizes
+from autoprune.policy.adaptive import AdaptiveSchedule, Sizes, decide_cut_every
 from autoprune.policy.budget import InfeasibleBudget
 from autoprune.policy.demand import Demand, plan_batch
 from autoprune.policy.fleet import FleetState
 from autoprune.policy.rules import CalibratedRule, InformationRule, Signals
+from autoprune.policy.time_model import DeviceSpeed
 from tests.policy.examples import examples
 
 LAYERS = 8
@@ -187,6 +188,13 @@ def test_the_order_of_a_batch_does_not_matter(prompts, random):
     if prompts.schedule.budget.exact:
         assert np.abs(prompts.spent(one)[order] - moved.spent(other)).max() <= 1
     assert moved.spent(other).sum() <= prompts.allowed.sum()
+
+
+def test_a_shared_budget_is_kept_where_pruning_does_not_pay():
+    sizes, slow = Sizes(LAYERS, (64,), (10,), COST), DeviceSpeed(0, 1.0, 1.0, 1e12)
+    for over, cuts in (("prompt", None), ("batch", 8), ("stream", 8)):
+        how = schedule(Budget.tokens(16, over=over))
+        assert decide_cut_every(how, sizes, slow).cut_every == cuts
 
 
 # A stream.
