@@ -43,6 +43,9 @@ class LossCurve:
         inside = costs[(costs > least) & (costs < most)]
         nodes = np.unique(np.concatenate(([least], inside, [most])).astype(np.float64))
         heights = np.interp(nodes, costs, losses)
+        found = cls(least, most, nodes, heights)
+        if (np.diff(found.slopes) >= 0).all():
+            return found
         hull: list[int] = []
         for point in range(len(nodes)):
             while len(hull) > 1 and not _turns_up(nodes, heights, hull[-2], hull[-1], point):

@@ -131,9 +131,16 @@ def _spend_rest(prompts: Demand, plan: Ints, total: int) -> Ints:
     plan, spent = plan.copy(), prompts.spent(plan)
     most = prompts.schedule.range_after_measuring(prompts.sizes)[1]
     rest, changed = total - sum(spent.tolist()), True
+    cost = prompts.sizes.cost
+    assert cost is not None
+    priced = prompts.schedule.budget.kind == "flops"
+    # No token is cheaper than the first one of a layer without text.
+    cheapest = cost.linear_flops + cost.attention_flops if priced else cost.kv_bytes_per_token
     while changed:
         changed = False
         for prompt in np.argsort(-spent, kind="stable").tolist():
+            if rest < cheapest:
+                return plan
             offered = np.minimum(spent[prompt] + rest, most[prompt : prompt + 1])
             alone = prompts.alone(prompt)
             tried = alone.solve(offered)
