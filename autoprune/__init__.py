@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .methods.per_prompt import per_prompt
     from .policy.budget import Budget, InfeasibleBudget
     from .policy.cost import DecoderCost
+    from .policy.fleet import Fleet
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "AutoPruneReference",
     "Budget",
     "DecoderCost",
+    "Fleet",
     "InfeasibleBudget",
     "Method",
     "SummaryToken",
@@ -43,6 +45,7 @@ _HOMES = {
     "AutoPruneReference": "methods.autoprune_reference",
     "Budget": "policy.budget",
     "DecoderCost": "policy.cost",
+    "Fleet": "policy.fleet",
     "InfeasibleBudget": "policy.budget",
     "Method": "methods.base",
     "SummaryToken": "contract",

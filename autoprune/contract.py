@@ -431,3 +431,6 @@ class MethodContract(abc.ABC):
     @abc.abstractmethod
     def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
         """Decide the cut, or with a `Ranking` several; None keeps everything."""
+
+    def end(self, state: PromptState, done: bool) -> None:  # noqa: B027 - optional for a method
+        """Called once per prefill that prunes: `done` behind the last layer, not `done` where it failed."""

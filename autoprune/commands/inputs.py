@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..methods import METHODS, as_released, create, list_methods, options_of
@@ -13,11 +14,21 @@ from .methods import options as defaults
 
 
 def parse_budget(text: str) -> Budget:
-    """`64`: visual tokens per layer; `1/9` or `11%`: share of the prompt's visual tokens.
+    """`64`: visual tokens per layer; `1/9` or `11%`: share of the prompt's visual tokens. With " over batch"
+    behind it, the mean over the prompts of a batch.
 
     Raises:
-        ValueError: none of the three, not positive, not finite, or a share above 1.
+        ValueError: none of the three, not positive, not finite, or a share above 1; over a stream, whose state
+            outlives a command.
     """
+    amount, _, over = text.partition(" over ")
+    if over.strip() == "batch":
+        return replace(parse_budget(amount.strip()), over="batch")
+    if over.strip() == "stream":
+        raise ValueError(
+            f"budget {text!r}: a stream is kept by a Fleet, in Python: AutoPrune(Budget.tokens(16, "
+            'over="stream"), fleet=Fleet()); here, write "over batch"'
+        )
     expected = "expected a number of tokens (64), a fraction (1/9) or a percentage (11%)"
     try:
         if "/" in text:
@@ -103,7 +114,8 @@ def build_method(
                 f"the budget is no option of a method, got {assignment!r}; give it as --budget {value}"
             )
         given[key.strip()] = _typed(name, key.strip(), value.strip())
-    amount = budget.value if name == "autoprune_reference" and budget.kind == "tokens" else budget
+    plain = budget.kind == "tokens" and budget.over == "prompt"
+    amount = budget.value if name == "autoprune_reference" and plain else budget
     return create(name, amount, **given)
 
 

@@ -59,7 +59,7 @@ def in_convention(convention: str | None, budget: Budget, visual: int, layers: i
     """
     if convention is None:
         return budget
-    if budget.kind != "tokens":
+    if budget.kind != "tokens" or budget.over != "prompt":
         raise ValueError(
             f"--convention {convention} converts a number of tokens, got {budget}; write --budget 64"
         )

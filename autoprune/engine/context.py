@@ -267,10 +267,23 @@ class Context:
         )
 
     def after_text(self, run: Prefill, output: Any) -> Any:
-        """End a prefill and record it."""
-        output = run.finish(output)
-        self.trace.record(run.record())
+        """End a prefill and record it. There is no output of one that failed."""
+        done = False
+        try:
+            if output is not None:
+                output, done = run.finish(output), True
+        finally:
+            self.method.end(run.state, done)
+        if done:
+            self.trace.record(run.record())
         return output
+
+    def drop_run(self) -> None:
+        """Forget what this thread has left of a forward that was interrupted."""
+        forward = self.forward
+        run, forward.run = forward.run, None
+        if isinstance(run, Prefill):
+            self.method.end(run.state, done=False)
 
     def _vision_scores(self, inputs: Inputs, layout: Layout) -> VisionView | None:
         collected = self.vision.collect(inputs.ids, layout.visual)

@@ -159,7 +159,9 @@ class Hooks:
         context.is_open = False
         self.contexts = tuple(other for other in self.contexts if other is not context)
         # What is left of a forward that did not come to its end. Those of other threads may be under way.
-        self._thread.forwards.pop(context, None)
+        if context in self._thread.forwards:
+            context.drop_run()
+            del self._thread.forwards[context]
         if context in self._tagged:
             tap.untag(*self._tagged.pop(context))
         if not self.contexts:
@@ -344,7 +346,7 @@ class Hooks:
             return None
         kwargs = dict(kwargs)
         forward = context.forward
-        forward.run = None
+        context.drop_run()
         forward.run = context.before_text(kwargs, self._thread.copies)
         self.on_layers.begin(needed or (forward.run is not None and forward.run.has_to_do))
         return args, kwargs
@@ -413,6 +415,4 @@ class Hooks:
         if context is None:
             return None
         run, context.forward.run = context.forward.run, None
-        if output is None or not isinstance(run, Prefill):
-            return None
-        return context.after_text(run, output)
+        return context.after_text(run, output) if isinstance(run, Prefill) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..policy.budget import Budget, Counted
@@ -18,7 +19,8 @@ class AnyBudget:
         counted: how a number is counted, see `Budget.tokens`.
 
     Raises:
-        ValueError: what is given is neither, see `Budget.of`.
+        ValueError: what is given is neither, see `Budget.of`; or a budget over several prompts, and the method
+            gives every prompt the same.
     """
 
     def __init__(self, default: float, counted: Counted = "entering") -> None:
@@ -32,4 +34,11 @@ class AnyBudget:
 
     # `Any` instead of float: mypy takes this type for what is read, too, in a class derived from the method.
     def __set__(self, method: Any, value: Budget | Any) -> None:
-        vars(method)["budget"] = Budget.of(value, self.counted)
+        budget = Budget.of(value, self.counted)
+        if budget.over != "prompt" and not method.shares_budgets:
+            alone = replace(budget, over="prompt").expression
+            raise ValueError(
+                f"{method.name} gives every prompt the same budget, got {budget.expression}; use {alone}, or "
+                "autoprune, which shares a budget over prompts"
+            )
+        vars(method)["budget"] = budget

@@ -28,12 +28,14 @@ from ..policy.adaptive import CUT_EVERY, AdaptiveSchedule, Sizes, decide_cut_eve
 from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 from ..policy.curves import get_curve
-from ..policy.information import mutual_information
+from ..policy.fleet import Fleet
+from ..policy.information import mutual_information, visual_spread
 from ..policy.schedules import at_depth, check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
 from .any_budget import AnyBudget
 from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
+from .sharing import check_fleet, end_booking, plan_shared
 
 Ranked = Literal["vision", "text", "text+vision", "text+diversity"]
 
@@ -77,8 +79,8 @@ class AutoPrune(Method):
             some steps hold a cut of a single token. "auto" decides at each prefill, by the measured speed of
             the device: the finest cuts that are predicted to be about as fast as the fastest. Where
             every choice is predicted to take 3 % longer than the plain prefill, nothing is pruned (except
-            under a budget of bytes, which is always kept). In `plan`, and for a device that was not
-            measured, "auto" is 1.
+            under a budget of bytes, or over a batch or a stream, which is always kept). In `plan`, and for
+            a device that was not measured, "auto" is 1.
         rank_every: from the measurement on, rank tokens anew only every so many layers, stated for 32 layers.
             Cuts between follow the last ranking and are planned together, so each is nearly free. 1 ranks at
             every cut, at any depth, and so does `merger="dpc_knn"`.
@@ -103,6 +105,10 @@ class AutoPrune(Method):
             uniform in [-1, 1], and the schedule and the trace get the product. In [0, 1].
         seed: which u. It follows from the seed and I to a thousandth of a bit, so that a prompt gets
             the same in every batch.
+        fleet: for a budget over a batch or a stream (`Budget.tokens(16, over="batch")`): by which rule it is
+            shared, and for a stream its state. None shares a batch by information; a stream needs one. The
+            layers up to `mi_layer` follow each prompt's own allowance. Copies of a prompt, as for beams, get
+            the same schedule and spend as often as they run.
 
     gamma=0 and beta=0 make it a fixed schedule of that curve: I is still measured and recorded, and
     nothing follows from it.
@@ -113,6 +119,7 @@ class AutoPrune(Method):
 
     name: ClassVar[str] = "autoprune"
     paper: ClassVar[str] = "AutoPrune: Each Complexity Deserves a Pruning Policy, NeurIPS 2025"
+    shares_budgets: ClassVar[bool] = True
 
     budget: AnyBudget = AnyBudget(64)
     k0: float = 0.4
@@ -131,6 +138,7 @@ class AutoPrune(Method):
     positions: Positions = "original"
     noise: float = 0.0
     seed: int = 0
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -161,6 +169,7 @@ class AutoPrune(Method):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_fleet(self.budget, self.fleet)
         if self.first_ranking not in (None, *RANKINGS[self.first_cut]):
             raise ValueError(
                 f"first_cut={self.first_cut!r} can rank by {' or '.join(map(repr, RANKINGS[self.first_cut]))}, "
@@ -197,7 +206,8 @@ class AutoPrune(Method):
         num_text: int = 0,
         cost: DecoderCost | None = None,
     ) -> list[int]:
-        """The schedule n_0..n_{L-1} of one prompt, without a model.
+        """The schedule n_0..n_{L-1} of one prompt, without a model. A budget over a batch or a stream is taken
+        as that of this prompt alone.
 
         Args:
             num_layers: L.
@@ -220,8 +230,8 @@ class AutoPrune(Method):
         self, num_layers: int, num_visual: int, num_text: int = 0, cost: DecoderCost | None = None
     ) -> list[int]:
         """See `Method.capacity`: the plan up to `mi_layer`, behind it at least what any mutual information from
-        0 to log2 N bits gives a layer. With cut_every="auto" everything may stay, unless the budget is one of
-        bytes.
+        0 to log2 N bits gives a layer, or all that is left there where a budget is shared over prompts. With
+        cut_every="auto" everything may stay, unless the budget is one of bytes or shared.
 
         Raises:
             InfeasibleBudget: the budget cannot be met; the message names the smallest that can.
@@ -233,7 +243,7 @@ class AutoPrune(Method):
         most = (1 + self.noise) * float(np.log2(num_visual)) + 1e-3
         if self.cut_every != "auto":
             return self._schedule().capacity(sizes, most)
-        if self.budget.kind == "kv_bytes":
+        if self.budget.kind == "kv_bytes" or self.budget.over != "prompt":
             choices = [self._schedule(every) for every in (*CUT_EVERY, num_layers)]
             return [max(n) for n in zip(*(s.capacity(sizes, most) for s in choices), strict=True)]
         self._schedule().before_measuring(sizes)
@@ -349,30 +359,40 @@ class AutoPrune(Method):
 
     def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
         if seen.cut == self.mi_layer + 1:
-            measured = [self._disturbed(bits) for bits in self._measure(seen)]
+            bits, spread = self._measure(seen)
+            measured = [self._disturbed(own) for own in bits]
             information = self._information_for_schedule(measured)
-            plan = state.notes["adaptive"].after_measuring(_sizes(state), information)
+            schedule: AdaptiveSchedule = state.notes["adaptive"]
+            if self.budget.over == "prompt":
+                plan = schedule.after_measuring(_sizes(state), information)
+            else:
+                plan = plan_shared(schedule, self.fleet, _sizes(state), information, spread, state)
             state.mutual_information = measured
             self._follow(plan, state)
         if self._recycles and seen.cut > 1:
             counts = state.notes["plan"][:, seen.cut].tolist()
-            return (
-                None if counts == seen.counts else dpc_knn(seen, self._scores(seen, state), counts)
-            )
+            if counts == seen.counts:
+                return None
+            return dpc_knn(seen, self._scores(seen, state), counts)
         _, until = self._window(seen.cut, state.shape.num_layers)
         return Ranking(self._scores(seen, state), until)
 
-    def _measure(self, seen: Observation) -> list[float]:
-        """Each prompt's mutual information in bits."""
+    def _measure(self, seen: Observation) -> tuple[list[float], list[list[float]]]:
+        """Each prompt's mutual information in bits, and where a budget is shared its `visual_spread`."""
         assert seen.attention is not None
-        per_head = mutual_information(
-            seen.attention,
-            None if seen.no_padding else seen.text_mask,
-            seen.mask if seen.ragged else None,
-        )
-        mean = [sum(heads) / len(heads) for heads in per_head.tolist()]
+        text = None if seen.no_padding else seen.text_mask
+        visual = seen.mask if seen.ragged else None
+        measured, heads = mutual_information(seen.attention, text, visual), seen.attention.shape[1]
+        if self.budget.over != "prompt":
+            # One tensor, as each read waits for the device.
+            measured = torch.cat((measured, visual_spread(seen.attention, text, visual)), dim=1)
+        rows = measured.tolist()
         # Attention that overflowed tells nothing; the other prompts of the batch go on.
-        return [x if np.isfinite(x) else 0.0 for x in mean]
+        bits = [sum(row[:heads]) / heads for row in rows]
+        return [x if np.isfinite(x) else 0.0 for x in bits], [row[heads:] for row in rows]
+
+    def end(self, state: PromptState, done: bool) -> None:
+        end_booking(self.fleet, state, done)
 
     def _information_for_schedule(self, measured: list[float]) -> list[float]:
         """The bits that each prompt's schedule follows: what was measured. A benchmark may give others."""

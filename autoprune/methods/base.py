@@ -50,7 +50,11 @@ class Method(MethodContract):
 
     `with method(model) as trace:` prunes everything the model runs inside the block and records it;
     `method.attach(model)` does the same until `detach()` is called on what it returns.
+
+    shares_budgets: whether its budget may be one over a batch or a stream, see `Budget`.
     """
+
+    shares_budgets: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -180,6 +180,11 @@ class PerPrompt(Method):
         report(parts, state)
         return join(next(iter(looks.values())), parts)
 
+    def end(self, state: PromptState, done: bool) -> None:
+        for part in state.notes["parts"]:
+            if part.method is not None:
+                part.method.end(part.state, done)
+
 
 def _begin(part: Part) -> None:
     """Raise InfeasibleBudget that says of which prompts."""

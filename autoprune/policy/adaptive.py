@@ -89,10 +89,34 @@ class AdaptiveSchedule:
             sizes = Sizes(sizes.num_layers, sizes.num_visual, (0,) * len(sizes.num_visual))
         return _before_measuring(self, sizes)
 
-    def after_measuring(self, sizes: Sizes, information: Sequence[float]) -> Ints:
-        """The schedules [prompts, L] for each prompt's information in bits."""
-        decided = self.before_measuring(sizes)[:, : self.mi_layer + 1]
-        return self._solve(self.retention(sizes.num_layers, information), sizes, decided)
+    def after_measuring(
+        self, sizes: Sizes, information: Sequence[float], allowed: ArrayLike | None = None
+    ) -> Ints:
+        """The schedules [prompts, L] for each prompt's information in bits.
+
+        Args:
+            allowed: as for `solve_schedule`, between what `range_after_measuring` gives.
+        """
+        retained = self.retention(sizes.num_layers, information)
+        return self._solve(retained, sizes, self.decided(sizes), allowed)
+
+    def range_after_measuring(self, sizes: Sizes) -> tuple[Ints, Ints]:
+        """The least and the most that each prompt can spend when I is known, [prompts] each.
+
+        The layers up to `mi_layer` are decided by then. Behind them at least one token stays, and at most what
+        entered the last of them. The unit is that of `Budget.allowed`.
+        """
+        decided = self.decided(sizes)
+        last = np.repeat(decided[:, -1:], sizes.num_layers - decided.shape[1], axis=1)
+        least, most = (
+            self.budget.spent(np.concatenate((decided, rest), axis=1), sizes.num_text, sizes.cost)
+            for rest in (np.minimum(last, 1), last)
+        )
+        return least, most
+
+    def decided(self, sizes: Sizes) -> Ints:
+        """What enters the layers up to `mi_layer`, [prompts, mi_layer + 1]."""
+        return self.before_measuring(sizes)[:, : self.mi_layer + 1]
 
     def retention(self, num_layers: int, information: Sequence[float]) -> Floats:
         """The curve before normalisation, [prompts, L], for each prompt's information in bits."""
@@ -103,6 +127,9 @@ class AdaptiveSchedule:
     def capacity(self, sizes: Sizes, most_information: float) -> list[int]:
         """At least what any information from 0 to `most_information` bits gives each layer, [L].
 
+        Under a budget over a batch or a stream this is what is decided before I is known, and behind it all
+        that is left there.
+
         Args:
             sizes: of one prompt.
 
@@ -110,6 +137,10 @@ class AdaptiveSchedule:
             InfeasibleBudget: the budget cannot be met.
         """
         layers = sizes.num_layers
+        if self.budget.over != "prompt":
+            # One prompt may get what all others save.
+            decided = self.decided(sizes)[0]
+            return [*decided.tolist(), *[int(decided[-1])] * (layers - len(decided))]
         slopes, midpoints = self._slope_and_midpoint(layers, self._path(most_information))
         room = envelope(
             get_curve(self.curve),
@@ -117,7 +148,7 @@ class AdaptiveSchedule:
             midpoints,
             sizes.num_visual[0],
             self.budget,
-            self.before_measuring(sizes)[:, : self.mi_layer + 1],
+            self.decided(sizes),
             layers,
             sizes.cost,
             sizes.num_text[0],
@@ -144,7 +175,13 @@ class AdaptiveSchedule:
         midpoint = self.x0 + self.beta * information
         return slope * (REFERENCE_DEPTH / num_layers), midpoint * (num_layers / REFERENCE_DEPTH)
 
-    def _solve(self, retained: Floats, sizes: Sizes, decided: Ints | None) -> Ints:
+    def _solve(
+        self,
+        retained: Floats,
+        sizes: Sizes,
+        decided: Ints | None,
+        allowed: ArrayLike | None = None,
+    ) -> Ints:
         """The schedules [prompts, L] that follow the curves and spend the budget."""
         counts = solve_schedule(
             retained,
@@ -153,6 +190,7 @@ class AdaptiveSchedule:
             cost=sizes.cost,
             num_text=sizes.num_text,
             fixed=decided,
+            allowed=allowed,
         )
         return self._groups.level(counts) if self._levels else counts
 
@@ -199,7 +237,8 @@ def decide_cut_every(
 
     One decision for the batch, by its total FLOPs. As the information is not known yet, it is taken as 0 bits:
     the steepest curve, unless gamma is negative, and so the longest prefill. A budget of bytes is kept
-    whatever the time, as it is there to save memory.
+    whatever the time, as it is there to save memory. So is one over a batch or a stream, as a whole prompt
+    would spend what it does not have.
 
     Args:
         schedule: with any `cut_every`.
@@ -215,7 +254,7 @@ def decide_cut_every(
             for every in choices
         },
         speed,
-        must_prune=schedule.budget.kind == "kv_bytes",
+        must_prune=schedule.budget.kind == "kv_bytes" or schedule.budget.over != "prompt",
     )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +19,7 @@ from .cost import DecoderCost, int_or_rows
 
 Kind = Literal["tokens", "ratio", "flops", "kv_bytes"]
 Counted = Literal["entering", "leaving"]
+Over = Literal["prompt", "batch", "stream"]
 
 _DECIMALS = {"tokens": 4, "ratio": 8, "flops": 8}
 
@@ -33,13 +34,25 @@ class Budget:
     side: 1.02 tokens in 32 layers are 32.64, and 33 are spent. Methods whose schedule has a fixed shape never
     spend more than that sum. FLOPs and bytes are rounded down and never exceeded.
 
+    Over which prompts it is spent (`over`). Each prompt has an allowance: what it may spend alone (`allowed`).
+
+    * "prompt": every prompt spends its own.
+    * "batch": the prompts of one prefill spend the sum of theirs. Tokens and ratios are spent exactly.
+      FLOPs and bytes are never exceeded. What is left of them pays for no further token of any prompt.
+    * "stream": no prompt spends more than its own and what the finished prompts before it have saved. So
+      the sum that is spent is never above the sum that was allowed, after any prompt.
+
+    Prompts without visual tokens take no part: they spend nothing, and what they were allowed is nobody's.
+
     Raises:
-        ValueError: the value is no number, not finite, not positive, or a share above 1.
+        ValueError: the value is no number, not finite, not positive, or a share above 1; a word that is not
+            known, or `counted` and `over` do not go together.
     """
 
     kind: Kind
     value: float
     counted: Counted = "entering"
+    over: Over = "prompt"
 
     def __post_init__(self) -> None:
         if self.kind not in ("tokens", "ratio", "flops", "kv_bytes"):
@@ -48,10 +61,17 @@ class Budget:
             raise ValueError(f'counted must be "entering" or "leaving", got {self.counted!r}')
         if self.counted == "leaving" and self.kind != "tokens":
             raise ValueError('counted="leaving" applies to Budget.tokens only')
+        if self.over not in get_args(Over):
+            raise ValueError(f'over must be "prompt", "batch" or "stream", got {self.over!r}')
+        if self.counted == "leaving" and self.over != "prompt":
+            raise ValueError(
+                f'counted="leaving" is for the budget of a single prompt, got over={self.over!r}; count tokens '
+                "entering"
+            )
         object.__setattr__(self, "value", _checked(self.kind, self.value))
 
     @classmethod
-    def tokens(cls, mean: float, counted: Counted = "entering") -> Budget:
+    def tokens(cls, mean: float, counted: Counted = "entering", over: Over = "prompt") -> Budget:
         """Mean visual tokens per layer: the counts of all L layers sum to round(L * mean).
 
         "entering" counts what enters each layer, which is what FLOPs and the KV cache see.
@@ -59,28 +79,28 @@ class Budget:
         is cut after the last layer); what enters layer 0 is not counted. A mean of N or more prunes
         nothing.
         """
-        return cls("tokens", mean, counted)
+        return cls("tokens", mean, counted, over)
 
     @classmethod
-    def ratio(cls, share: float) -> Budget:
+    def ratio(cls, share: float, over: Over = "prompt") -> Budget:
         """Mean visual tokens entering a layer as a share of N, in (0, 1]: the counts of all L layers sum to
         round(L * share * N).
         """
-        return cls("ratio", share)
+        return cls("ratio", share, over=over)
 
     @classmethod
-    def flops(cls, share: float) -> Budget:
+    def flops(cls, share: float, over: Over = "prompt") -> Budget:
         """Share, in (0, 1], of the unpruned decoder's prefill FLOPs, text included
         (`DecoderCost.prefill_flops`).
         """
-        return cls("flops", share)
+        return cls("flops", share, over=over)
 
     @classmethod
-    def kv_bytes(cls, size: int) -> Budget:
+    def kv_bytes(cls, size: int, over: Over = "prompt") -> Budget:
         """Bytes that the keys and values of one prompt may occupy after prefill, text and visual,
         all layers.
         """
-        return cls("kv_bytes", size)
+        return cls("kv_bytes", size, over=over)
 
     @classmethod
     def of(cls, value: Budget | float, counted: Counted = "entering") -> Budget:
@@ -97,13 +117,14 @@ class Budget:
         return value if isinstance(value, Budget) else cls.tokens(value, counted)
 
     def __str__(self) -> str:
+        over = "" if self.over == "prompt" else f", mean over the {self.over}"
         if self.kind == "tokens":
-            return f"{self.value:g} visual tokens per layer (mean {self.counted})"
+            return f"{self.value:g} visual tokens per layer (mean {self.counted}){over}"
         if self.kind == "ratio":
-            return f"{100 * self.value:g} % of the visual tokens"
+            return f"{100 * self.value:g} % of the visual tokens{over}"
         if self.kind == "flops":
-            return f"{100 * self.value:g} % of the prefill FLOPs"
-        return f"{self.value:,} bytes of KV cache"
+            return f"{100 * self.value:g} % of the prefill FLOPs{over}"
+        return f"{self.value:,} bytes of KV cache{over}"
 
     @property
     def exact(self) -> bool:
@@ -121,7 +142,7 @@ class Budget:
         num_text: ArrayLike = 0,
         cost: DecoderCost | None = None,
     ) -> Any:
-        """What a prompt may spend: tokens summed over layers, FLOPs or bytes. Never more than unpruned.
+        """What a prompt may spend alone: tokens summed over layers, FLOPs or bytes. Never more than unpruned.
 
         Args:
             num_layers: L.
@@ -192,21 +213,21 @@ class Budget:
         layers = counts.shape[1]
         spent = np.maximum(self.spent(counts, num_text, cost), 1)
         if self.kind == "kv_bytes":
-            return Budget.kv_bytes(int(spent.max()))
+            return replace(self, value=int(spent.max()))
         if self.kind == "flops":
-            full = Budget.flops(1).allowed(layers, num_visual, num_text, cost)
+            full = replace(self, value=1).allowed(layers, num_visual, num_text, cost)
         else:
             full = layers * (np.asarray(num_visual) if self.kind == "ratio" else 1)
         unit = 10 ** _DECIMALS[self.kind]
         steps = math.ceil((spent / full).max() * unit)
         if self.kind == "tokens":
-            return Budget.tokens(steps / unit, self.counted)
+            return replace(self, value=steps / unit)
         # What is allowed of FLOPs is rounded down.
         while (
             self.kind == "flops" and (np.floor(steps / unit * full) < spent).any() and steps < unit
         ):
             steps += 1
-        return Budget(self.kind, min(1.0, steps / unit))
+        return replace(self, value=min(1.0, steps / unit))
 
     def _needed(self, cost: DecoderCost | None, num_layers: int) -> DecoderCost:
         """The cost of a decoder with so many layers, without which FLOPs and bytes mean nothing."""
@@ -227,7 +248,8 @@ class Budget:
         """The call that builds this budget, as one would type it."""
         value = f"{self.value:_}" if self.kind == "kv_bytes" else f"{self.value:.10g}"
         leaving = ', counted="leaving"' if self.counted == "leaving" else ""
-        return f"Budget.{self.kind}({value}{leaving})"
+        over = "" if self.over == "prompt" else f', over="{self.over}"'
+        return f"Budget.{self.kind}({value}{leaving}{over})"
 
 
 class InfeasibleBudget(ValueError):
@@ -257,7 +279,7 @@ class InfeasibleBudget(ValueError):
         message = f"the smallest feasible budget here is {smallest.expression}; "
         message += f"{asked} cannot pay for {costs_more}; raise the budget"
         if asked.kind == "tokens" and asked.value <= 1:
-            share = Budget.ratio(asked.value).expression
+            share = Budget.ratio(asked.value, over=asked.over).expression
             message += f", write {share} if a share of the visual tokens is meant"
         return cls(f"{message}, or {way_out}" if way_out else message, asked, smallest)
 

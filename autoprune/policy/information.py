@@ -65,6 +65,35 @@ def mutual_information(
     return (nats / math.log(2.0)).clamp_min(0.0)
 
 
+@torch.no_grad()
+def visual_spread(
+    attention: Tensor, text_mask: Tensor | None = None, visual_mask: Tensor | None = None
+) -> Tensor:
+    """How far the text's attention is spread over the visual tokens, its mean over heads and text rows.
+
+    With p that mean, divided by its sum over the visual tokens: the participation ratio 1 / sum p^2, in tokens,
+    and the entropy -sum p log2 p, in bits. All attention on one token gives 1 and 0; evenly on V tokens, V and
+    log2 V. A block without any mass gives 0 and 0.
+
+    Args:
+        attention, text_mask, visual_mask: as for `mutual_information`, with heads.
+
+    Returns:
+        `[..., 2]`, float32 (float64 if `attention` is float64).
+    """
+    block = attention if attention.dtype == torch.float64 else attention.float()
+    if text_mask is not None:
+        block = block.where(_fit_mask(text_mask, attention, "text_mask", -2), 0.0)
+    if visual_mask is not None:
+        block = block.where(_fit_mask(visual_mask, attention, "visual_mask", -1), 0.0)
+    mass = block.sum(dim=(-3, -2))
+    tiny = torch.finfo(mass.dtype).tiny
+    p = mass / mass.sum(dim=-1, keepdim=True).clamp_min(tiny)
+    square = (p * p).sum(dim=-1)
+    participation = torch.where(square > 0, 1 / square.clamp_min(tiny), 0.0)
+    return torch.stack((participation, -(p * p.clamp_min(tiny).log2()).sum(dim=-1)), dim=-1)
+
+
 def released_mutual_information(attention: Tensor) -> Tensor:
     """The released AutoPrune code's estimate, per head, in bits and in the tensor's own dtype.
 

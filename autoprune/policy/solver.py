@@ -33,6 +33,7 @@ def solve_schedule(
     cost: DecoderCost | None = None,
     num_text: ArrayLike = 0,
     fixed: ArrayLike | None = None,
+    allowed: ArrayLike | None = None,
 ) -> Ints:
     """Visual tokens entering each layer: follows the curve, never increases with depth, spends the budget.
 
@@ -50,6 +51,8 @@ def solve_schedule(
             budgets).
         fixed: counts of the first F layers, decided already, `[batch, F]`; later layers stay at or
             below the last.
+        allowed: what each prompt may spend, `[batch]`, in the unit of `Budget.allowed`; None for what the
+            budget allows it alone.
 
     Returns:
         int64 `[batch, L]`.
@@ -61,7 +64,7 @@ def solve_schedule(
     """
     budget = Budget.of(budget)
     task = _Task.of(weights, num_visual, num_text, fixed, budget, cost)
-    total = _spendable(task)
+    total = _spendable(task, allowed)
     lower, upper = task.least, task.most
     if budget.kind == "flops":
         assert cost is not None
@@ -147,12 +150,18 @@ class _Task:
         return spent
 
 
-def _spendable(task: _Task) -> Ints:
-    """What of the budget is left for the visual tokens of the free layers, [batch], in the budget's unit.
+def _spendable(task: _Task, given: ArrayLike | None) -> Ints:
+    """What is left for the visual tokens of the free layers, [batch], in the budget's unit.
 
     Prompts without visual tokens spend nothing.
+
+    Args:
+        given: what each prompt may spend; None for what the budget allows it.
     """
-    allowed = task.budget.allowed(task.layers, task.visual, task.text, task.cost)
+    if given is None:
+        allowed = task.budget.allowed(task.layers, task.visual, task.text, task.cost)
+    else:
+        allowed = np.asarray(given, dtype=np.int64)
     if ((task.spent(task.least) > allowed) & (task.visual > 0)).any():
         raise _too_small(task)
     most = task.spent(task.most)

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 from transformers import GPT2Config
 
+from autoprune import Budget
 from autoprune.commands import bench, compare, demo
 from autoprune.commands import run as run_command
+from autoprune.commands.inputs import build_method, parse_budget
+from autoprune.commands.plan import in_convention
 
 
 def assert_one_line(outcome, *words):
@@ -235,3 +238,30 @@ def test_a_command_that_is_not_understood_exits_with_2(call, words):
     outcome = call(*words)
     assert outcome.code == 2
     assert "Usage" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("16 over stream", "a stream is kept by a Fleet, in Python"),
+        ("16 over night", "expected a number of tokens"),
+        ("over batch", "expected a number of tokens"),
+        ("1.5x over batch", "expected a number of tokens"),
+    ],
+)
+def test_budgets_over_what_is_none_are_refused(budget, said):
+    with pytest.raises(ValueError, match=said):
+        parse_budget(budget)
+
+
+def test_a_budget_over_a_batch_is_for_methods_that_share_it():
+    assert parse_budget("1/9 over batch") == Budget.ratio(1 / 9, over="batch")
+    shared = parse_budget("16 over batch")
+    assert build_method("autoprune", shared, {}, []).budget == Budget.tokens(16, over="batch")
+    for name in ("fastv", "autoprune_reference"):
+        with pytest.raises(ValueError, match=f"{name} gives every prompt the same budget"):
+            build_method(name, shared, {}, [])
+    with pytest.raises(
+        ValueError, match=r"converts a number of tokens, got .* mean over the batch"
+    ):
+        in_convention("fastv", shared, 576, 32)

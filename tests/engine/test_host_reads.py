@@ -75,6 +75,17 @@ def test_a_prefill_reads_the_prompt_and_the_information_and_nothing_else(name, e
     assert dict(reads.places) == prompt | expected
 
 
+@pytest.mark.parametrize("over", ["batch", "stream"])
+def test_a_shared_budget_reads_no_more_than_one_of_each_prompt(over):
+    model = zoo.build("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    fleet = autoprune.Fleet() if over == "stream" else None
+    method = autoprune.AutoPrune(Budget.ratio(0.5, over=over), fleet=fleet)
+    with torch.no_grad(), method(model), Reads() as reads:
+        model(**inputs)
+    assert dict(reads.places) == {"layout.py:on_host": 1, "autoprune.py:_measure": 1}
+
+
 def test_a_static_cache_is_read_before_the_tower_as_well():
     """Whether it is empty, once it has been used."""
     model = zoo.build("llava", "sdpa")

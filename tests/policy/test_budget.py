@@ -202,3 +202,32 @@ def test_all_flops_are_all_flops_beyond_double_precision():
 def test_no_budget_is_too_small_for_no_tokens_and_none_is_zero():
     assert Budget.tokens(1).smallest_for([0, 0, 0], 10) == Budget.tokens(0.3334)
     assert Budget.ratio(1).smallest_for([0, 0, 0], 10) == Budget.ratio(0.03333334)
+
+
+# Over which prompts it is spent.
+
+
+@pytest.mark.parametrize("over", ["batch", "stream"])
+@pytest.mark.parametrize(
+    "budget",
+    [Budget.tokens(4), Budget.ratio(0.5), Budget.flops(0.5), Budget.kv_bytes(500)],
+    ids=str,
+)
+def test_a_budget_over_prompts_allows_each_what_it_may_spend_alone(budget, over):
+    shared = getattr(Budget, budget.kind)(budget.value, over=over)
+    assert shared != budget and shared.over == over and budget.over == "prompt"
+    assert shared.allowed(3, 10, 2, SMALL) == budget.allowed(3, 10, 2, SMALL)
+    assert shared.spent([10, 5, 3], 2, SMALL) == budget.spent([10, 5, 3], 2, SMALL)
+    smallest = shared.smallest_for([10, 5, 3], 10, 2, SMALL)
+    assert smallest.over == over
+    assert smallest.value == budget.smallest_for([10, 5, 3], 10, 2, SMALL).value
+    assert str(shared) == f"{budget}, mean over the {over}"
+    assert eval(shared.expression, {"Budget": Budget}) == shared
+    assert Budget.of(shared) is shared
+
+
+def test_words_for_over_are_checked():
+    with pytest.raises(ValueError, match='over must be "prompt", "batch" or "stream", got \'day\''):
+        Budget.tokens(4, over="day")
+    with pytest.raises(ValueError, match="single prompt, got over='stream'; count tokens entering"):
+        Budget.tokens(4, counted="leaving", over="stream")

@@ -9,7 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.policy.information import mutual_information, released_mutual_information
+from autoprune.policy.information import (
+    mutual_information,
+    released_mutual_information,
+    visual_spread,
+)
 from tests.golden_data import golden_functions
 from tests.policy.examples import examples
 
@@ -173,3 +177,23 @@ def test_released_form_is_batched():
         [torch.stack([released_mutual_information(h) for h in b]) for b in attention]
     )
     torch.testing.assert_close(released_mutual_information(attention), expected)
+
+
+def test_spread_worked_out_by_hand():
+    # Two heads of two rows; their sum over both is 4, 2, 2 of 8.
+    attention = torch.tensor([[[[2.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [1, 0, 1]]]])
+    participation, entropy = visual_spread(attention)[0].tolist()
+    assert participation == pytest.approx(1 / (0.25 + 2 / 16))
+    assert entropy == pytest.approx(1.5)
+    # Without the second row 3, 1, 0 of 4; without the last column, too.
+    text, visual = torch.tensor([[True, False]]), torch.tensor([[True, True, False]])
+    for found in (visual_spread(attention, text), visual_spread(attention, text, visual)):
+        assert found[0].tolist() == pytest.approx([1.6, 2 - 0.75 * math.log2(3)])
+
+
+def test_spread_ends_at_one_token_and_at_all():
+    one, all_alike = torch.zeros(1, 2, 3, 8), torch.full((1, 2, 3, 8), 0.1)
+    one[..., 5] = 0.3
+    found = visual_spread(torch.cat([one, all_alike])).flatten().tolist()
+    assert found == pytest.approx([1, 0, 8, 3], abs=1e-5)
+    assert visual_spread(torch.zeros(1, 2, 3, 8)).tolist() == [[0.0, 0.0]]
