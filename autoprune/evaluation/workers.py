@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -18,6 +19,7 @@ from ..errors import UnsupportedError
 
 Work = Callable[[Any], Iterator[Any]]
 """Does a piece of the work, giving what is to be known of it whenever there is something."""
+_MOST = 4
 
 
 def run_all(
@@ -58,6 +60,13 @@ def run_all(
         for process in processes:
             process.terminate()
             process.join()
+
+
+def default_workers(device: torch.device) -> int:
+    """A process per core on the CPU, up to `_MOST`: one model is too small to keep several busy."""
+    if device.type != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MOST)
 
 
 def check_workers(workers: int, device: torch.device) -> None:

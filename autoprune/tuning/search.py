@@ -77,17 +77,19 @@ class Search:
     def __init__(self, space: Space, ask: Ask, path: Path, seed: int) -> None:
         optuna = check_optuna()
         self._optuna, self._space, self._ask, self._seed = optuna, space, ask, seed
-        self._study: optuna.Study = optuna.create_study(
+        # A trial takes many small steps. They are made in memory, and the file gets it when it is over.
+        self._saved: Any = optuna.create_study(
             storage=f"sqlite:///{path}",
             study_name="autoprune",
             direction="maximize",
             load_if_exists=True,
+        )
+        self._study: Any = optuna.create_study(
+            direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=NEVER_STOPPED),
         )
+        self._study.add_trials(self._saved.trials)
         self._starts = space.starts()
-        running = self._study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-        for killed in running:
-            self._study.tell(killed.number, state=optuna.trial.TrialState.FAIL)
 
     def run(self, trials: int, done: Callable[[Trial], None] = lambda trial: None) -> None:
         """Try settings until there are so many trials; `done` is told of each, earlier ones included."""
@@ -99,9 +101,7 @@ class Search:
     @property
     def trials(self) -> list[Trial]:
         """Those that are over, in their order."""
-        states = self._optuna.trial.TrialState
-        over = self._study.get_trials(states=(states.COMPLETE, states.PRUNED))
-        return [Trial(**trial.user_attrs["trial"]) for trial in over]
+        return [Trial(**trial.user_attrs["trial"]) for trial in self._saved.trials]
 
     @property
     def best(self) -> Trial:
@@ -121,8 +121,7 @@ class Search:
         self._study.sampler = optuna.samplers.TPESampler(
             seed=_SEEDS * self._seed + number, multivariate=True, group=True
         )
-        waiting = self._study.get_trials(states=(optuna.trial.TrialState.WAITING,))
-        if number < len(self._starts) and not waiting:
+        if number < len(self._starts):
             self._study.enqueue_trial(dict(self._starts[number]))
         proposed = self._study.ask()
         trial = self._examine(number, proposed, self._space.suggest(proposed))
@@ -131,6 +130,7 @@ class Search:
             self._study.tell(proposed, trial.value)
         else:
             self._study.tell(proposed, state=optuna.trial.TrialState.PRUNED)
+        self._saved.add_trial(self._study.trials[-1])
         return trial
 
     def _examine(self, number: int, proposed: optuna.Trial, candidate: Candidate) -> Trial:
@@ -150,5 +150,5 @@ class Search:
 
 
 def _trial(number: int, candidate: Candidate, state: str, scores: Scores) -> Trial:
-    means = {name: float(own.mean()) for name, own in vars(scores).items()}
+    means: dict[str, Any] = {name: float(own.mean()) for name, own in vars(scores).items()}
     return Trial(number, candidate, state, len(scores.agreement), scores.value, **means)
