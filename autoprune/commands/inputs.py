@@ -55,9 +55,14 @@ def budget_text(budget: Budget) -> str:
         "ratio": [f"{share.numerator}/{share.denominator}", f"{budget.value!r}/1"],
     }
     for text in texts.get(budget.kind, ()):
-        if parse_budget(text) == budget:
+        if _amount(parse_budget(text)) == _amount(budget):
             return text
     raise ValueError(f"a budget of {budget} cannot be given on the command line; use it in Python")
+
+
+def _amount(budget: Budget) -> tuple[Any, ...]:
+    """How much it is, whatever it is a mean over."""
+    return budget.kind, budget.value, budget.counted
 
 
 def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -142,7 +147,7 @@ def _tuned(name: str, budget: Budget | None, changed: Sequence[str]) -> Method:
             f"{name!r} holds settings that were tuned together, and {changed[0]!r} would change them; leave "
             "it out, or name the method instead of the file"
         )
-    if budget is not None and budget != method.budget:
+    if budget is not None and _amount(budget) != _amount(method.budget):
         raise ValueError(
             f"{name!r} was tuned for {method.budget}, not for {budget}; leave the budget out, or tune for it"
         )

@@ -54,7 +54,11 @@ Dimension = Choice | Range
 SPACE: dict[str, tuple[Dimension, ...]] = {
     "autoprune": (
         Choice("first_cut", ("after_layer_0", "pre_llm", "peek")),
-        Choice("first_ranking", (None, "text", "text+vision", "text+diversity")),
+        Choice(
+            "first_ranking",
+            (None, "text", "text+vision", "text+diversity"),
+            when={"first_cut": ("after_layer_0", "peek")},
+        ),
         Choice("merger", (None, "dpc_knn", "summary")),
         Range("k0", 0.05, 1.6, log=True),
         Range("gamma", 0.0, 1.0),
