@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.attach import detach
     from .errors import UnsupportedError
-    from .methods import create, list_methods
+    from .methods import create, list_methods, load_method
     from .methods.autoprune import AutoPrune
     from .methods.autoprune_reference import AutoPruneReference
     from .methods.base import Method
@@ -35,6 +35,7 @@ __all__ = [
     "create",
     "detach",
     "list_methods",
+    "load_method",
     "per_prompt",
 ]
 
@@ -53,6 +54,7 @@ _HOMES = {
     "create": "methods",
     "detach": "engine.attach",
     "list_methods": "methods",
+    "load_method": "methods",
     "per_prompt": "methods.per_prompt",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `bench`, `methods`, `families`.
+"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `tune`, `bench`, `methods`, `families`.
 
 What is imported here is cheap; each command imports what it needs when it runs.
 """
@@ -123,8 +123,18 @@ _OPTION = re.compile(r"--?[a-zA-Z][\w-]*(=.*)?", re.DOTALL)
 def run(
     image: Annotated[str, typer.Argument(help="A picture; - reads standard input.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
-    budget: Budget = "64",
-    method: MethodName = "autoprune",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "--target-token-num",
+            help="Mean visual tokens per layer, or a share of them (1/9, 11%); default: 64, or "
+            "what was tuned for.",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="See `autoprune methods`; or a tuned.json of `autoprune tune`.")
+    ] = "autoprune",
     model: Annotated[
         str | None,
         typer.Option(help="Folder or hub name of a checkpoint; default: the embedded model."),
@@ -151,7 +161,8 @@ def run(
     from .commands.inputs import build_method, parse_budget
 
     options = {"x0": x0, "k0": k0, "gamma": gamma}
-    built = build_method(method, parse_budget(budget), options, settings or [])
+    asked = None if budget is None else parse_budget(budget)
+    built = build_method(method, asked, options, settings or [])
     command.run(
         command.Request(
             image, question, built, model, device, dtype, max_new_tokens, compare, as_json, picture
@@ -321,7 +332,8 @@ def compare(
         typer.Option(
             "--methods",
             "--method",
-            help="By commas, options after a colon: autoprune:k0=0.2,random; all; released.",
+            help="By commas, options after a colon: autoprune:k0=0.2,random; all; released; a "
+            "tuned.json.",
         ),
     ] = "all",
     budgets: Annotated[
@@ -380,6 +392,74 @@ def compare(
         as_json=as_json,
     )
     command.compare(request, _console())
+
+
+@app.command()
+def tune(
+    budget: Budget = "16",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of a checkpoint; default: the embedded model."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with image and question; no answers needed.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, with --questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="A question per line, asked about --pictures.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at most; default: 800, or the whole file.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Settings to try; default: 100.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="To choose from, by commas; default: all.")
+    ] = None,
+    fleet: Annotated[
+        bool, typer.Option("--fleet", help="Also search budgets over a batch or a stream.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="What is held out and what is proposed.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of answers at most.")] = 32,
+    output: Annotated[Path, typer.Option(help="Folder for the search and tuned.json.")] = Path(
+        "tune"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default on a CPU: one per core, up to 4.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; auto takes a GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    timing: Annotated[bool, typer.Option(help="Measure prefill times, too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Find the best settings for a model at a budget, without labels; interrupted runs continue."""
+    from .commands import tune as command
+
+    request = command.TuneRequest(
+        budget=budget,
+        output=output,
+        model=model,
+        prompts=prompts,
+        pictures=pictures,
+        questions=questions,
+        count=count,
+        trials=trials,
+        methods=methods,
+        fleet=fleet,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        timing=timing,
+        as_json=as_json,
+    )
+    command.run_tune(request, _console())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,7 @@ ROOMS = (
     {"tiny", "viz"},
     {"loading"},
     {"bench", "evaluation"},
+    {"tuning"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -31,7 +32,7 @@ ROOMS = (
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
 # Who may import transformers: the engine, what loads models, and what measures them.
-KNOW_TRANSFORMERS = {"engine", "tiny", "loading", "bench", "evaluation", "commands"}
+KNOW_TRANSFORMERS = {"engine", "tiny", "loading", "bench", "evaluation", "tuning", "commands"}
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:

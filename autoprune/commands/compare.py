@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,16 +15,18 @@ from ..evaluation import Options, Setting, Task, embedded_tasks, read_tasks
 from ..evaluation import compare as run_comparison
 from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
+from ..evaluation.workers import default_workers
 from ..files import check_folder
 from ..loading import load_embedded, load_model
-from .inputs import build_method, parse_budget, parse_methods
+from ..methods import load_method
+from ..methods.tuned_file import is_tuned_file
+from .inputs import budget_text, build_method, parse_budget, parse_methods
 from .report import WIDE, as_options, print_json
 
 QUESTIONS = 200
 BUDGETS = "1/2,1/3,1/4,1/6,1/9"
 QUICK_QUESTIONS = 30
 QUICK_BUDGETS = "1/4,1/9"
-_MAX_WORKERS = 4
 _NARROW = ("method", "tokens", "FLOPs", "accuracy", "difference")
 """What a terminal shows that is too narrow for all columns; the report has them."""
 
@@ -69,7 +69,7 @@ def compare(request: CompareRequest, console: Console) -> None:
     loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
     options = Options(
         batch_size=request.batch_size,
-        workers=request.workers or _workers(loaded.model.device),
+        workers=request.workers or default_workers(loaded.model.device),
         baseline=request.baseline,
         model_name=loaded.name,
         timing=request.timing,
@@ -108,18 +108,27 @@ def parse_budgets(text: str) -> list[str]:
 
 
 def _settings(request: CompareRequest) -> Iterator[Setting]:
-    usual = QUICK_BUDGETS if request.quick else BUDGETS
-    budgets = parse_budgets(usual if request.budgets is None else request.budgets)
-    for label, name, options in parse_methods("--methods", request.methods):
+    methods = parse_methods("--methods", request.methods)
+    for _, name, options in methods:
         # Without its budget a method only fails on what is wrong with it.
-        build_method(name, parse_budget("64"), {}, options)
-        for budget in budgets:
+        build_method(name, None if is_tuned_file(name) else parse_budget("64"), {}, options)
+    for label, name, options in methods:
+        for budget in _budgets(request, [name for _, name, _ in methods]):
             try:
                 method = build_method(name, parse_budget(budget), {}, options)
             except ValueError as error:
                 yield Setting(label, budget, None, str(error))
             else:
                 yield Setting(label, budget, method)
+
+
+def _budgets(request: CompareRequest, methods: Sequence[str]) -> list[str]:
+    """Those asked for; else those of the tuned settings, if there are any; else the usual ones."""
+    if request.budgets is not None:
+        return parse_budgets(request.budgets)
+    tuned = [budget_text(load_method(name).budget) for name in methods if is_tuned_file(name)]
+    usual = QUICK_BUDGETS if request.quick else BUDGETS
+    return list(dict.fromkeys(tuned)) or parse_budgets(usual)
 
 
 def _tasks(request: CompareRequest) -> list[Task]:
@@ -143,13 +152,6 @@ def _command(request: CompareRequest) -> str:
         words += [option, ",".join(value) if field.name == "kinds" else str(value)]
     flags = {"--quick": request.quick, "--no-timing": not request.timing}
     return shlex.join([*words, *(flag for flag, given in flags.items() if given)])
-
-
-def _workers(device: torch.device) -> int:
-    """A process per core on the CPU: one model is too small to keep several busy."""
-    if device.type != "cpu" or not hasattr(os, "sched_getaffinity"):
-        return 1
-    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
 def _show(rows: Sequence[Row], output: Path, console: Console) -> None:

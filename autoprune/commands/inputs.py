@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
-from ..methods import METHODS, as_released, create, list_methods, options_of
+from ..methods import METHODS, as_released, create, list_methods, load_method, options_of
 from ..methods.base import Method
+from ..methods.tuned_file import is_tuned_file
 from ..policy.budget import Budget
 from .methods import options as defaults
+
+_TOKENS = 64
+"""The budget where none is given."""
 
 
 def parse_budget(text: str) -> Budget:
@@ -47,6 +52,28 @@ def parse_budget(text: str) -> Budget:
     if value > 1:
         raise ValueError(f"budget {text!r} is more than all visual tokens; {expected}")
     return Budget.ratio(value)
+
+
+def budget_text(budget: Budget) -> str:
+    """A budget of tokens or a share, as `parse_budget` reads it.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    share = Fraction(budget.value).limit_denominator(1000)
+    texts = {
+        "tokens": [f"{budget.value:g}", repr(budget.value)],
+        "ratio": [f"{share.numerator}/{share.denominator}", f"{budget.value!r}/1"],
+    }
+    for text in texts.get(budget.kind, ()):
+        if _amount(parse_budget(text)) == _amount(budget):
+            return text
+    raise ValueError(f"a budget of {budget} cannot be given on the command line; use it in Python")
+
+
+def _amount(budget: Budget) -> tuple[Any, ...]:
+    """How much it is, whatever it is a mean over."""
+    return budget.kind, budget.value, budget.counted
 
 
 def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -91,19 +118,24 @@ def parse_methods(option: str, text: str) -> list[tuple[str, str, tuple[str, ...
 
 
 def build_method(
-    name: str, budget: Budget, options: dict[str, Any], assignments: Sequence[str]
+    name: str, budget: Budget | None, options: dict[str, Any], assignments: Sequence[str]
 ) -> Method:
-    """A method from its name and options.
+    """A method from its name and options, or from the file that `autoprune tune` wrote.
 
     Args:
-        name: as `autoprune methods` lists it.
-        budget: for `autoprune_reference`, tokens are counted as that method counts them.
+        name: as `autoprune methods` lists it, or a file that ends in .json.
+        budget: for `autoprune_reference`, tokens are counted as that method counts them. None: 64 tokens, or
+            that of the file.
         options: by name; None where the user gave none.
         assignments: further options as "name=value".
 
     Raises:
-        ValueError: no such method or option, or a value that does not fit.
+        ValueError: no such method or option, a value that does not fit, or a file that was tuned for
+            another budget, or is none.
     """
+    if is_tuned_file(name):
+        return _tuned(name, budget, [*filter(options.get, options), *assignments])
+    budget = Budget.tokens(_TOKENS) if budget is None else budget
     given = {key: value for key, value in options.items() if value is not None}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
@@ -117,6 +149,21 @@ def build_method(
     plain = budget.kind == "tokens" and budget.over == "prompt"
     amount = budget.value if name == "autoprune_reference" and plain else budget
     return create(name, amount, **given)
+
+
+def _tuned(name: str, budget: Budget | None, changed: Sequence[str]) -> Method:
+    """The method of a file, as it was tuned."""
+    method = load_method(name)
+    if changed:
+        raise ValueError(
+            f"{name!r} holds settings that were tuned together, and {changed[0]!r} would change them; leave "
+            "it out, or name the method instead of the file"
+        )
+    if budget is not None and _amount(budget) != _amount(method.budget):
+        raise ValueError(
+            f"{name!r} was tuned for {method.budget}, not for {budget}; leave the budget out, or tune for it"
+        )
+    return method
 
 
 def _typed(method: str, option: str, text: str) -> Any:

@@ -14,15 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from .. import __version__
 from ..errors import UnsupportedError
@@ -30,6 +21,7 @@ from ..methods.autoprune import AutoPrune
 from .answering import Refused, answers
 from .batches import Batch, longest_answer, prepare
 from .encoding import encoder
+from .progress import progress_bar
 from .report import check_plotting, write_report
 from .results import Row, check_kinds, results
 from .run_directory import RunDirectory
@@ -37,9 +29,6 @@ from .settings import REFERENCE, Setting, with_reference
 from .tasks import Task, picture_digest
 from .timing import prefill_milliseconds, timed_batches
 from .workers import check_workers, run_all, threads_of_one
-
-_MINUTES = 5
-"""Settings differ in speed, so the remaining time is guessed from so long a stretch."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +91,7 @@ def compare(
     compared = _compared(model, whole, tasks, options, new_tokens)
     noted = _noted(model, tasks, options)
     run_directory = RunDirectory(directory, compared, noted)
-    with _progress(options.show_progress) as progress:
+    with progress_bar(options.show_progress) as progress:
         bar = progress.add_task("preparing", total=len(tasks))
         batches = prepare(
             model,
@@ -113,7 +102,7 @@ def compare(
             encode=encoder(model, settings),
         )
     work = _Work(model, processor, batches, new_tokens, run_directory)
-    with _progress(options.show_progress) as progress:
+    with progress_bar(options.show_progress) as progress:
         done = sum(_count(work.answered(setting)) for setting in whole)
         total = len(whole) * len(tasks)
         bar = progress.add_task("answering", total=total, completed=done)
@@ -181,6 +170,17 @@ def _compared(
     new_tokens: int,
 ) -> dict[str, Any]:
     """What decides the answers; a run directory holds one of it."""
+    return {
+        **decide_answers(model, tasks, options, new_tokens),
+        "setting": {f"{s.label} at {s.budget}": repr(s.method) for s in settings},
+        "code of": {s.label: _code(type(s.method)) for s in settings if s.method is not None},
+    }
+
+
+def decide_answers(
+    model: Any, tasks: Sequence[Task], options: Options, new_tokens: int
+) -> dict[str, Any]:
+    """What decides the answers of the plain model: itself, the tasks, and how they are asked."""
     asked = [
         (task.id, task.kind, task.question, task.answers, picture_digest(task)) for task in tasks
     ]
@@ -199,8 +199,6 @@ def _compared(
             **Counter(task.kind for task in tasks),
             "digest": _digest(asked),
         },
-        "setting": {f"{s.label} at {s.budget}": repr(s.method) for s in settings},
-        "code of": {s.label: _code(type(s.method)) for s in settings if s.method is not None},
         "version": {
             "autoprune": __version__,
             "torch": torch.__version__,
@@ -248,19 +246,6 @@ def _timings(work: _Work, settings: Sequence[Setting], options: Options) -> list
         for tasks in chosen
         for batch in prepare(work.model, work.processor, tasks, len(tasks))
     ]
-    with threads_of_one(options.workers), _progress(options.show_progress) as progress:
+    with threads_of_one(options.workers), progress_bar(options.show_progress) as progress:
         bar = progress.add_task("timing", total=len(inputs))
         return prefill_milliseconds(work.model, inputs, settings, lambda: progress.advance(bar))
-
-
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-        speed_estimate_period=_MINUTES * 60,
-    )

@@ -48,18 +48,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, compared: dict[str, Any], noted: dict[str, Any]):
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{str(path)!r} is a file; give a folder for the results")
-        config = path / "config.json"
-        compared = json.loads(json.dumps(compared))
-        if config.is_file():
-            _refuse_another(path, _read_config(config), compared)
-        elif path.is_dir() and any(path.iterdir()):
-            raise ValueError(
-                f"{str(path)!r} holds other files and no comparison; give a new or empty folder"
-            )
-        (path / "predictions").mkdir(parents=True, exist_ok=True)
-        write_whole(config, json.dumps({"compared": compared, **noted}, indent=1))
+        claim(path, compared, noted, "comparison")
+        (path / "predictions").mkdir(exist_ok=True)
 
     def predictions(self, setting: Setting) -> Path:
         """The file of a setting's predictions, one JSON object per line."""
@@ -120,17 +110,42 @@ class RunDirectory:
         return self.path / "predictions" / f"{setting.name}.infeasible"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def claim(path: Path, decides: dict[str, Any], noted: dict[str, Any], what: str) -> None:
+    """Make a folder for results, or take up the one that was made for the same.
+
+    Args:
+        decides: what decides the results.
+        noted: what is written beside it and may change.
+        what: is kept there, for messages: "comparison".
+
+    Raises:
+        ValueError: the path is a file, or the folder holds other results; what differs is named.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file; give a folder for the results")
+    config = path / "config.json"
+    decides = json.loads(json.dumps(decides))
+    if config.is_file():
+        _refuse_another(path, _read_config(config, what), decides, what)
+    elif path.is_dir() and any(path.iterdir()):
+        raise ValueError(
+            f"{str(path)!r} holds other files and no {what}; give a new or empty folder"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(config, json.dumps({"compared": decides, **noted}, indent=1))
+
+
+def _read_config(path: Path, what: str) -> dict[str, Any]:
     try:
         compared = json.loads(path.read_text(encoding="utf-8"))["compared"]
         return dict(compared)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is not the configuration of a comparison; give another folder"
+            f"{str(path)!r} is not the configuration of a {what}; give another folder"
         ) from error
 
 
-def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     before, after = _flat(old), _flat(new)
     names = dict.fromkeys((*before, *after))
     differing = [name for name in names if before.get(name) != after.get(name)]
@@ -138,7 +153,7 @@ def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
         listed = [_difference(name, before, after) for name in differing[:_SHOWN]]
         more = len(differing) - _SHOWN
         raise ValueError(
-            f"{str(path)!r} holds another comparison: {'; '.join(listed)}"
+            f"{str(path)!r} holds another {what}: {'; '.join(listed)}"
             + (f"; and {more} more" if more > 0 else "")
             + "; give another folder, or the settings it was made with"
         )

@@ -26,7 +26,8 @@ _MINUS = "\N{MINUS SIGN}"
 class Task:
     """A question about a picture (or the file of one); any of `answers` is right.
 
-    `kind` is the group in which accuracy is averaged, `id` names the question in the predictions.
+    `kind` is the group in which accuracy is averaged, `id` names the question in the predictions. Where
+    nobody asks what is right, there are no answers.
     """
 
     id: str
@@ -87,7 +88,10 @@ def embedded_tasks(per_kind: int, kinds: Sequence[str] | None = None, seed: int 
 
 
 def read_tasks(
-    path: Path, per_kind: int | None = None, kinds: Sequence[str] | None = None
+    path: Path,
+    per_kind: int | None = None,
+    kinds: Sequence[str] | None = None,
+    labelled: bool = True,
 ) -> list[Task]:
     """Tasks of a file of JSON lines: `image`, `question`, `answer`, and a `kind` if there are several.
 
@@ -98,6 +102,7 @@ def read_tasks(
     Args:
         per_kind: take the first so many of each kind; default: all.
         kinds: take these only; default: all.
+        labelled: read the answers. If not, they may be missing.
 
     Raises:
         ValueError: the file is missing or empty, a line is no task (its number and field are named),
@@ -114,7 +119,9 @@ def read_tasks(
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is no text in UTF-8: {error}") from error
-    tasks = [_task(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    tasks = [
+        _task(path, number, line, labelled) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not tasks:
         raise ValueError(f"there are no tasks in {str(path)!r}; give one JSON object per line")
     found = dict.fromkeys(task.kind for task in tasks)
@@ -142,7 +149,7 @@ class _Number(str):
         return str(self)
 
 
-def _task(path: Path, number: int, line: str) -> Task:
+def _task(path: Path, number: int, line: str, labelled: bool) -> Task:
     where = f"{path.name}, line {number}"
     try:
         record = json.loads(line, parse_int=_Number, parse_float=_Number)
@@ -157,6 +164,13 @@ def _task(path: Path, number: int, line: str) -> Task:
         raise ValueError(f"{where}, image: {str(image)[:80]!r} is no path: {error}") from error
     if not found:
         raise ValueError(f"{where}, image: there is no file {str(image)!r}")
+    answers = _answers(record, where) if labelled else ()
+    kind = _text({"kind": "all", **record}, "kind", where)
+    question = _text(record, "question", where)
+    return Task(str(number), kind, question, answers, image)
+
+
+def _answers(record: dict[str, Any], where: str) -> tuple[str, ...]:
     answers = record.get("answer")
     if not isinstance(answers, list):
         answers = [answers]
@@ -164,9 +178,7 @@ def _task(path: Path, number: int, line: str) -> Task:
         raise ValueError(
             f"{where}, answer: expected a text, a number or a list of them, got {record.get('answer')!r}"
         )
-    kind = _text({"kind": "all", **record}, "kind", where)
-    question = _text(record, "question", where)
-    return Task(str(number), kind, question, tuple(map(str, answers)), image)
+    return tuple(map(str, answers))
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:

@@ -1,8 +1,9 @@
-"""Settings shared out among processes; each setting has a file of its own, so none waits for another."""
+"""Pieces of work shared out among processes, such as the settings of a comparison."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedError
-from .settings import Setting
 
-Work = Callable[[Setting], Iterator[int]]
-"""Does a setting's work, giving the number of questions answered whenever some are."""
+Work = Callable[[Any], Iterator[Any]]
+"""Does a piece of the work, giving what is to be known of it whenever there is something."""
+_MOST = 4
 
 
 def run_all(
-    work: Work, settings: Sequence[Setting], workers: int, on_progress: Callable[[int], None]
+    work: Work, pieces: Sequence[Any], workers: int, on_progress: Callable[[Any], None]
 ) -> None:
-    """Do the work of every setting.
+    """Do every piece of the work.
 
     Args:
+        on_progress: is called in this process with what the work gives, in no order.
         workers: processes; 1 stays in this one. More are forked, so they share the model's weights
             and the inputs, and each computes with its part of the threads.
 
@@ -36,9 +38,9 @@ def run_all(
         RuntimeError: anything else went wrong in a worker; the message holds its stack trace.
     """
     if workers == 1:
-        for setting in settings:
-            for answered in work(setting):
-                on_progress(answered)
+        for piece in pieces:
+            for news in work(piece):
+                on_progress(news)
         return
     context = multiprocessing.get_context("fork")
     next_one = context.Value("i", 0)
@@ -47,7 +49,7 @@ def run_all(
         for _ in range(workers):
             ear, mouth = context.Pipe(duplex=False)
             ears.append(ear)
-            arguments = (work, settings, next_one, mouth, tuple(ears), workers)
+            arguments = (work, pieces, next_one, mouth, tuple(ears), workers)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             # Once it is the worker's alone, its end is heard.
@@ -58,6 +60,13 @@ def run_all(
         for process in processes:
             process.terminate()
             process.join()
+
+
+def default_workers(device: torch.device) -> int:
+    """A process per core on the CPU, up to `_MOST`: one model is too small to keep several busy."""
+    if device.type != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return 1
+    return min(len(os.sched_getaffinity(0)), _MOST)
 
 
 def check_workers(workers: int, device: torch.device) -> None:
@@ -81,13 +90,13 @@ def threads_of_one(workers: int) -> Iterator[None]:
 
 def _serve(
     work: Work,
-    settings: Sequence[Setting],
+    pieces: Sequence[Any],
     next_one: Any,
     mouth: Connection,
     ears: Sequence[Connection],
     workers: int,
 ) -> None:
-    """One worker: takes the next setting until there is none."""
+    """One worker: takes the next piece until there is none."""
     # If nobody else holds them, speaking fails once the parent is gone, and the worker ends.
     for ear in ears:
         ear.close()
@@ -98,10 +107,10 @@ def _serve(
                 with next_one.get_lock():
                     index = next_one.value
                     next_one.value += 1
-                if index >= len(settings):
+                if index >= len(pieces):
                     break
-                for answered in work(settings[index]):
-                    mouth.send(answered)
+                for news in work(pieces[index]):
+                    mouth.send(news)
     except KeyboardInterrupt:
         # The terminal interrupts every process; the first one says so.
         return
@@ -122,7 +131,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _listen(ears: list[Connection], on_progress: Callable[[int], None]) -> None:
+def _listen(ears: list[Connection], on_progress: Callable[[Any], None]) -> None:
     """Until every worker has said that it is done."""
     while ears:
         for ear in connection.wait(ears):

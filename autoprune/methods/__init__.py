@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any, cast
 
 from ..policy.budget import Budget
@@ -26,6 +27,7 @@ from .random import Random
 from .scope import SCOPE
 from .sparsevlm import SparseVLM
 from .tome import ToMe
+from .tuned_file import TunedFile
 from .turbo import Turbo
 from .uniform import Uniform
 from .visionzip import VisionZip
@@ -88,6 +90,17 @@ def create(name: str, /, budget: Budget | float, **options: Any) -> Method:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")
     method: Any = METHODS[name]
     return cast(Method, method(budget=budget, **options))
+
+
+def load_method(path: str | Path) -> Method:
+    """The method of a file that `autoprune tune` wrote, whichever it is; see `Method.load`.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or of another release.
+    """
+    name = TunedFile.read(path).method
+    check_name(name)
+    return METHODS[name].load(path)
 
 
 def options_of(name: str) -> dict[str, dataclasses.Field[Any]]:

@@ -15,7 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 
@@ -37,12 +38,15 @@ from ..policy.cost import DecoderCost
 from ..policy.schedules import at_depth, check_size, fit_schedule, schedule_from_cuts
 from ..trace import Sample
 from .any_budget import AnyBudget
+from .tuned_file import ModelIdentity, TunedFile
 
 if TYPE_CHECKING:
     from ..engine.attach import Attachment
 
 # A server may run for days.
 KEPT_BY_A_HANDLE = 1000
+
+Loaded = TypeVar("Loaded", bound="Method")
 
 
 class Method(MethodContract):
@@ -55,6 +59,36 @@ class Method(MethodContract):
     """
 
     shares_budgets: ClassVar[bool] = False
+    tuned_for: ClassVar[ModelIdentity | None] = None
+    """The model that a loaded method was tuned on; it works on no other. None for all other methods."""
+
+    @classmethod
+    def load(cls: type[Loaded], path: str | Path) -> Loaded:
+        """The method of a file that `autoprune tune` wrote, with its budget.
+
+        It is refused on another model than the one it was tuned on (`ModelIdentity`), when it is attached.
+        A copy with settings of your own, `dataclasses.replace(method, ...)`, works on any.
+
+        Raises:
+            ValueError: there is no such file, it is damaged or of another release, or holds another method.
+        """
+        file = TunedFile.read(path)
+        if file.method != cls.name:
+            raise ValueError(
+                f"{str(path)!r} holds the method {file.method}, and {cls.__name__} is {cls.name}; "
+                "autoprune.load_method(path) loads whichever it is"
+            )
+        # JSON has no tuples.
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in file.settings.items()}
+        try:
+            method = cls(budget=file.budget, **settings)  # type: ignore[call-arg]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the settings in {str(path)!r}, of autoprune {file.version}, are none of this release's "
+                f"{cls.name}: {error}; tune again, or install the release that wrote them"
+            ) from error
+        vars(method)["tuned_for"] = file.model
+        return method
 
     def __call__(
         self,
@@ -84,7 +118,7 @@ class Method(MethodContract):
         # transformers takes seconds to import, and a schedule needs none of it.
         from ..engine.attach import Attachment
 
-        return Attachment(
+        attachment = Attachment(
             self,
             model,
             visual_mask=visual_mask,
@@ -92,6 +126,9 @@ class Method(MethodContract):
             keep=keep,
             on_sample=on_sample,
         )
+        if self.tuned_for is not None:
+            self.tuned_for.check(attachment.model)
+        return attachment
 
     def attach(
         self, model: torch.nn.Module, *, keep: int | None = KEPT_BY_A_HANDLE, **options: Any

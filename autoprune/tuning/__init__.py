@@ -1,0 +1,13 @@
+"""The best settings for a model at a budget, found on prompts without labels.
+
+from autoprune import Budget, tiny
+from autoprune.tuning import Options, built_in_prompts, tune
+
+result = tune(*tiny.load(), built_in_prompts(800), Budget.tokens(16), Path("tuning"))
+result.file.write(Path("tuned.json"))
+"""
+
+from .prompts import built_in_prompts, folder_prompts
+from .tuning import Options, Result, tune
+
+__all__ = ["Options", "Result", "built_in_prompts", "folder_prompts", "tune"]
