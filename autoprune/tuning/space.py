@@ -156,7 +156,7 @@ class Space:
         }
         budget = self.budget
         if self.fleet is not None:
-            budget = dataclasses.replace(budget, over=candidate["over"])  # type: ignore[call-arg]
+            budget = dataclasses.replace(budget, over=candidate["over"])
         return create(name, budget, **options)
 
     def _default(self, name: str, changed: Mapping[str, Any] | None = None) -> Candidate:
