@@ -4,7 +4,7 @@
 
 Draws constants, answers questions about scenes of the training split at two budgets, and writes every
 draw, best first, to benchmarks/results/constants.json. What is found here is judged on held-out scenes by
-`autoprune compare` (docs/adaptivity.md). A run that is stopped continues with the same command.
+`autoprune compare` (docs/comparison.md). A run that is stopped continues with the same command.
 """
 
 from __future__ import annotations

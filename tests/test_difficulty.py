@@ -34,7 +34,7 @@ def test_the_page_and_the_committed_file_say_what_is_computed(found):
     for one in committed["budgets"]:
         own = {name: value for name, value in one.items() if name != "questions"}
         assert own == found[one["budget"]]
-    page = (ROOT / "docs" / "adaptivity.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     kinds = found["16"]["kinds"]
     for row, name in (("information", "information"), ("unpruned", "whole"), ("fixed", "fixed")):
         ordered = sorted(kinds.values(), key=lambda own: own["information"])
