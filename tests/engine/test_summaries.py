@@ -18,6 +18,7 @@ from autoprune.methods.base import Planned, PreDecoder
 from autoprune.parts.selectors import top_k
 from autoprune.policy.released import recycled_count
 from tests import kernels, oracle, zoo
+from tests.engine.test_ends_with_picture import ending
 from tests.scattered import DEEP, Scattered
 from tests.spy import Spy, for_oracle
 
@@ -94,6 +95,43 @@ def test_every_method_that_drops_may_summarise(name, family, batch):
     for sample in result.samples:
         assert sample.tokens_per_layer == sample.schedule
         assert (sample.summary_token is None) == (sample.tokens_per_layer[-1] == 0)
+
+
+@dataclass(frozen=True)
+class Falling(Planned):
+    """Few tokens, then a single one; by scores that know nothing of what has to stay."""
+
+    name: ClassVar[str] = "falling"
+    merger: str = "summary"
+
+    def shape(self, setting, num_visual, num_layers):
+        return [setting, setting, 3, 3, 1, 1]
+
+    def choose(self, seen, counts, state):
+        return Selection(top_k(-seen.index.float(), counts, seen.mask), list(counts))
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        AutoPrune(4, first_cut="peek", gamma=0.0, k0=2.0, rank_every=1, merger="summary"),
+        AutoPrune(4, first_cut="peek", gamma=0.0, k0=2.0, merger="summary"),
+        Falling(5),
+    ],
+    ids=["every cut", "rankings", "selections"],
+)
+def test_a_last_token_that_is_visual_outlives_the_summary(method, batch):
+    model = model_of("llava", "sdpa")
+    arguments = ending("llava", model, batch, rows=(0, 2))
+    result = oracle.compare(model, arguments, method)
+    assert result.worst < TOLERANCE
+    for row, sample in enumerate(result.samples):
+        assert sample.tokens_per_layer[-1] == 1 and sample.summary_token is not None
+        if row == 1:
+            assert sample.kept[-1].tolist() == [sample.summary_token]
+        else:
+            assert all(int(kept[-1]) == sample.num_visual - 1 for kept in sample.kept)
 
 
 @pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])

@@ -93,9 +93,10 @@ class Summaries:
         self.required = np.array(required) if len(required) else np.zeros_like(self.num_visual)
         # LongTensor [batch, 1], where they stand; None until there is any.
         self.column: torch.Tensor | None = None
-        # Whether each prompt has one; a prompt that gave its own up gets no other.
+        # Whether each prompt has one, and whether it had one that gave way; such a prompt gets no other.
         self.has = np.zeros(len(self.num_visual), dtype=bool)
-        self._lost = np.zeros_like(self.has)
+        self.had = np.zeros_like(self.has)
+        self._slots: tuple[Tokens, torch.Tensor] | None = None
 
     def fits(self, counts: np.ndarray) -> np.ndarray:
         """Whether so many visual tokens, [..., batch], leave room for a summary."""
@@ -111,15 +112,25 @@ class Summaries:
         """
         after, whole = np.array(kept) + 1, np.array(tokens.counts) == self.num_visual
         whole &= [n is None or n > now for n, now in zip(planned, kept, strict=True)]
-        return ~self.has & ~self._lost & whole & (after < self.num_visual) & self.fits(after)
+        return ~self.has & ~self.had & whole & (after < self.num_visual) & self.fits(after)
 
     def slots(self, tokens: Tokens) -> torch.Tensor | None:
         """bool [batch, V], the summaries among the visual tokens present; None if there are none."""
         if self.column is None or not self.has.any():
             return None
-        column = tokens.column.gather(1, tokens.slots)
-        here = (column == self.column) & tokens.slot_mask
-        return here if self.has.all() else here & _flags(self.has, here.device)
+        if self._slots is None or self._slots[0] is not tokens:
+            column = tokens.column.gather(1, tokens.slots)
+            here = (column == self.column) & tokens.slot_mask
+            if not self.has.all():
+                here = here & _flags(self.has, here.device)
+            self._slots = tokens, here
+        return self._slots[1]
+
+    def give_way(self, counts: np.ndarray) -> None:
+        """Let summaries become ordinary tokens where cuts to so many, [cuts, batch], leave them no room."""
+        out = self.has & ~self.fits(counts).all(axis=0)
+        if out.any():
+            self.had, self.has, self._slots = self.had | out, self.has & ~out, None
 
     def lead(self, tokens: Tokens, order: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
         """The visual tokens in the order in which they are kept, with new summaries in front.
@@ -129,10 +140,8 @@ class Summaries:
             counts: int [cuts, batch], what each prompt keeps.
         """
         roomy = self.fits(counts).all(axis=0)
-        self._lost |= self.has & ~roomy
-        self.has &= roomy
         whole, fallen = np.array(tokens.counts) == self.num_visual, counts < self.num_visual
-        new = ~self.has & ~self._lost & roomy & whole & fallen.any(axis=0)
+        new = ~self.has & ~self.had & roomy & whole & fallen.any(axis=0)
         if not new.any():
             return order
         first = counts[fallen.argmax(axis=0), np.arange(len(new))]
@@ -152,7 +161,7 @@ class Summaries:
         column = tokens.column.gather(1, tokens.slots.gather(1, summary))
         if self.column is not None:
             column = torch.where(new_there, column, self.column)
-        self.column, self.has = column, self.has | new
+        self.column, self.has, self._slots = column, self.has | new, None
         # Where it is put in front, those before it move on by one.
         every = tokens.prompts.ascending[: order.shape[1]]
         moved = order.gather(1, torch.where(every <= chosen, every - 1, every).clamp_(min=0))
