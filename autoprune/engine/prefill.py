@@ -233,6 +233,8 @@ class Prefill:
         ends = seen.required
         if self.summaries and (stays := self.summaries.slots(self.tokens)) is not None:
             seen.required = stays if ends is None else ends | stays
+        elif self.tokens.bias is not None:
+            seen.sizes = self.tokens.bias.gather(1, self.tokens.slots).exp()
         answer = self.method.select(seen, self.state)
         if isinstance(answer, Ranking):
             self._follow(index, answer, ends, hidden.dtype)
@@ -390,7 +392,7 @@ class Prefill:
     ) -> torch.Tensor:
         """Make such a cut where summaries take in what is dropped."""
         assert self.summaries is not None
-        if selection.merged is not None or selection.states is not None:
+        if any(x is not None for x in (selection.merged, selection.states, selection.sizes)):
             raise ValueError(
                 f"{type(self.method).__name__} merges dropped tokens itself, so there is nothing for a summary "
                 "to stand for; use it without a summary"
