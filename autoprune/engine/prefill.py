@@ -284,6 +284,9 @@ class Prefill:
             if (own := self.summaries.slots(tokens)) is not None:
                 stays = own if ends is None else ends | own
         if stays is not None:
+            # A prompt whose scores are not finite keeps these, too; NaN would stand before infinity.
+            finite = torch.finfo(scores.dtype)
+            scores = scores.nan_to_num(finite.min, finite.max, neginf=float("-inf"))
             scores = scores.masked_fill(stays.to(scores.device), float("inf"))
         order = scores.sort(dim=1, descending=True, stable=True).indices
         if self.summaries:

@@ -134,6 +134,27 @@ def test_a_last_token_that_is_visual_outlives_the_summary(method, batch):
             assert all(int(kept[-1]) == sample.num_visual - 1 for kept in sample.kept)
 
 
+@pytest.mark.parametrize("rank_every", [1, 8])
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
+def test_a_picture_that_is_not_finite_reaches_no_other_prompt(batch, rank_every):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, batch)
+    visual = zoo.visual_mask(model, arguments["input_ids"]).sum(dim=1)
+    method = of(budget=0.4, rank_every=rank_every)
+    with method(model), torch.no_grad():
+        expected = model(**arguments).logits[:, -1]
+    for picture in range(len(arguments["pixel_values"])):
+        pixels = arguments["pixel_values"].clone()
+        pixels[picture] = math.nan
+        # 16 visual tokens a picture.
+        own = int((visual.cumsum(0) > 16 * picture).to(torch.uint8).argmax())
+        with method(model), torch.no_grad():
+            got = model(**arguments | {"pixel_values": pixels}).logits[:, -1]
+        assert got[own].isnan().all()
+        others = [row for row in range(3) if row != own]
+        close(got[others], expected[others])
+
+
 @pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])
 def test_methods_that_merge_leave_nothing_for_a_summary(name):
     with pytest.raises(ValueError, match="merges dropped tokens itself"):
