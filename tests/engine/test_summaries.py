@@ -14,6 +14,7 @@ import torch
 import autoprune
 from autoprune import AutoPrune, Budget, SummaryToken, UnsupportedError
 from autoprune.contract import Needs, Selection
+from autoprune.engine.tokens.summary import Mean
 from autoprune.methods.base import Planned, PreDecoder
 from autoprune.parts.selectors import top_k
 from autoprune.policy.released import recycled_count
@@ -153,6 +154,21 @@ def test_a_picture_that_is_not_finite_reaches_no_other_prompt(batch, rank_every)
         assert got[own].isnan().all()
         others = [row for row in range(3) if row != own]
         close(got[others], expected[others])
+
+
+@pytest.mark.parametrize("rank_every", [1, 8])
+def test_a_prompt_without_a_summary_is_not_computed_anew(rank_every, monkeypatch):
+    """Multiplied by 1 its states would be rounded, where products are made of TF32 numbers."""
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3_text")
+    method, found = of(rank_every=rank_every), []
+    right = Mean.of
+    for mean in (right, lambda *given: right(*given) + 1.0):
+        monkeypatch.setattr(Mean, "of", mean)
+        with method(model), torch.no_grad():
+            found.append(model(**arguments).logits[:, -1])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])

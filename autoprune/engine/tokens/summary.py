@@ -22,31 +22,34 @@ class Mean:
     """What a cut makes of the summaries.
 
     weights: [batch, 1, n], the share of each token that stood before the cut.
-    rows: LongTensor [batch], the summaries' rows in the new hidden states. A prompt without one keeps its last
-        token as it is.
+    rows: LongTensor [summaries], their rows in the new hidden states.
+    prompts: LongTensor [summaries], whose they are; None where each prompt has one.
     typical: whether means are scaled to the mean norm of what they are made of.
     """
 
     weights: torch.Tensor
     rows: torch.Tensor
+    prompts: torch.Tensor | None
     typical: bool
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The summaries' hidden states [batch, size], from those before the cut [batch, n, size]."""
+        """The summaries' hidden states [summaries, size], from those before the cut [batch, n, size]."""
         mean = self.weights.to(hidden.device) @ hidden
         if self.typical:
             norms = torch.linalg.vector_norm(hidden, dim=2, keepdim=True, dtype=torch.float32)
             norm = torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=torch.float32)
             wanted = self.weights.to(norms) @ norms
             mean = mean * (wanted / norm.clamp(min=torch.finfo(torch.float32).tiny)).to(mean)
-        return mean[:, 0]
+        mean = mean[:, 0]
+        return mean if self.prompts is None else mean[self.prompts.to(mean.device)]
 
 
 @dataclass(frozen=True)
 class Standing:
     """The summaries of all prompts at cuts that follow each other.
 
-    here: bool [batch, n], the token of each prompt that is its summary; its last one where it has none.
+    here: bool [batch, n], the token of each prompt that is its summary.
+    prompts: LongTensor [summaries], those that have one; None for all.
     own, each: float32 [cuts, batch, 1], the share in the summary behind a cut that it had before, and that
         each token has that goes at the cut. 1 and 0 where there is no summary.
     bias: float32 [cuts, batch, 1], what is added to the scores of attention on it.
@@ -54,6 +57,7 @@ class Standing:
     """
 
     here: torch.Tensor
+    prompts: torch.Tensor | None
     own: torch.Tensor
     each: torch.Tensor
     bias: torch.Tensor
@@ -75,8 +79,9 @@ class Standing:
         return torch.where(self.here, self.bias, others)
 
     def rows(self, place: torch.Tensor) -> torch.Tensor:
-        """The summaries' rows behind each cut, [cuts, batch]; `place` [cuts, batch, n] has all tokens'."""
-        return (place * self.here).sum(dim=2)
+        """The summaries' rows behind each cut, [cuts, summaries]; `place` [cuts, batch, n] has all tokens'."""
+        rows = (place * self.here).sum(dim=2)
+        return rows if self.prompts is None else rows[:, self.prompts]
 
 
 class Summaries:
@@ -182,11 +187,11 @@ class Summaries:
         device, strength = tokens.column.device, self.form.strength
         numbers = np.stack([before / after, self.has / after, strength * np.log(after)])
         own, each, bias = to_device(numbers.astype(np.float32)[..., None], device).unbind(0)
-        here = tokens.column == self.column
+        here, prompts = tokens.column == self.column, None
         if not self.has.all():
-            last = tokens.prompts.ascending[: tokens.width] == tokens.last_slot
-            here = torch.where(_flags(self.has, device), here, last)
-        return Standing(here, own, each, bias, self.form.norm == "typical", dtype)
+            flags, prompts = all_to_device([self.has[:, None], np.flatnonzero(self.has)], device)
+            here = here & flags
+        return Standing(here, prompts, own, each, bias, self.form.norm == "typical", dtype)
 
 
 def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:
