@@ -166,6 +166,8 @@ class Observation:
         the last token of a prompt that ends with its picture, as its logits are asked for. A selection
         without it has it put in the place of the kept token that stands last; one that ranks it first
         (`selectors.required_first`) loses the worst instead.
+    sizes: float32 [batch, V], how many tokens each counts for, where earlier cuts gave sizes
+        (`Selection.sizes`); None where each counts for itself.
     vision_scores: float32 [batch, V], NaN for visual tokens without a patch; None if there are none.
     vision_padding: BoolTensor [batch, V], True for patches that only hold the padding of the picture.
     vision_outside: float32 [batch, V], how far a patch's first row or column of pixels lies outside of the
@@ -193,6 +195,7 @@ class Observation:
     text_mask: torch.Tensor | None = None
     no_padding: bool = False
     required: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     vision_padding: torch.Tensor | None = None
     vision_outside: torch.Tensor | None = None

@@ -65,6 +65,8 @@ class Sample:
         decision: what the method decided by the device's speed, and why, in a sentence; None if it did not.
         summary_token: which visual token the summary of the dropped ones took the place of (`SummaryToken`);
             `kept` lists it. Entering layer l it stands for N - n_l + 1 tokens. None where there is no summary.
+            Where a prompt ends with its picture and keeps a single token, that is its last one, and not the
+            summary.
         flops, flops_full: decoder prefill, pruned and plain. kv_bytes, kv_bytes_full: cache after it.
         flops_ahead: what comes on top of `flops` where a method looks at the attention of layers ahead of
             their turn. No budget counts it; `Summary.flops_saved` does.

@@ -230,43 +230,66 @@ class Prefill:
         """Ask the method about a cut; hidden states as they are, or behind a cut that makes new ones."""
         padded = hidden if self.packing is None or not needs.hidden else self.packing.unpack(hidden)
         seen = self.observer.observation(index, needs, self.tokens, padded)
+        ends = seen.required
         if self.summaries and (stays := self.summaries.slots(self.tokens)) is not None:
-            seen.required = stays if seen.required is None else seen.required | stays
+            seen.required = stays if ends is None else ends | stays
+        elif self.tokens.bias is not None:
+            seen.sizes = self.tokens.bias.gather(1, self.tokens.slots).exp()
         answer = self.method.select(seen, self.state)
         if isinstance(answer, Ranking):
-            self._follow(index, answer, seen.required, hidden.dtype)
+            self._follow(index, answer, ends, hidden.dtype)
         elif answer is not None and not self._keeps_all(answer):
             self._check(index, answer)
             selection, forced = with_last_tokens(self.tokens, answer, self.layout.ends_visual)
             if not self._keeps_all(selection):
                 self._refuse_two_decisions(index)
-                return self._select(index, selection, forced, hidden)
+                return self._select(index, selection, forced, ends, hidden)
         return hidden
 
     def _follow(
-        self, index: int, ranking: Ranking, required: torch.Tensor | None, dtype: torch.dtype
+        self, index: int, ranking: Ranking, ends: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
-        """Plan all cuts that follow from a ranking."""
+        """Plan all cuts that follow from a ranking; `ends` as for `_plan`."""
         self._refuse_two_decisions(index)
-        scores = ranking.scores
         layers, sizes = self._sizes(index)
         due = [i for i, layer in enumerate(layers) if index <= layer < ranking.until]
         if not due:
             return
-        if required is not None:
-            scores = scores.masked_fill(required.to(scores.device), float("inf"))
         depths = range(due[0], due[-1] + 1)
-        cuts = self._plan(scores, sizes, depths, dtype).cuts([layers[i] for i in due])
+        plan = self._plan(ranking.scores, ends, sizes, depths, dtype)
+        cuts = plan.cuts([layers[i] for i in due])
         self.decided = {cut.stage.first_layer: cut for cut in cuts}
 
-    def _plan(self, scores: torch.Tensor, sizes: Sizes, depths: range, dtype: torch.dtype) -> Plan:
-        """Cuts that keep the tokens with the best scores [batch, V]."""
+    def _plan(
+        self,
+        scores: torch.Tensor,
+        ends: torch.Tensor | None,
+        sizes: Sizes,
+        depths: range,
+        dtype: torch.dtype,
+    ) -> Plan:
+        """Cuts that keep the tokens with the best scores [batch, V].
+
+        Args:
+            ends: bool [batch, V], the last tokens of prompts that end with their picture; None without any.
+        """
         tokens, standing = self.tokens, None
+        counts = sizes.counts[depths.start : depths.stop]
         if tokens.ragged:
             scores = scores.where(tokens.slot_mask, float("-inf"))
+        stays = ends
+        if self.summaries:
+            # A summary without room gives way to the last token, so that is known before it is ranked.
+            self.summaries.give_way(counts)
+            if (own := self.summaries.slots(tokens)) is not None:
+                stays = own if ends is None else ends | own
+        if stays is not None:
+            # A prompt whose scores are not finite keeps these, too; NaN would stand before infinity.
+            finite = torch.finfo(scores.dtype)
+            scores = scores.nan_to_num(finite.min, finite.max, neginf=float("-inf"))
+            scores = scores.masked_fill(stays.to(scores.device), float("inf"))
         order = scores.sort(dim=1, descending=True, stable=True).indices
         if self.summaries:
-            counts = sizes.counts[depths.start : depths.stop]
             order = self.summaries.lead(tokens, order, counts)
             standing = self.summaries.standing(tokens, counts, dtype)
         return Plan(tokens, self.packing, tokens.ranks(order), sizes, depths, standing)
@@ -328,11 +351,18 @@ class Prefill:
         return self._in_form(rows)
 
     def _select(
-        self, index: int, selection: Selection, forced: torch.Tensor | None, hidden: torch.Tensor
+        self,
+        index: int,
+        selection: Selection,
+        forced: torch.Tensor | None,
+        ends: torch.Tensor | None,
+        hidden: torch.Tensor,
     ) -> torch.Tensor:
-        """Make a cut that a method has decided by itself; `forced` is as `with_last_tokens` gives it."""
+        """Make a cut that a method has decided by itself; `forced` is as `with_last_tokens` gives it, `ends` as
+        for `_plan`.
+        """
         if self.summaries:
-            return self._summarise(index, selection, hidden)
+            return self._summarise(index, selection, ends, hidden)
         if selection.merged is not None:
             return self._merge(index, selection, forced, hidden)
         tokens, packing = with_sizes(self.tokens, selection), self.packing
@@ -360,10 +390,12 @@ class Prefill:
             states = torch.where(stays, rows.index_select(0, row), states)
         return rows.index_copy(0, row, states).view(new.shape)
 
-    def _summarise(self, index: int, selection: Selection, hidden: torch.Tensor) -> torch.Tensor:
+    def _summarise(
+        self, index: int, selection: Selection, ends: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
         """Make such a cut where summaries take in what is dropped."""
         assert self.summaries is not None
-        if selection.merged is not None or selection.states is not None:
+        if any(x is not None for x in (selection.merged, selection.states, selection.sizes)):
             raise ValueError(
                 f"{type(self.method).__name__} merges dropped tokens itself, so there is nothing for a summary "
                 "to stand for; use it without a summary"
@@ -377,11 +409,8 @@ class Prefill:
         # A place more takes padding.
         scores = torch.zeros(tokens.batch, max(tokens.counts) + 1, device=kept.device)
         scores.scatter_(1, kept.where(kept >= 0, scores.shape[1] - 1), 1.0)
-        scores = scores[:, :-1]
-        if (stays := self.summaries.slots(tokens)) is not None:
-            scores = scores.masked_fill(stays, 2.0)
         sizes = Sizes(tokens, self.packing, counts[None], self._may_pack)
-        (due,) = self._plan(scores, sizes, range(1), hidden.dtype).cuts([index])
+        (due,) = self._plan(scores[:, :-1], ends, sizes, range(1), hidden.dtype).cuts([index])
         return self._cut(due, hidden)
 
     def _merge(

@@ -107,7 +107,7 @@ class Record:
         parts = [_old_columns(cut.tokens) for cut in cuts]
         self._has_summary = [False] * len(self.num_visual)
         if summaries is not None and summaries.column is not None:
-            self._has_summary = summaries.has.tolist()
+            self._has_summary = (summaries.has | summaries.had).tolist()
             parts.append(summaries.column)
         self._copy: Copy | None = Copy(parts, self.columns)
         self._columns: np.ndarray | None = None

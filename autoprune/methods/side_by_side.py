@@ -216,7 +216,28 @@ def join(seen: Observation, parts: Sequence[Part]) -> Selection | None:
             kept[index] = -1
             kept[index, : own.shape[1]] = own.to(kept.device)
     merged = _join_merged(seen, parts)
-    return Selection(kept, counts, merged, _join_states(seen, parts, kept, counts, merged))
+    states = _join_states(seen, parts, kept, counts, merged)
+    return Selection(kept, counts, merged, states, _join_sizes(seen, parts, kept))
+
+
+def _join_sizes(
+    seen: Observation, parts: Sequence[Part], kept: torch.Tensor
+) -> torch.Tensor | None:
+    """The sizes of the kept tokens, if a method gives some; the others' stay what they are."""
+    given = [
+        (part, part.selection.sizes)
+        for part in parts
+        if part.selection is not None and part.selection.sizes is not None
+    ]
+    if not given:
+        return None
+    sizes = torch.ones(kept.shape, device=kept.device)
+    if seen.sizes is not None:
+        sizes = seen.sizes.to(sizes).gather(1, kept.clamp(min=0))
+    for part, own in given:
+        own = own[:, : max(part.counts)]
+        sizes[part.index(sizes.device), : own.shape[1]] = own.to(sizes)
+    return sizes
 
 
 def _join_merged(seen: Observation, parts: Sequence[Part]) -> Merged | None:
@@ -234,14 +255,19 @@ def _join_merged(seen: Observation, parts: Sequence[Part]) -> Merged | None:
     # The place of the last visual token is as good as none: what is made goes behind what is kept.
     last = to_device([max(count - 1, 0) for count in seen.counts], device)
     place, counts = last[:, None].repeat(1, number), [0] * len(seen.counts)
+    sizes = None
+    if any(merged.sizes is not None for _, merged in made):
+        sizes = torch.ones(place.shape, device=device)
     for part, merged in made:
         own = slice(merged.hidden.shape[1])
         hidden[part.index(hidden.device), own] = merged.hidden.to(hidden)
         if merged.place is not None:
             place[part.index(device), own] = merged.place.to(device)
+        if sizes is not None and merged.sizes is not None:
+            sizes[part.index(device), own] = merged.sizes.to(sizes)
         for prompt, count in zip(part.prompts, merged.counts, strict=True):
             counts[prompt] = count
-    return Merged(hidden, counts, place)
+    return Merged(hidden, counts, place, sizes)
 
 
 def _join_states(

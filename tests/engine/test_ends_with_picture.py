@@ -172,7 +172,7 @@ def test_the_last_token_displaces_the_worst_where_tokens_are_ranked():
     class Watching(AutoPrune):
         def select(self, observation, state):
             if observation.cut > 1:
-                seen.append((observation, self._scores(observation)))
+                seen.append((observation, self._scores(observation, state)))
             return super().select(observation, state)
 
     with torch.no_grad(), Watching(RATIO, rank_every=1)(model) as trace:

@@ -140,6 +140,27 @@ def test_a_prompt_keeps_what_it_keeps_alone(mix, batch, family):
     same_as_the_oracle(model, family, batch, methods)
 
 
+SIZED = {
+    "at different cuts": [
+        VisionZip(Budget.ratio(0.4), proportional=True),
+        autoprune.create("pact", Budget.ratio(0.5), proportional=True),
+        SparseVLM(Budget.ratio(0.5), proportional=True),
+    ],
+    "beside none": [
+        AutoPrune(Budget.ratio(0.5)),
+        autoprune.create("pact", Budget.ratio(0.5), proportional=True),
+        None,
+    ],
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
+@pytest.mark.parametrize("mix", SIZED)
+def test_a_prompts_tokens_count_for_what_they_count_for_alone(mix, batch, family):
+    same_as_alone(model_of(family, "sdpa"), family, batch, SIZED[mix])
+
+
 PAIR = [AutoPrune(Budget.ratio(0.4)), FastV(Budget.ratio(0.6)), None]
 
 

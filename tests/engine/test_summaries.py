@@ -14,10 +14,12 @@ import torch
 import autoprune
 from autoprune import AutoPrune, Budget, SummaryToken, UnsupportedError
 from autoprune.contract import Needs, Selection
+from autoprune.engine.tokens.summary import Mean
 from autoprune.methods.base import Planned, PreDecoder
 from autoprune.parts.selectors import top_k
 from autoprune.policy.released import recycled_count
 from tests import kernels, oracle, zoo
+from tests.engine.test_ends_with_picture import ending
 from tests.scattered import DEEP, Scattered
 from tests.spy import Spy, for_oracle
 
@@ -94,6 +96,79 @@ def test_every_method_that_drops_may_summarise(name, family, batch):
     for sample in result.samples:
         assert sample.tokens_per_layer == sample.schedule
         assert (sample.summary_token is None) == (sample.tokens_per_layer[-1] == 0)
+
+
+@dataclass(frozen=True)
+class Falling(Planned):
+    """Few tokens, then a single one; by scores that know nothing of what has to stay."""
+
+    name: ClassVar[str] = "falling"
+    merger: str = "summary"
+
+    def shape(self, setting, num_visual, num_layers):
+        return [setting, setting, 3, 3, 1, 1]
+
+    def choose(self, seen, counts, state):
+        return Selection(top_k(-seen.index.float(), counts, seen.mask), list(counts))
+
+
+@pytest.mark.parametrize("batch", ["single", "padded3"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        AutoPrune(4, first_cut="peek", gamma=0.0, k0=2.0, rank_every=1, merger="summary"),
+        AutoPrune(4, first_cut="peek", gamma=0.0, k0=2.0, merger="summary"),
+        Falling(5),
+    ],
+    ids=["every cut", "rankings", "selections"],
+)
+def test_a_last_token_that_is_visual_outlives_the_summary(method, batch):
+    model = model_of("llava", "sdpa")
+    arguments = ending("llava", model, batch, rows=(0, 2))
+    result = oracle.compare(model, arguments, method)
+    assert result.worst < TOLERANCE
+    for row, sample in enumerate(result.samples):
+        assert sample.tokens_per_layer[-1] == 1 and sample.summary_token is not None
+        if row == 1:
+            assert sample.kept[-1].tolist() == [sample.summary_token]
+        else:
+            assert all(int(kept[-1]) == sample.num_visual - 1 for kept in sample.kept)
+
+
+@pytest.mark.parametrize("rank_every", [1, 8])
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
+def test_a_picture_that_is_not_finite_reaches_no_other_prompt(batch, rank_every):
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, batch)
+    visual = zoo.visual_mask(model, arguments["input_ids"]).sum(dim=1)
+    method = of(budget=0.4, rank_every=rank_every)
+    with method(model), torch.no_grad():
+        expected = model(**arguments).logits[:, -1]
+    for picture in range(len(arguments["pixel_values"])):
+        pixels = arguments["pixel_values"].clone()
+        pixels[picture] = math.nan
+        # 16 visual tokens a picture.
+        own = int((visual.cumsum(0) > 16 * picture).to(torch.uint8).argmax())
+        with method(model), torch.no_grad():
+            got = model(**arguments | {"pixel_values": pixels}).logits[:, -1]
+        assert got[own].isnan().all()
+        others = [row for row in range(3) if row != own]
+        close(got[others], expected[others])
+
+
+@pytest.mark.parametrize("rank_every", [1, 8])
+def test_a_prompt_without_a_summary_is_not_computed_anew(rank_every, monkeypatch):
+    """Multiplied by 1 its states would be rounded, where products are made of TF32 numbers."""
+    model = model_of("llava", "sdpa")
+    arguments = zoo.inputs("llava", model, "padded3_text")
+    method, found = of(rank_every=rank_every), []
+    right = Mean.of
+    for mean in (right, lambda *given: right(*given) + 1.0):
+        monkeypatch.setattr(Mean, "of", mean)
+        with method(model), torch.no_grad():
+            found.append(model(**arguments).logits[:, -1])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("name", ["visionzip", "tome", "prumerge", "sparsevlm", "pooling", "pact"])

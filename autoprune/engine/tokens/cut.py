@@ -211,7 +211,8 @@ class Plan:
                 if held is None:
                     held = _put_at(self._goes, weights, int(self.sizes.ends[-1]))
                 own = held[self.sizes.rows(depth - 1)]
-            means.append(Mean(own.view(len(rows[0]), 1, -1), rows[number], standing.typical))
+            own = own.view(self.sizes.batch, 1, -1)
+            means.append(Mean(own, rows[number], standing.prompts, standing.typical))
         return means
 
     @cached_property

@@ -22,31 +22,34 @@ class Mean:
     """What a cut makes of the summaries.
 
     weights: [batch, 1, n], the share of each token that stood before the cut.
-    rows: LongTensor [batch], the summaries' rows in the new hidden states. A prompt without one keeps its last
-        token as it is.
+    rows: LongTensor [summaries], their rows in the new hidden states.
+    prompts: LongTensor [summaries], whose they are; None where each prompt has one.
     typical: whether means are scaled to the mean norm of what they are made of.
     """
 
     weights: torch.Tensor
     rows: torch.Tensor
+    prompts: torch.Tensor | None
     typical: bool
 
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The summaries' hidden states [batch, size], from those before the cut [batch, n, size]."""
+        """The summaries' hidden states [summaries, size], from those before the cut [batch, n, size]."""
         mean = self.weights.to(hidden.device) @ hidden
         if self.typical:
             norms = torch.linalg.vector_norm(hidden, dim=2, keepdim=True, dtype=torch.float32)
             norm = torch.linalg.vector_norm(mean, dim=2, keepdim=True, dtype=torch.float32)
             wanted = self.weights.to(norms) @ norms
             mean = mean * (wanted / norm.clamp(min=torch.finfo(torch.float32).tiny)).to(mean)
-        return mean[:, 0]
+        mean = mean[:, 0]
+        return mean if self.prompts is None else mean[self.prompts.to(mean.device)]
 
 
 @dataclass(frozen=True)
 class Standing:
     """The summaries of all prompts at cuts that follow each other.
 
-    here: bool [batch, n], the token of each prompt that is its summary; its last one where it has none.
+    here: bool [batch, n], the token of each prompt that is its summary.
+    prompts: LongTensor [summaries], those that have one; None for all.
     own, each: float32 [cuts, batch, 1], the share in the summary behind a cut that it had before, and that
         each token has that goes at the cut. 1 and 0 where there is no summary.
     bias: float32 [cuts, batch, 1], what is added to the scores of attention on it.
@@ -54,6 +57,7 @@ class Standing:
     """
 
     here: torch.Tensor
+    prompts: torch.Tensor | None
     own: torch.Tensor
     each: torch.Tensor
     bias: torch.Tensor
@@ -75,8 +79,9 @@ class Standing:
         return torch.where(self.here, self.bias, others)
 
     def rows(self, place: torch.Tensor) -> torch.Tensor:
-        """The summaries' rows behind each cut, [cuts, batch]; `place` [cuts, batch, n] has all tokens'."""
-        return (place * self.here).sum(dim=2)
+        """The summaries' rows behind each cut, [cuts, summaries]; `place` [cuts, batch, n] has all tokens'."""
+        rows = (place * self.here).sum(dim=2)
+        return rows if self.prompts is None else rows[:, self.prompts]
 
 
 class Summaries:
@@ -93,9 +98,10 @@ class Summaries:
         self.required = np.array(required) if len(required) else np.zeros_like(self.num_visual)
         # LongTensor [batch, 1], where they stand; None until there is any.
         self.column: torch.Tensor | None = None
-        # Whether each prompt has one; a prompt that gave its own up gets no other.
+        # Whether each prompt has one, and whether it had one that gave way; such a prompt gets no other.
         self.has = np.zeros(len(self.num_visual), dtype=bool)
-        self._lost = np.zeros_like(self.has)
+        self.had = np.zeros_like(self.has)
+        self._slots: tuple[Tokens, torch.Tensor] | None = None
 
     def fits(self, counts: np.ndarray) -> np.ndarray:
         """Whether so many visual tokens, [..., batch], leave room for a summary."""
@@ -111,15 +117,25 @@ class Summaries:
         """
         after, whole = np.array(kept) + 1, np.array(tokens.counts) == self.num_visual
         whole &= [n is None or n > now for n, now in zip(planned, kept, strict=True)]
-        return ~self.has & ~self._lost & whole & (after < self.num_visual) & self.fits(after)
+        return ~self.has & ~self.had & whole & (after < self.num_visual) & self.fits(after)
 
     def slots(self, tokens: Tokens) -> torch.Tensor | None:
         """bool [batch, V], the summaries among the visual tokens present; None if there are none."""
         if self.column is None or not self.has.any():
             return None
-        column = tokens.column.gather(1, tokens.slots)
-        here = (column == self.column) & tokens.slot_mask
-        return here if self.has.all() else here & _flags(self.has, here.device)
+        if self._slots is None or self._slots[0] is not tokens:
+            column = tokens.column.gather(1, tokens.slots)
+            here = (column == self.column) & tokens.slot_mask
+            if not self.has.all():
+                here = here & _flags(self.has, here.device)
+            self._slots = tokens, here
+        return self._slots[1]
+
+    def give_way(self, counts: np.ndarray) -> None:
+        """Let summaries become ordinary tokens where cuts to so many, [cuts, batch], leave them no room."""
+        out = self.has & ~self.fits(counts).all(axis=0)
+        if out.any():
+            self.had, self.has, self._slots = self.had | out, self.has & ~out, None
 
     def lead(self, tokens: Tokens, order: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
         """The visual tokens in the order in which they are kept, with new summaries in front.
@@ -129,10 +145,8 @@ class Summaries:
             counts: int [cuts, batch], what each prompt keeps.
         """
         roomy = self.fits(counts).all(axis=0)
-        self._lost |= self.has & ~roomy
-        self.has &= roomy
         whole, fallen = np.array(tokens.counts) == self.num_visual, counts < self.num_visual
-        new = ~self.has & ~self._lost & roomy & whole & fallen.any(axis=0)
+        new = ~self.has & ~self.had & roomy & whole & fallen.any(axis=0)
         if not new.any():
             return order
         first = counts[fallen.argmax(axis=0), np.arange(len(new))]
@@ -152,7 +166,7 @@ class Summaries:
         column = tokens.column.gather(1, tokens.slots.gather(1, summary))
         if self.column is not None:
             column = torch.where(new_there, column, self.column)
-        self.column, self.has = column, self.has | new
+        self.column, self.has, self._slots = column, self.has | new, None
         # Where it is put in front, those before it move on by one.
         every = tokens.prompts.ascending[: order.shape[1]]
         moved = order.gather(1, torch.where(every <= chosen, every - 1, every).clamp_(min=0))
@@ -173,11 +187,11 @@ class Summaries:
         device, strength = tokens.column.device, self.form.strength
         numbers = np.stack([before / after, self.has / after, strength * np.log(after)])
         own, each, bias = to_device(numbers.astype(np.float32)[..., None], device).unbind(0)
-        here = tokens.column == self.column
+        here, prompts = tokens.column == self.column, None
         if not self.has.all():
-            last = tokens.prompts.ascending[: tokens.width] == tokens.last_slot
-            here = torch.where(_flags(self.has, device), here, last)
-        return Standing(here, own, each, bias, self.form.norm == "typical", dtype)
+            flags, prompts = all_to_device([self.has[:, None], np.flatnonzero(self.has)], device)
+            here = here & flags
+        return Standing(here, prompts, own, each, bias, self.form.norm == "typical", dtype)
 
 
 def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:
