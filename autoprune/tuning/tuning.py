@@ -104,7 +104,7 @@ def tune(
     for name in ("trials", "new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    space = Space.of(budget, options.methods, options.fleet)
+    space = Space.of(budget, options.methods)
     parts = split(prompts, options.seed)
     identity = ModelIdentity.of(model, options.model_name or type(model).__name__)
     _claim(model, prompts, space, directory, options)
