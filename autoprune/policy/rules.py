@@ -7,6 +7,8 @@ tokens are means over the layers that are still open, those behind `mi_layer`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,9 +121,9 @@ class CalibratedRule:
         shapes = (number, len(self.scale), *(len(row) - 1 for row in self.weights))
         if len(self.tokens) != len(self.weights) or len(set(shapes)) > 1 or number < _MEASURED:
             raise ValueError(
-                f"a calibrated rule has a mean and a scale of {_MEASURED} features or more, and for each of its "
-                "budgets a weight of each and a constant, got "
-                f"{len(self.tokens)} budgets and numbers of {list(shapes)}"
+                f"a calibrated rule has a mean and a scale of {_MEASURED} features or more, and for each of "
+                f"its budgets a weight of each and a constant, got {len(self.tokens)} budgets and numbers of "
+                f"{list(shapes)}"
             )
         numbers = [*self.tokens, *self.mean, *self.scale, *(w for row in self.weights for w in row)]
         if not all(map(_is_number, numbers)) or min(self.scale) <= 0:
@@ -197,6 +199,11 @@ class CalibratedRule:
             tuple(scale.tolist()),
             tuple(tuple(row.tolist()) for row in weights),
         )
+
+    def __repr__(self) -> str:
+        """Short, and another one for every other rule."""
+        digest = hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:12]
+        return f"<CalibratedRule of {len(self.tokens)} budgets and {len(self.mean)} features, {digest}>"
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "calibrated", **asdict(self)}
