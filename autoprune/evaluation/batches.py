@@ -40,10 +40,13 @@ def prepare(
     batch_size: int,
     on_progress: Callable[[int], None] = lambda prepared: None,
     encode: Encode | None = None,
+    by_length: bool = True,
 ) -> list[Batch]:
     """Batches of tasks with prompts of similar length; one by one where the tokenizer cannot pad.
 
     Args:
+        by_length: if not, the tasks stay in their order. A budget that a batch shares is of little use among
+            questions that are alike, as those of one length are.
         on_progress: called with the number of tasks in each batch that is ready.
         encode: makes features of the pixels of what is kept.
 
@@ -54,8 +57,10 @@ def prepare(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if getattr(_tokenizer(processor), "pad_token_id", None) is None:
         batch_size = 1
-    lengths = [_length(processor, task) for task in tasks]
-    order = sorted(range(len(tasks)), key=lengths.__getitem__)
+    order = list(range(len(tasks)))
+    if by_length:
+        lengths = [_length(processor, task) for task in tasks]
+        order.sort(key=lengths.__getitem__)
     batches, room = [], PREPARED_BYTES
     for start in range(0, len(tasks), batch_size):
         chosen = [tasks[index] for index in order[start : start + batch_size]]

@@ -100,6 +100,7 @@ def compare(
             options.batch_size,
             on_progress=lambda n: progress.advance(bar, n),
             encode=encoder(model, settings),
+            by_length=not any(s.method and s.method.budget.over != "prompt" for s in settings),
         )
     work = _Work(model, processor, batches, new_tokens, run_directory)
     with progress_bar(options.show_progress) as progress:

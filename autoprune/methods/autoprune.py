@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
@@ -29,13 +29,13 @@ from ..policy.budget import Budget
 from ..policy.cost import DecoderCost
 from ..policy.curves import get_curve
 from ..policy.fleet import Fleet
-from ..policy.information import mutual_information, visual_spread
+from ..policy.information import mutual_information
 from ..policy.schedules import at_depth, check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
 from .any_budget import AnyBudget
 from .base import Method, check_settings
 from .per_prompt import PerPrompt, per_prompt
-from .sharing import check_fleet, end_booking, plan_shared
+from .sharing import check_fleet, end_booking, other_signals, plan_shared
 
 Ranked = Literal["vision", "text", "text+vision", "text+diversity"]
 
@@ -340,9 +340,10 @@ class AutoPrune(Method):
         ranks = cut == first and any(due[first:until])
         if not (ranks or cut == self.mi_layer + 1):
             return None
-        if self._is_first(cut):
-            return self._first_needs()
-        return Needs(rows="text", hidden=self._recycles)
+        needs = self._first_needs() if self._is_first(cut) else Needs("text", hidden=self._recycles)
+        # Who shares a budget looks at the question too.
+        shares = cut == self.mi_layer + 1 and self.budget.over != "prompt"
+        return replace(needs, hidden=True) if shares else needs
 
     def _is_first(self, cut: int) -> bool:
         return cut == (self.first_cut == "after_layer_0")
@@ -359,14 +360,14 @@ class AutoPrune(Method):
 
     def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
         if seen.cut == self.mi_layer + 1:
-            bits, spread = self._measure(seen)
+            bits, others = self._measure(seen)
             measured = [self._disturbed(own) for own in bits]
             information = self._information_for_schedule(measured)
             schedule: AdaptiveSchedule = state.notes["adaptive"]
             if self.budget.over == "prompt":
                 plan = schedule.after_measuring(_sizes(state), information)
             else:
-                plan = plan_shared(schedule, self.fleet, _sizes(state), information, spread, state)
+                plan = plan_shared(schedule, self.fleet, _sizes(state), information, others, state)
             state.mutual_information = measured
             self._follow(plan, state)
         if self._recycles and seen.cut > 1:
@@ -378,14 +379,16 @@ class AutoPrune(Method):
         return Ranking(self._scores(seen, state), until)
 
     def _measure(self, seen: Observation) -> tuple[list[float], list[list[float]]]:
-        """Each prompt's mutual information in bits, and where a budget is shared its `visual_spread`."""
+        """Each prompt's mutual information in bits, and where a budget is shared its `other_signals`."""
         assert seen.attention is not None
         text = None if seen.no_padding else seen.text_mask
         visual = seen.mask if seen.ragged else None
         measured, heads = mutual_information(seen.attention, text, visual), seen.attention.shape[1]
         if self.budget.over != "prompt":
+            assert seen.text_hidden is not None
+            others = other_signals(seen.attention, seen.text_hidden(), text, visual)
             # One tensor, as each read waits for the device.
-            measured = torch.cat((measured, visual_spread(seen.attention, text, visual)), dim=1)
+            measured = torch.cat((measured, others), dim=1)
         rows = measured.tolist()
         # Attention that overflowed tells nothing; the other prompts of the batch go on.
         bits = [sum(row[:heads]) / heads for row in rows]

@@ -38,7 +38,7 @@ from ..policy.cost import DecoderCost
 from ..policy.schedules import at_depth, check_size, fit_schedule, schedule_from_cuts
 from ..trace import Sample
 from .any_budget import AnyBudget
-from .tuned_file import ModelIdentity, TunedFile
+from .tuned_file import ModelIdentity, TunedFile, as_setting
 
 if TYPE_CHECKING:
     from ..engine.attach import Attachment
@@ -78,9 +78,8 @@ class Method(MethodContract):
                 f"{str(path)!r} holds the method {file.method}, and {cls.__name__} is {cls.name}; "
                 "autoprune.load_method(path) loads whichever it is"
             )
-        # JSON has no tuples.
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in file.settings.items()}
         try:
+            settings = {name: as_setting(value) for name, value in file.settings.items()}
             method = cls(budget=file.budget, **settings)  # type: ignore[call-arg]
         except (TypeError, ValueError) as error:
             raise ValueError(

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..contract import PromptState
 from ..policy.adaptive import AdaptiveSchedule, Sizes
 from ..policy.budget import Budget
 from ..policy.demand import Demand, plan_batch
 from ..policy.fleet import Fleet
-from ..policy.rules import InformationRule, Signals
+from ..policy.information import visual_spread
+from ..policy.rules import QUESTION, InformationRule, Signals
 
 
 def check_fleet(budget: Budget, fleet: Any) -> None:
@@ -36,14 +38,14 @@ def plan_shared(
     fleet: Fleet | None,
     sizes: Sizes,
     information: Sequence[float],
-    spread: Sequence[Sequence[float]],
+    others: Sequence[Sequence[float]],
     state: PromptState,
 ) -> np.ndarray:
     """The schedules [prompts, L] of a batch whose budget is shared; a stream's booking waits for `end_booking`.
 
     Args:
         sizes: of all prompts. information: bits.
-        spread: of each prompt, as `visual_spread` gives it.
+        others: of each prompt, what `other_signals` gives.
     """
     copies = state.prompts.repeats
     rows = [row for row in range(0, len(sizes.num_visual), copies) if sizes.num_visual[row]]
@@ -55,7 +57,7 @@ def plan_shared(
         sizes.cost,
     )
     signals = _signals(
-        schedule, own, [information[row] for row in rows], [spread[row] for row in rows]
+        schedule, own, [information[row] for row in rows], [others[row] for row in rows]
     )
     prompts = Demand.of(schedule, own, [information[row] for row in rows], signals, copies)
     if schedule.budget.over == "stream":
@@ -66,6 +68,30 @@ def plan_shared(
     for row, counts in zip(rows, shared, strict=True):
         plan[row : row + copies] = counts
     return plan
+
+
+def other_signals(
+    attention: torch.Tensor,
+    hidden: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    visual_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What `plan_shared` must know of each prompt beside its information, float32 [batch, 2 + QUESTION].
+
+    First `visual_spread`, then `Signals.question`. On the device: nothing waits.
+
+    Args:
+        attention, text_mask, visual_mask: as for `mutual_information`.
+        hidden: [batch, text, hidden size], of the same text rows.
+    """
+    states = hidden.to(attention.device, torch.float32)
+    if text_mask is None:
+        mean = states.mean(dim=1)
+    else:
+        real = text_mask[..., None]
+        mean = states.where(real, 0.0).sum(dim=1) / real.sum(dim=1).clamp_min(1)
+    question = torch.nn.functional.adaptive_avg_pool1d(mean[:, None], QUESTION)[:, 0]
+    return torch.cat((visual_spread(attention, text_mask, visual_mask).float(), question), dim=1)
 
 
 def end_booking(fleet: Fleet | None, state: PromptState, done: bool) -> None:
@@ -79,10 +105,10 @@ def _signals(
     schedule: AdaptiveSchedule,
     sizes: Sizes,
     information: Sequence[float],
-    spread: Sequence[Sequence[float]],
+    others: Sequence[Sequence[float]],
 ) -> list[Signals]:
     means = schedule.before_measuring(sizes)[:, schedule.mi_layer + 1 :].mean(axis=1).tolist()
-    measured = zip(information, spread, sizes.num_visual, sizes.num_text, means, strict=True)
+    measured = zip(information, others, sizes.num_visual, sizes.num_text, means, strict=True)
     return [
         # Attention that overflowed tells nothing: as if it were everywhere.
         Signals(
@@ -92,6 +118,7 @@ def _signals(
             visual,
             text,
             mean,
+            tuple(number if math.isfinite(number) else 0.0 for number in question),
         )
-        for bits, (participation, entropy), visual, text, mean in measured
+        for bits, (participation, entropy, *question), visual, text, mean in measured
     ]

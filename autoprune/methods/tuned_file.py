@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..contract import SummaryToken
 from ..files import write_whole
 from ..policy.budget import Budget
+from ..policy.fleet import Fleet
+from ..policy.rules import rule_from_dict
 
 FORMAT = "autoprune tuned method"
 FORMAT_VERSION = 1
@@ -146,7 +149,26 @@ class TunedFile:
 def settings_of(method: Any) -> dict[str, Any]:
     """Every option of a method beside its budget, for JSON."""
     names = [option.name for option in dataclasses.fields(method) if option.name != "budget"]
-    return {name: getattr(method, name) for name in names}
+    return {name: _as_json(getattr(method, name)) for name in names}
+
+
+def _as_json(value: Any) -> Any:
+    """A setting: a fleet by its rule, as its state is one process's; a summary token as text."""
+    if isinstance(value, Fleet):
+        return {"rule": value.rule_as_dict()}
+    return str(value) if isinstance(value, SummaryToken) else value
+
+
+def as_setting(value: Any) -> Any:
+    """A setting of a method, from what JSON has of it.
+
+    Raises:
+        ValueError: it was a fleet's rule and is damaged.
+    """
+    if isinstance(value, dict):
+        return Fleet(rule_from_dict(value.get("rule")))
+    # JSON has no tuples.
+    return tuple(value) if isinstance(value, list) else value
 
 
 def is_tuned_file(name: str) -> bool:

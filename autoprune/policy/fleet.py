@@ -162,19 +162,24 @@ class Fleet:
                 f"{budget.expression} on one of {layers}; give each budget and model a Fleet of its own"
             )
 
+    def rule_as_dict(self) -> dict[str, Any] | None:
+        """The rule for JSON, as `rules.rule_from_dict` reads it; None if it is a function of the user's."""
+        describe = getattr(self.rule, "to_dict", None)
+        return describe() if callable(describe) else None
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state and the rule as JSON; the file appears whole or not at all.
 
         What prompts under way hold is not in the saved bank. Of a function as the rule nothing is written.
         """
-        describe = getattr(self.rule, "to_dict", None)
+        rule = self.rule_as_dict()
         with self._lock:
             budget, state = self._budget, self._state
             record = {
                 "autoprune_fleet": VERSION,
                 "budget": None if budget is None else [budget.kind, budget.value],
                 "layers": self._layers,
-                "rule": describe() if callable(describe) else None,
+                "rule": rule,
                 "prompts": state.prompts,
                 "allowed": state.allowed,
                 "spent": state.spent,

@@ -7,6 +7,8 @@ tokens are means over the layers that are still open, those behind `mi_layer`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +26,9 @@ LEAST_BITS = 0.1
 FEWEST_ROWS = 100
 """Prompts below which a calibrated rule is refused: from 50 it does worse than no rule."""
 
+QUESTION = 64
+"""Numbers that say what a question is about."""
+
 ENOUGH_ROWS = 400
 """Prompts below which a calibrated rule warns that half of its gain may be missing."""
 
@@ -40,6 +45,9 @@ class Signals:
         num_visual: N, tokens; num_text: the other tokens of the prompt.
         own_tokens: the mean number of visual tokens that its own allowance pays for in the layers behind
             `mi_layer`.
+        question: what the text behind the picture is about, so that a rule can tell one kind of question from
+            another: the mean of its hidden states behind `mi_layer`, shrunk to `QUESTION` numbers. They mean
+            something to one model only. Empty where they were not measured.
     """
 
     information: float
@@ -48,7 +56,10 @@ class Signals:
     num_visual: int
     num_text: int
     own_tokens: float
+    question: tuple[float, ...] = ()
 
+
+_MEASURED = 5  # features beside the question
 
 Rule = Callable[[Sequence[Signals], Floats], ArrayLike]
 """(signals of P prompts, ascending mean visual tokens per open layer [C]) -> predicted loss [P, C].
@@ -106,12 +117,13 @@ class CalibratedRule:
     weights: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        number = len(features([]).T)
-        shapes = (len(self.mean), len(self.scale), *(len(row) - 1 for row in self.weights))
-        if len(self.tokens) != len(self.weights) or set(shapes) != {number}:
+        number = len(self.mean)
+        shapes = (number, len(self.scale), *(len(row) - 1 for row in self.weights))
+        if len(self.tokens) != len(self.weights) or len(set(shapes)) > 1 or number < _MEASURED:
             raise ValueError(
-                f"a calibrated rule has a mean and a scale of {number} features and {number + 1} weights for "
-                f"each of its budgets, got {len(self.tokens)} budgets and numbers of {list(shapes)}"
+                f"a calibrated rule has a mean and a scale of {_MEASURED} features or more, and for each of "
+                f"its budgets a weight of each and a constant, got {len(self.tokens)} budgets and numbers of "
+                f"{list(shapes)}"
             )
         numbers = [*self.tokens, *self.mean, *self.scale, *(w for row in self.weights for w in row)]
         if not all(map(_is_number, numbers)) or min(self.scale) <= 0:
@@ -121,7 +133,13 @@ class CalibratedRule:
         _check_tokens(self.tokens)
 
     def __call__(self, signals: Sequence[Signals], tokens: Floats) -> Floats:
-        seen = (features(signals) - self.mean) / self.scale
+        found = features(signals)
+        if len(signals) and found.shape[1] != len(self.mean):
+            raise ValueError(
+                f"this rule looks at {len(self.mean)} features of a prompt, got {found.shape[1]}; fit it anew "
+                "on signals of this release and this model"
+            )
+        seen = (found.reshape(-1, len(self.mean)) - self.mean) / self.scale
         # Far from what it was fitted on, a straight line would say anything.
         seen = np.clip(seen, -3, 3)
         weights = np.array(self.weights)
@@ -182,12 +200,28 @@ class CalibratedRule:
             tuple(tuple(row.tolist()) for row in weights),
         )
 
+    def __repr__(self) -> str:
+        """Short, and another one for every other rule."""
+        digest = hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:12]
+        return f"<CalibratedRule of {len(self.tokens)} budgets and {len(self.mean)} features, {digest}>"
+
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "calibrated", **asdict(self)}
 
 
 def features(signals: Sequence[Signals]) -> Floats:
-    """What a calibrated rule looks at, [prompts, features]: numbers of tokens as logarithms to base 2."""
+    """What a calibrated rule looks at, [prompts, features]: numbers of tokens as logarithms to base 2, and
+    what the question is about.
+
+    Raises:
+        ValueError: the question is described by more numbers for one prompt than for another.
+    """
+    lengths = {len(s.question) for s in signals}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the questions of all prompts are described by as many numbers, got {sorted(lengths)}; measure "
+            "all prompts on one model"
+        )
     rows = [
         (
             s.information,
@@ -195,10 +229,11 @@ def features(signals: Sequence[Signals]) -> Floats:
             s.entropy,
             math.log2(max(s.num_visual, 1)),
             math.log2(1 + s.num_text),
+            *s.question,
         )
         for s in signals
     ]
-    return np.array(rows, dtype=np.float64).reshape(-1, 5)
+    return np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else _MEASURED)
 
 
 def rule_from_dict(saved: Any) -> Rule:

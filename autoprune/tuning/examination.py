@@ -20,8 +20,11 @@ from ..evaluation.encoding import Encode
 from ..evaluation.tasks import Task
 from ..evaluation.workers import run_all
 from ..files import write_whole
+from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
+from ..policy.rules import Signals
 from .agreement import Answers, Scores, plain_answers, scores
+from .signals import signals
 
 Advance = Callable[[int], None]
 
@@ -60,6 +63,7 @@ class Examination:
         new_tokens: int,
         workers: int = 1,
         encode: Encode | None = None,
+        by_length: bool = True,
         advance: Advance = ignore,
     ) -> Examination:
         """Make the inputs, and read the plain answers from the folder or ask for them.
@@ -67,13 +71,13 @@ class Examination:
         Args:
             loaded: the model and its processor.
             new_tokens: of an answer at most.
-            encode: as for `evaluation.batches.prepare`.
+            encode, by_length: as for `evaluation.batches.prepare`.
             advance: called with the number of prompts that are ready.
         """
         model, processor = loaded
         # Batches of one size keep all workers busy.
         size = -(-len(tasks) // -(-len(tasks) // batch_size))
-        batches = prepare(model, processor, tasks, size, encode=encode)
+        batches = prepare(model, processor, tasks, size, encode=encode, by_length=by_length)
         answers = _plain(model, batches, folder / f"{name}.npz", new_tokens, workers, advance)
         place = {task.id: index for index, task in enumerate(tasks)}
         order = np.array([place[task.id] for batch in batches for task in batch.tasks])
@@ -110,6 +114,18 @@ class Examination:
         kept.parent.mkdir(exist_ok=True)
         write_whole(kept, json.dumps({k: v.tolist() for k, v in vars(sorted_back).items()}))
         return sorted_back
+
+    def signals(self, method: AutoPrune) -> list[Signals]:
+        """What a shared budget is told of each prompt, in the order of the prompts that were given."""
+
+        def work(index: int) -> Iterator[tuple[int, list[Signals]]]:
+            yield index, signals(self.model, method, self.batches[index])
+
+        found: dict[int, list[Signals]] = {}
+        workers = min(self.workers, len(self.batches))
+        run_all(work, range(len(self.batches)), workers, lambda news: found.update([news]))
+        joined = [own for index in sorted(found) for own in found[index]]
+        return [joined[place] for place in np.argsort(self.order)]
 
 
 def _digest(method: Method) -> str:

@@ -14,6 +14,7 @@ from ..methods.base import Method
 from .agreement import Scores
 
 TUNED, DEFAULT = "tuned", "default"
+SAME = "the same for all"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def judge(
     contenders: Mapping[str, Method],
     ask: Callable[[Method], Scores],
     pictures: Sequence[int],
+    against: str = DEFAULT,
 ) -> list[Judged]:
-    """Ask every contender the held-out prompts; differences are to the one called `DEFAULT`.
+    """Ask every contender the held-out prompts; differences are to the one called `against`.
 
     Args:
         ask: scores a method on the held-out prompts. Raises Refused where it cannot run.
@@ -58,12 +60,12 @@ def judge(
     labels = list(scores)
     agreement = [scores[label].agreement for label in labels]
     others = []
-    if DEFAULT in scores:
-        others = [own - scores[DEFAULT].agreement for own in agreement]
+    if against in scores:
+        others = [own - scores[against].agreement for own in agreement]
     estimates = mean_by_picture([*agreement, *others], pictures)
     values = dict(zip(labels, estimates, strict=False))
     differences = dict(zip(labels, estimates[len(labels) :], strict=False))
-    differences.pop(DEFAULT, None)
+    differences.pop(against, None)
     return [
         _judged(label, method, scores[label], values[label], differences.get(label))
         if label in scores
@@ -98,6 +100,25 @@ def choose(judged: Sequence[Judged]) -> tuple[Judged, str]:
             f"what was tuned is not better than the default beyond chance ({said}), so the default is kept"
         )
     return tuned, f"what was tuned is better than the default by {said}"
+
+
+def choose_rule(judged: Sequence[Judged], best: str) -> tuple[Judged, str]:
+    """Whether a budget is to be shared over a batch by the rule that was `best` in tuning, and why.
+
+    Only if it is better than the same budget for all, labelled `SAME`, by more than chance explains.
+    """
+    rows = {own.label: own for own in judged}
+    own, same = rows[best], rows[SAME]
+    gain = own.difference
+    if gain is None:
+        return same, f"the same budget for all, as {best} cannot run: {own.reason}"
+    said = f"{_points(gain.value)} [{_points(gain.low)}, {_points(gain.high)}] points of agreement"
+    if gain.low is None or gain.low <= 0:
+        return same, f"the same budget for all, as {best} is not better beyond chance ({said})"
+    return (
+        own,
+        f"a batch shares its budget by the rule {best}, better than the same for all by {said}",
+    )
 
 
 def mean_by_picture(

@@ -9,11 +9,17 @@ from PIL import Image
 from ..evaluation.tasks import Task, embedded_tasks
 from ..tiny.questions import EASY, HARD
 
+FIRST_SEED = 1000
+"""Seeds of a comparison's questions below it stay clear of what was tuned on."""
+
 
 def built_in_prompts(count: int, seed: int = 0) -> list[Task]:
-    """Questions about drawn shapes, without their answers; each about a picture of its own."""
+    """Questions about drawn shapes, without their answers; each about a picture of its own.
+
+    None of these pictures is in `evaluation.embedded_tasks` with a seed below `FIRST_SEED`.
+    """
     kinds = len((*EASY, *HARD))
-    tasks = embedded_tasks(-(-count // kinds), seed=seed)[:count]
+    tasks = embedded_tasks(-(-count // kinds), seed=FIRST_SEED + seed)[:count]
     return [Task(task.id, "all", task.question, (), task.image) for task in tasks]
 
 

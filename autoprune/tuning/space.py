@@ -5,12 +5,11 @@ To search one more option, add a line to `SPACE`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..methods import METHODS, create, options_of
+from ..methods import create, options_of
 from ..methods.base import Method
 from ..policy.budget import Budget
 
@@ -51,6 +50,9 @@ class Range:
 
 Dimension = Choice | Range
 
+SUMMARY = Choice("merger", (None, "summary"))
+"""Of a method that drops tokens and does nothing else with them."""
+
 SPACE: dict[str, tuple[Dimension, ...]] = {
     "autoprune": (
         Choice("first_cut", ("after_layer_0", "pre_llm", "peek")),
@@ -59,63 +61,67 @@ SPACE: dict[str, tuple[Dimension, ...]] = {
             (None, "text", "text+vision", "text+diversity"),
             when={"first_cut": ("after_layer_0", "peek")},
         ),
-        Choice("merger", (None, "dpc_knn", "summary")),
+        Choice(
+            "merger",
+            (
+                None,
+                "dpc_knn",
+                "summary",
+                "summary strength=0.5",
+                "summary strength=0",
+                "summary norm=typical",
+                "summary position=last",
+            ),
+        ),
         Range("k0", 0.05, 1.6, log=True),
         Range("gamma", 0.0, 1.0),
         Range("x0", 2.0, 24.0),
         Range("beta", 0.0, 2.0),
         Choice("mi_layer", (1, 2, 3)),
-        Choice("cut_every", (1, 2, 4)),
+        Choice("rank_every", (1, 8, 16)),
+        Choice("cut_every", (1, 2, 4, 8)),
     ),
-    "fastv": (Choice("layer", (1, 2, 3, 6)),),
-    "pdrop": (),
-    "divprune": (),
-    "scope": (),
-    "cdpruner": (),
+    "fastv": (Choice("layer", (1, 2, 3, 6)), SUMMARY),
+    "pdrop": (SUMMARY,),
+    "divprune": (SUMMARY,),
+    "scope": (SUMMARY,),
+    "cdpruner": (SUMMARY,),
 }
 """Options of each method that is tried, in the order in which they are decided."""
-
-FLEET = Choice("over", ("prompt", "batch", "stream"))
-"""Over what the budget is a mean; an option of the budget, searched where a fleet is asked for."""
 
 STARTS: tuple[Mapping[str, Any], ...] = (
     {"first_cut": "pre_llm"},
     {"first_cut": "peek"},
     {"merger": "summary"},
     {"first_cut": "peek", "merger": "summary"},
-    {"first_cut": "peek", "merger": "summary", "x0": 9.0},
+    {"first_cut": "peek", "first_ranking": "text+diversity", "merger": "summary"},
+    {"first_cut": "peek", "first_ranking": "text+diversity", "merger": "summary", "x0": 9.0},
 )
 """Settings of AutoPrune that are tried first, behind the defaults of every method."""
 
 Candidate = dict[str, Any]
-"""Values by the name of their parameter: "method", "autoprune.k0", "over"."""
+"""Values by the name of their parameter: "method", "autoprune.k0"."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The part of `SPACE` that this release and this model have."""
+    """The part of `SPACE` that is searched, at one budget."""
 
     budget: Budget
     dimensions: Mapping[str, tuple[Dimension, ...]]
-    fleet: Choice | None = None
 
     @classmethod
-    def of(
-        cls, budget: Budget, methods: Sequence[str] = tuple(SPACE), fleet: bool = False
-    ) -> Space:
-        """All options that the methods offer.
+    def of(cls, budget: Budget, methods: Sequence[str] = tuple(SPACE)) -> Space:
+        """What is searched of these methods.
 
         Raises:
-            ValueError: a method is not in `SPACE`, or a fleet is asked for and budgets have no such option.
+            ValueError: a method is not in `SPACE`.
         """
         unknown = [name for name in methods if name not in SPACE]
         if unknown or not methods:
             given = ", ".join(map(repr, unknown)) or "none"
             raise ValueError(f"methods to tune are some of {', '.join(SPACE)}, got {given}")
-        found = {name: tuple(filter(None, map(_offered(name), SPACE[name]))) for name in methods}
-        if fleet and "over" not in {option.name for option in dataclasses.fields(budget)}:
-            raise ValueError("budgets of this release are those of one prompt; leave out the fleet")
-        return cls(budget, found, FLEET if fleet else None)
+        return cls(budget, {name: SPACE[name] for name in methods})
 
     def suggest(self, trial: Trial) -> Candidate:
         """The values of the next trial, as optuna proposes them."""
@@ -125,8 +131,6 @@ class Space:
             if _applies(dimension, name, chosen):
                 parameter = f"{name}.{dimension.option}"
                 chosen[parameter] = dimension.suggest(trial, parameter)
-        if self.fleet is not None:
-            chosen["over"] = self.fleet.suggest(trial, "over")
         return chosen
 
     def starts(self) -> list[Candidate]:
@@ -134,12 +138,7 @@ class Space:
         found = [self._default(name) for name in self.dimensions]
         for changes in STARTS if "autoprune" in self.dimensions else ():
             changed = {f"autoprune.{option}": value for option, value in changes.items()}
-            offered = {
-                f"autoprune.{own.option}": own.values if isinstance(own, Choice) else None
-                for own in self.dimensions["autoprune"]
-            }
-            if all(k in offered and v in (offered[k] or (v,)) for k, v in changed.items()):
-                found.append(self._default("autoprune", changed))
+            found.append(self._default("autoprune", changed))
         return found
 
     def build(self, candidate: Candidate) -> Method:
@@ -154,47 +153,20 @@ class Space:
             for parameter, value in candidate.items()
             if parameter.startswith(f"{name}.")
         }
-        budget = self.budget
-        if self.fleet is not None:
-            budget = dataclasses.replace(budget, over=candidate["over"])
-        return create(name, budget, **options)
+        return create(name, self.budget, **options)
 
     def _default(self, name: str, changed: Mapping[str, Any] | None = None) -> Candidate:
         """The method's own values where they are searched, and those that are changed."""
         chosen: Candidate = {"method": name}
         options = options_of(name)
         for dimension in self.dimensions[name]:
+            # A changed value decides whether those behind it apply.
             if _applies(dimension, name, chosen):
                 parameter = f"{name}.{dimension.option}"
                 own = options[dimension.option].default
                 chosen[parameter] = (changed or {}).get(parameter, own)
-        if self.fleet is not None:
-            chosen["over"] = self.fleet.values[0]
         return chosen
 
 
 def _applies(dimension: Dimension, name: str, chosen: Candidate) -> bool:
     return all(chosen.get(f"{name}.{other}") in values for other, values in dimension.when.items())
-
-
-def _offered(name: str) -> Any:
-    """What gives a dimension with the values that the method takes; None if it has no such option."""
-
-    def part(dimension: Dimension) -> Dimension | None:
-        if dimension.option not in options_of(name):
-            return None
-        if isinstance(dimension, Range):
-            return dimension
-        values = tuple(value for value in dimension.values if _takes(name, dimension.option, value))
-        return dataclasses.replace(dimension, values=values)
-
-    return part
-
-
-def _takes(name: str, option: str, value: Any) -> bool:
-    # A value may only be refused beside the default of another option: that is found by the trial.
-    try:
-        METHODS[name](**{option: value})
-    except ValueError:
-        return False
-    return True

@@ -20,11 +20,13 @@ from ..evaluation.settings import REFERENCE
 from ..evaluation.timing import prefill_milliseconds, timed_batches
 from ..evaluation.workers import check_workers, threads_of_one
 from ..methods import create
+from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
 from ..methods.tuned_file import ModelIdentity, TunedFile, settings_of
 from ..policy.budget import Budget
 from .examination import Examination
-from .judgement import DEFAULT, TUNED, Judged, choose, judge
+from .fleet import RULES, STEPS, find_rules, shared
+from .judgement import DEFAULT, SAME, TUNED, Judged, choose, choose_rule, judge
 from .search import Search, Trial, check_optuna
 from .space import SPACE, Space
 from .split import PARTS, Split, split
@@ -41,7 +43,7 @@ class Options:
         trials: settings that are tried; a search that is done continues if there are to be more.
         seed: which prompts are held out, and what is proposed.
         methods: the methods to choose from.
-        fleet: also search over what the budget is a mean: each prompt, a batch, or a stream of them.
+        fleet: also find out by which rule a batch should share the budget (`tuning.fleet`).
         new_tokens: of an answer at most.
         batch_size: prompts at a time. workers: processes, on a CPU only.
         model_name: how the model is called in the file; default: its class.
@@ -65,7 +67,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """What was found. `chosen` is what the file holds, and `verdict` why."""
+    """What was found. `chosen` is what the file holds, and `verdict` why.
+
+    rules: the same budget for all and rules of a fleet, on the held-out prompts; None if not asked for, or if
+    the chosen method shares no budget.
+    """
 
     chosen: Judged
     verdict: str
@@ -73,6 +79,7 @@ class Result:
     plain_milliseconds: float | None
     trials: list[Trial]
     file: TunedFile
+    rules: list[Judged] | None = None
 
 
 def tune(
@@ -91,7 +98,7 @@ def tune(
     Args:
         model: in eval mode, on its device.
         prompts: pictures and questions; answers are not looked at.
-        budget: of every trial.
+        budget: of every trial. One over a batch asks for a fleet as `Options.fleet` does.
 
     Raises:
         ValueError: too few prompts, options out of range, a folder of another search, a picture that cannot be
@@ -104,7 +111,15 @@ def tune(
     for name in ("trials", "new_tokens"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    space = Space.of(budget, options.methods, options.fleet)
+    if budget.over == "stream":
+        raise ValueError(
+            "settings and rules are found with a budget over a batch; tune that, and take what is found for a "
+            'stream: replace(method, budget=replace(method.budget, over="stream"))'
+        )
+    if budget.over == "batch":
+        budget = dataclasses.replace(budget, over="prompt")
+        options = dataclasses.replace(options, fleet=True)
+    space = Space.of(budget, options.methods)
     parts = split(prompts, options.seed)
     identity = ModelIdentity.of(model, options.model_name or type(model).__name__)
     _claim(model, prompts, space, directory, options)
@@ -113,8 +128,17 @@ def tune(
     search = run.search(tuning)
     judged, plain = run.judge(search.best, held_out)
     chosen, verdict = choose(judged)
-    file = _file(chosen, verdict, judged, identity, parts, options, len(search.trials))
-    return Result(chosen, verdict, judged, plain, search.trials, file)
+    rules = None
+    if options.fleet and isinstance(chosen.method, AutoPrune):
+        rules, best = run.judge_rules(chosen.method, tuning, held_out)
+        chosen, said = choose_rule(rules, best)
+        verdict = f"{verdict}; {said}"
+    elif options.fleet:
+        verdict = f"{verdict}; {chosen.method.name} gives every prompt the same budget"
+    file = _file(
+        chosen, verdict, [*judged, *(rules or [])], identity, parts, options, len(search.trials)
+    )
+    return Result(chosen, verdict, judged, plain, search.trials, file, rules)
 
 
 @dataclass(frozen=True)
@@ -149,6 +173,7 @@ class _Run:
                         options.new_tokens,
                         options.workers,
                         encode,
+                        not options.fleet,
                         lambda prompts: progress.advance(bar, prompts),
                     )
                 )
@@ -192,6 +217,26 @@ class _Run:
         return [
             dataclasses.replace(own, milliseconds=timed.get(own.label)) for own in judged
         ], plain
+
+    def judge_rules(
+        self, method: AutoPrune, tuning: Sequence[Examination], held_out: Examination
+    ) -> tuple[list[Judged], str]:
+        """The same budget for all and rules of who gets how much; and which rule was best in tuning."""
+        with progress_bar(self.options.show_progress) as progress:
+            total = STEPS * self.split.tuned_on + (RULES + 1) * len(self.split.held_out)
+            bar = progress.add_task("fleet", total=total)
+
+            def advance(prompts: int) -> None:
+                progress.advance(bar, prompts)
+
+            rules = find_rules(method, tuning, lambda own, part: tuning[part].scores(own, advance))
+            contenders: dict[str, Method] = {SAME: method}
+            contenders |= {label: shared(method, rule) for label, rule in rules.by_label.items()}
+            judged = judge(
+                contenders, lambda own: held_out.scores(own, advance), self.split.pictures, SAME
+            )
+            progress.update(bar, completed=total)
+        return judged, rules.best
 
     def _milliseconds(self, methods: Sequence[Method]) -> list[float]:
         """Prefill per prompt, vision tower included: of the plain model and of each method, medians."""

@@ -55,6 +55,34 @@ def test_features_worked_out_by_hand():
     assert found.tolist() == [[1.5, 3.0, 2.5, 6.0, 5.0], [0, 0, 0, 0, 0]]
 
 
+def test_the_question_stands_behind_the_other_features():
+    asked = [Signals(1.5, 8.0, 2.5, 64, 31, 16.0, (0.25, -3.0))]
+    assert features(asked).tolist() == [[1.5, 3.0, 2.5, 6.0, 5.0, 0.25, -3.0]]
+    with pytest.raises(ValueError, match=r"described by as many numbers, got \[0, 2\]"):
+        features([*asked, signals()])
+
+
+def test_a_rule_sees_which_kind_of_question_it_is():
+    # Everything but the question is alike; answers to the first kind change at 4 tokens, the others never.
+    random = np.random.default_rng(0)
+    first = random.integers(0, 2, 800).astype(bool)
+    asked = [
+        Signals(1.0, 8.0, 3.0, 144, 20, 4.0, (2.0 if own else -2.0, random.normal()))
+        for own in first
+    ]
+    agreement = np.stack([~first, np.ones(800)], axis=1)
+    rule = CalibratedRule.fit(asked, [4.0, 16.0], agreement)
+    lost = rule(asked[:50], np.array([4.0, 16.0]))
+    assert (lost[first[:50], 0] > 0.95).all() and (lost[~first[:50], 0] < 0.05).all()
+    assert (lost[:, 1] < 0.05).all()
+    again = rule_from_dict(json.loads(json.dumps(rule.to_dict())))
+    assert again == rule and repr(again) == repr(rule) and len(repr(rule)) < 100
+    other = CalibratedRule.fit(asked[1:], [4.0, 16.0], agreement[1:])
+    assert repr(other) != repr(rule)
+    with pytest.raises(ValueError, match="looks at 7 features of a prompt, got 5; fit it anew"):
+        rule([signals()], TOKENS)
+
+
 def drawn(number, seed=0):
     """Prompts whose answers change at few tokens where the information is small."""
     random = np.random.default_rng(seed)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import optuna
 import pytest
 
 from autoprune import AutoPrune, Budget, create
-from autoprune.tuning import space as spaces
 from autoprune.tuning.space import SPACE, Choice, Range, Space
 
 BUDGET = Budget.tokens(36)
@@ -37,7 +34,7 @@ def test_every_default_lies_inside_what_is_searched():
                 assert value in dimension.values and len(dimension.values) > 1
 
 
-def test_proposals_differ_and_build(monkeypatch):
+def test_proposals_differ_and_build():
     space = Space.of(BUDGET)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     built = [space.build(space.suggest(study.ask())) for _ in range(60)]
@@ -46,36 +43,29 @@ def test_proposals_differ_and_build(monkeypatch):
     assert len({method.k0 for method in built if isinstance(method, AutoPrune)}) > 5
 
 
-def test_what_a_release_lacks_is_left_out(monkeypatch):
-    extra = (
-        Choice("merger", (None, "dpc_knn", "none_such")),
-        Choice("none_such", (1, 2)),
-        Range("text_weight", 0.5, 2.0, when={"first_cut": ("after_layer_0",)}),
-    )
-    first = Choice("first_cut", ("after_layer_0", "pre_llm"))
-    monkeypatch.setitem(spaces.SPACE, "autoprune", (first, *extra))
+def test_an_option_that_means_nothing_beside_another_is_not_decided():
     space = Space.of(BUDGET, ("autoprune",))
-    assert [own.option for own in space.dimensions["autoprune"]] == [
-        "first_cut",
-        "merger",
-        "text_weight",
-    ]
-    assert space.dimensions["autoprune"][1].values == (None, "dpc_knn")
-    # An option that means nothing beside another is not decided.
     study = optuna.create_study()
     study.enqueue_trial({"method": "autoprune", "autoprune.first_cut": "pre_llm"})
-    assert "autoprune.text_weight" not in space.suggest(study.ask())
+    assert "autoprune.first_ranking" not in space.suggest(study.ask())
+    (start,) = [own for own in space.starts() if own["autoprune.first_cut"] == "pre_llm"]
+    assert "autoprune.first_ranking" not in start
 
 
-def test_a_fleet_searches_over_what_the_budget_is_a_mean():
-    if "over" not in {field.name for field in dataclasses.fields(Budget)}:
-        with pytest.raises(ValueError, match="leave out the fleet"):
-            Space.of(BUDGET, fleet=True)
-        return
-    space = Space.of(BUDGET, fleet=True)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    built = [space.build(space.suggest(study.ask())) for _ in range(40)]
-    assert {method.budget.over for method in built} == {"prompt", "batch", "stream"}
+def test_every_value_is_taken_and_every_form_of_the_summary_is_another_method():
+    """A value that a method refuses beside its defaults may go with another option, which a start then has."""
+    for name, dimensions in SPACE.items():
+        for dimension in dimensions:
+            if isinstance(dimension, Choice) and dimension.option != "first_ranking":
+                built = [create(name, BUDGET, **{dimension.option: v}) for v in dimension.values]
+                assert len(set(map(repr, built))) == len(built)
+        mergers = next(own.values for own in dimensions if own.option == "merger")
+        forms = {
+            str(create(name, BUDGET, merger=own).summary) for own in mergers if own != "dpc_knn"
+        }
+        assert len(forms) == (6 if name == "autoprune" else 2)
+    cuts = {start.get("autoprune.first_cut") for start in Space.of(BUDGET).starts()}
+    assert {"after_layer_0", "pre_llm", "peek"} <= cuts
 
 
 @pytest.mark.parametrize("names", [(), ("vtw",), ("autoprune", "nothing")])

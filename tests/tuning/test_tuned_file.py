@@ -66,7 +66,7 @@ def test_the_model_itself_is_found_in_the_file(write):
         "fingerprint": record["model"]["fingerprint"],
         "name": "embedded model",
     }
-    assert record["budget"] == {"kind": "tokens", "value": 16.0, "counted": "entering"}
+    assert Budget(**record["budget"]) == Budget.tokens(16)
     assert record["format_version"] == 1 and record["autoprune"] == "0.1.0"
 
 
