@@ -283,7 +283,8 @@ class SummaryToken:
 
     As text: "summary", or "summary strength=0.5 position=last norm=typical".
 
-    strength: 0 or more; 0 leaves the scores as they are, 1 adds the whole logarithm.
+    strength: 0 or more; 0 leaves the scores as they are, so that flash attention takes it, too; 1 adds the
+        whole logarithm.
     position: which dropped token's place it takes: the one nearest to their "mean" position, or the "last".
     norm: "mean" leaves the mean as it is; "typical" scales it to the mean norm of what it is made of.
 

@@ -31,8 +31,8 @@ def per_prompt(methods: Sequence[Method | None]) -> PerPrompt:
 
     `with autoprune.per_prompt([AutoPrune(16), FastV(48), None])(model) as trace:` prunes the first prompt
     by AutoPrune, the second by FastV, and leaves the third whole. A prompt keeps what it keeps alone, under
-    its own method and budget. The list is for batches of its length; `generate` may repeat prompts (beams,
-    several answers).
+    its own method and budget; a budget over a batch is shared by the prompts of equal methods. The list is for
+    batches of its length; `generate` may repeat prompts (beams, several answers).
 
     Args:
         methods: a method for each prompt, in the batch's order; None leaves a prompt whole.

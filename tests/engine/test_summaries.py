@@ -496,6 +496,13 @@ def test_flash_attention_refuses_sizes_and_flex_attention_adds_them():
     refused = pytest.raises(UnsupportedError, match="use attn_implementation='sdpa'")
     with kernels.flash_attention(model), of()(model), refused:
         model(**arguments)
+    without_size = of("summary strength=0")
+    with torch.no_grad(), without_size(model):
+        expected, _ = oracle.generate_logits(model, arguments, 2)
+    with kernels.flash_attention(model), without_size(model) as trace:
+        got, _ = oracle.generate_logits(model, arguments, 2)
+    close(got, expected)
+    assert all(sample.summary_token is not None for sample in trace.samples)
     with kernels.flex_attention(model):
         result = oracle.compare(model, arguments, of(), steps=2)
     assert result.worst < TOLERANCE

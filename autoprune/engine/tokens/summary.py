@@ -52,7 +52,7 @@ class Standing:
     prompts: LongTensor [summaries], those that have one; None for all.
     own, each: float32 [cuts, batch, 1], the share in the summary behind a cut that it had before, and that
         each token has that goes at the cut. 1 and 0 where there is no summary.
-    bias: float32 [cuts, batch, 1], what is added to the scores of attention on it.
+    bias: float32 [cuts, batch, 1], what is added to the scores of attention on it; None for nothing.
     dtype: of hidden states.
     """
 
@@ -60,7 +60,7 @@ class Standing:
     prompts: torch.Tensor | None
     own: torch.Tensor
     each: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     typical: bool
     dtype: torch.dtype
 
@@ -72,8 +72,10 @@ class Standing:
         """
         return torch.where(self.here, self.own, dropped * self.each).to(self.dtype)
 
-    def biases(self, others: torch.Tensor | None) -> torch.Tensor:
-        """What is added to the scores of attention on each token, float32 [cuts, batch, n]."""
+    def biases(self, others: torch.Tensor | None) -> torch.Tensor | None:
+        """What is added to the scores of attention on each token, [cuts, batch, n]; None for nothing."""
+        if self.bias is None:
+            return others
         if others is None:
             return self.here * self.bias
         return torch.where(self.here, self.bias, others)
@@ -191,7 +193,9 @@ class Summaries:
         if not self.has.all():
             flags, prompts = all_to_device([self.has[:, None], np.flatnonzero(self.has)], device)
             here = here & flags
-        return Standing(here, prompts, own, each, bias, self.form.norm == "typical", dtype)
+        # Without it, attention needs no mask for a summary.
+        added = bias if strength else None
+        return Standing(here, prompts, own, each, added, self.form.norm == "typical", dtype)
 
 
 def _flags(values: np.ndarray, device: torch.device) -> torch.Tensor:
