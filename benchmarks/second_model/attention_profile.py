@@ -129,6 +129,7 @@ def draw(found: dict[str, dict[str, Any]]) -> Any:
             axes.plot(own[line], color=colour, linestyle=dash, linewidth=1.8, label=label)
         axes.set_title(f"{name}, {own['visual_tokens']:.0f} visual tokens", fontsize=10)
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(0, 1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e9ecef")
