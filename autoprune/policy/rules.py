@@ -104,8 +104,8 @@ class CalibratedRule:
     """What the signals of a model's prompts say of how often a budget changes its answer.
 
     For each of a few budgets a logistic regression on standardised signals predicts the chance that the
-    answer differs from the one at a large budget. More tokens are never predicted to be worse. `fit` makes
-    one from prompts without labels.
+    answer differs from the one at a large budget. More tokens are never predicted to be worse, and without
+    any token every answer differs. `fit` makes one from prompts without labels.
 
     Args:
         tokens: of the B budgets, ascending: mean visual tokens per open layer.
@@ -147,7 +147,11 @@ class CalibratedRule:
         weights = np.array(self.weights)
         chance = 1 / (1 + np.exp(-(weights[:, 0] + seen @ weights[:, 1:].T)))
         falling = np.minimum.accumulate(chance, axis=1)
-        return np.array([np.interp(tokens, self.tokens, row) for row in falling])
+        # Below the smallest budget nothing was measured. Were it free, the easiest prompts would lose all.
+        nodes, lost = (0.0, *self.tokens), np.ones((len(falling), 1))
+        return np.array(
+            [np.interp(tokens, nodes, row) for row in np.concatenate((lost, falling), axis=1)]
+        )
 
     @classmethod
     def fit(
@@ -155,7 +159,7 @@ class CalibratedRule:
         signals: Sequence[Signals],
         tokens: Sequence[float],
         agreement: ArrayLike,
-        ridge: float = 3.0,
+        ridge: float = 30.0,
     ) -> CalibratedRule:
         """A rule from prompts without labels.
 
