@@ -113,7 +113,7 @@ def test_a_rule_is_compared_on_prompts_it_was_not_fitted_to():
         agreement = np.stack([~hard | (f >= 2) for f in FACTORS[1:]], axis=1)
         assert rule == CalibratedRule.fit(told, whole.tokens, agreement)
     lost = whole(parts[0].signals(None), np.array(whole.tokens[:1]))[:, 0]
-    assert lost[parts[0].hard].min() > 0.9 > 0.1 > lost[~parts[0].hard].max()
+    assert lost[parts[0].hard].min() > 0.8 > 0.2 > lost[~parts[0].hard].max()
 
 
 def test_too_few_prompts_have_information_rules_alone():
