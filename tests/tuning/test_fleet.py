@@ -62,6 +62,26 @@ def test_signals_are_what_a_prompt_shows_alone(loaded, prompts):
         assert own.question == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("over", ["prompt", "batch"])
+def test_prompts_that_share_a_budget_stay_in_mixed_order(loaded, over, tmp_path, monkeypatch):
+    from autoprune.evaluation import Options as Comparing
+    from autoprune.evaluation import Setting, compare, comparison, embedded_tasks
+
+    seen, whole = [], comparison.prepare
+
+    def spy(*arguments, **options):
+        seen.extend(whole(*arguments, **options))
+        return seen
+
+    monkeypatch.setattr(comparison, "prepare", spy)
+    tasks = embedded_tasks(1)
+    method = AutoPrune(Budget.tokens(24, over=over))
+    options = Comparing(batch_size=3, timing=False)
+    compare(*loaded, [Setting("a", "24", method)], tasks, tmp_path / "run", options)
+    asked = [task.id for batch in seen for task in batch.tasks]
+    assert (asked == [task.id for task in tasks]) == (over == "batch")
+
+
 class Part:
     """Prompts of two kinds: those with a positive first number need twice the tokens of the budget."""
 
