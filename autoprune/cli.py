@@ -420,7 +420,7 @@ def tune(
         str | None, typer.Option("--methods", help="To choose from, by commas; default: all.")
     ] = None,
     fleet: Annotated[
-        bool, typer.Option("--fleet", help="Also search budgets over a batch or a stream.")
+        bool, typer.Option("--fleet", help="Also find the rule by which a batch shares the budget.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="What is held out and what is proposed.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of answers at most.")] = 32,

@@ -21,9 +21,10 @@ from ..evaluation.workers import default_workers
 from ..files import check_folder, write_whole
 from ..loading import load_embedded, load_model
 from ..tuning import Options, Result, built_in_prompts, folder_prompts, tune
+from ..tuning.judgement import Judged
+from ..tuning.result import figures
 from ..tuning.search import Trial, check_optuna
 from ..tuning.split import ENOUGH
-from ..tuning.tuning import figures
 from .inputs import parse_budget
 from .report import as_options, print_json
 
@@ -142,8 +143,12 @@ def _record(result: Result) -> dict[str, Any]:
         "chosen": result.chosen.label,
         "verdict": result.verdict,
         "method": result.file.method,
+        "budget": dataclasses.asdict(result.file.budget),
         "settings": dict(result.file.settings),
         "judged": {own.label: figures(own) for own in result.judged},
+        "rules": None
+        if result.rules is None
+        else {own.label: figures(own) for own in result.rules},
         "plain_milliseconds": result.plain_milliseconds,
         "trials": [vars(trial) for trial in result.trials],
     }
@@ -172,21 +177,26 @@ def _show(result: Result, path: Path, console: Console) -> None:
     console.print(
         f"\nOn {prompts['judged_on']} other prompts, about {prompts['pictures_judged_on']} pictures"
     )
-    table = _table(
-        "settings", "agreement", "KL", "tokens", "FLOPs", "ms", "less the default (95 %)"
-    )
-    for own in result.judged:
-        if own.agreement is not None:
-            table.add_row(own.label, *_price(own), _interval(own.difference))
-    console.print(table)
-    for own in result.judged:
-        if own.agreement is None:
-            console.print(f"{own.label} cannot run: {as_options(own.reason)}", soft_wrap=True)
+    _show_judged(result.judged, "the default", console)
+    if result.rules is not None:
+        console.print("\nWho gets how much of a batch's budget, on the same prompts")
+        _show_judged(result.rules, "the same for all", console)
     if result.plain_milliseconds is not None:
         console.print(f"The plain model takes {result.plain_milliseconds:.3g} ms.")
     console.print(f"\nChosen: {result.chosen.label}; {result.verdict}.", soft_wrap=True)
     console.print(f"{result.chosen.method!r}", soft_wrap=True)
     console.print(f'Written: {path}; AutoPrune.load("{path}"), or --method {path}', soft_wrap=True)
+
+
+def _show_judged(judged: Sequence[Judged], against: str, console: Console) -> None:
+    table = _table("settings", "agreement", "KL", "tokens", "FLOPs", "ms", f"less {against} (95 %)")
+    for own in judged:
+        if own.agreement is not None:
+            table.add_row(own.label, *_price(own), _interval(own.difference))
+    console.print(table)
+    for own in judged:
+        if own.agreement is None:
+            console.print(f"{own.label} cannot run: {as_options(own.reason)}", soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .regression import logistic_regression
+
 Floats = NDArray[np.float64]
 
 LEAST_BITS = 0.1
@@ -102,8 +104,8 @@ class CalibratedRule:
     """What the signals of a model's prompts say of how often a budget changes its answer.
 
     For each of a few budgets a logistic regression on standardised signals predicts the chance that the
-    answer differs from the one at a large budget. More tokens are never predicted to be worse. `fit` makes
-    one from prompts without labels.
+    answer differs from the one at a large budget. More tokens are never predicted to be worse, and without
+    any token every answer differs. `fit` makes one from prompts without labels.
 
     Args:
         tokens: of the B budgets, ascending: mean visual tokens per open layer.
@@ -145,7 +147,11 @@ class CalibratedRule:
         weights = np.array(self.weights)
         chance = 1 / (1 + np.exp(-(weights[:, 0] + seen @ weights[:, 1:].T)))
         falling = np.minimum.accumulate(chance, axis=1)
-        return np.array([np.interp(tokens, self.tokens, row) for row in falling])
+        # Below the smallest budget nothing was measured. Were it free, the easiest prompts would lose all.
+        nodes, lost = (0.0, *self.tokens), np.ones((len(falling), 1))
+        return np.array(
+            [np.interp(tokens, nodes, row) for row in np.concatenate((lost, falling), axis=1)]
+        )
 
     @classmethod
     def fit(
@@ -153,7 +159,7 @@ class CalibratedRule:
         signals: Sequence[Signals],
         tokens: Sequence[float],
         agreement: ArrayLike,
-        ridge: float = 3.0,
+        ridge: float = 30.0,
     ) -> CalibratedRule:
         """A rule from prompts without labels.
 
@@ -192,7 +198,7 @@ class CalibratedRule:
         # A feature that never varies tells nothing, and its weight stays 0.
         scale = np.where(spread > 1e-9 * (1 + np.abs(mean)), spread, 1.0)
         design = np.column_stack((np.ones(rows), np.clip((seen - mean) / scale, -3, 3)))
-        weights = [_logistic(design, 1 - column, ridge) for column in agreed.T]
+        weights = [logistic_regression(design, 1 - column, ridge) for column in agreed.T]
         return cls(
             tuple(map(float, tokens)),
             tuple(mean.tolist()),
@@ -284,23 +290,6 @@ def predicted(rule: Rule, signals: Sequence[Signals], tokens: Floats) -> Floats:
             f"{signals[prompt]}"
         )
     return table
-
-
-def _logistic(design: Floats, target: Floats, ridge: float) -> Floats:
-    """Coefficients of a logistic regression with a penalty on all but the constant, by Newton's method."""
-    penalty = np.diag([1e-6, *[ridge] * (design.shape[1] - 1)])
-    weights = np.zeros(design.shape[1])
-    for _ in range(100):
-        chance = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-        gradient = design.T @ (chance - target) + penalty @ weights
-        curvature = (design * np.maximum(chance * (1 - chance), 1e-6)[:, None]).T @ design + penalty
-        step = np.linalg.solve(curvature, gradient)
-        # Answers that never change would send the constant to infinity.
-        weights = weights - np.clip(step, -1, 1)
-        weights[0] = np.clip(weights[0], -8, 8)
-        if np.abs(step).max() < 1e-9:
-            break
-    return weights
 
 
 def _check_tokens(tokens: Sequence[float]) -> None:

@@ -8,6 +8,7 @@ result.file.write(Path("tuned.json"))
 """
 
 from .prompts import built_in_prompts, folder_prompts
-from .tuning import Options, Result, tune
+from .result import Result
+from .tuning import Options, tune
 
 __all__ = ["Options", "Result", "built_in_prompts", "folder_prompts", "tune"]

@@ -115,6 +115,13 @@ class Examination:
         write_whole(kept, json.dumps({k: v.tolist() for k, v in vars(sorted_back).items()}))
         return sorted_back
 
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where each prompt stands in its batch, in the order of the prompts that were given."""
+        inside = np.concatenate([np.arange(len(batch.tasks)) for batch in self.batches])
+        places: NDArray[np.int64] = inside[np.argsort(self.order)]
+        return places
+
     def signals(self, method: AutoPrune) -> list[Signals]:
         """What a shared budget is told of each prompt, in the order of the prompts that were given."""
 

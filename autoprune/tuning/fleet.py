@@ -5,27 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.answering import Refused
 from ..methods.autoprune import AutoPrune
-from ..policy.budget import Budget
-from ..policy.cost import DecoderCost
 from ..policy.fleet import Fleet
-from ..policy.rules import FEWEST_ROWS, CalibratedRule, InformationRule, Rule, Signals
+from ..policy.rules import FEWEST_ROWS, CalibratedRule, Floats, InformationRule, Rule, Signals
 from .agreement import Scores
 from .examination import Examination
 
-FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
-"""Budgets at which answers are compared with the plain model's, as multiples of the one that is tuned for."""
+LEVELS = (0.4, 0.55, 0.75, 1.0, 1.4, 1.9)
+"""What prompts get in turn, as multiples of what each gets alone. Their mean is 1."""
 POWERS = (0.5, 1.0, 2.0)
 """Of the information rules that are tried."""
 CALIBRATED = "calibrated"
 RULES = len(POWERS) + 1
-STEPS = len(FACTORS) + RULES
+STEPS = len(LEVELS) + RULES
 """How often all prompts that are tuned on are asked."""
 
 Ask = Callable[[AutoPrune, int], Scores]
@@ -36,7 +32,7 @@ Ask = Callable[[AutoPrune, int], Scores]
 class Observed:
     """What is known of the prompts of one part. signals: at the budget that is tuned for.
 
-    agreement: [prompts, budgets], with the plain model's answers.
+    agreement: [prompts, levels], with the plain model's answers.
     """
 
     signals: Sequence[Signals]
@@ -65,6 +61,18 @@ def shared(method: AutoPrune, rule: Rule) -> AutoPrune:
     return dataclasses.replace(method, budget=budget, fleet=Fleet(rule))
 
 
+@dataclass(frozen=True)
+class TakingTurns:
+    """A rule by which the prompts of a batch get the levels in turn, the first one that of number `turn`."""
+
+    turn: int
+
+    def __call__(self, signals: Sequence[Signals], tokens: Floats) -> Floats:
+        levels = np.array(LEVELS)[(np.arange(len(signals)) + self.turn) % len(LEVELS)]
+        wanted = levels * [own.own_tokens for own in signals]
+        return np.abs(tokens - wanted[:, None])
+
+
 def find_rules(method: AutoPrune, parts: Sequence[Examination], ask: Ask) -> Rules:
     """Fit a calibrated rule, and compare it with rules by information alone.
 
@@ -77,7 +85,7 @@ def find_rules(method: AutoPrune, parts: Sequence[Examination], ask: Ask) -> Rul
     asked: dict[str, list[Rule]] = {label: [rule] * len(parts) for label, rule in rules.items()}
     tokens, observed = _observe(method, parts, ask)
     fewest = min(sum(len(own.signals) for own in _without(observed, i)) for i in range(len(parts)))
-    if len(tokens) > 1 and fewest >= FEWEST_ROWS:
+    if fewest >= FEWEST_ROWS:
         asked[CALIBRATED] = [_fit(_without(observed, i), tokens) for i in range(len(parts))]
         rules[CALIBRATED] = _fit(observed, tokens)
     values = {
@@ -90,55 +98,20 @@ def find_rules(method: AutoPrune, parts: Sequence[Examination], ask: Ask) -> Rul
 def _observe(
     method: AutoPrune, parts: Sequence[Examination], ask: Ask
 ) -> tuple[list[float], list[Observed]]:
-    """The budgets that can run, as mean tokens per open layer, and what is known of each part's prompts."""
-    signals = [part.signals(method) for part in parts]
-    every = [own for part in signals for own in part]
-    tokens: list[float] = []
-    columns: list[list[NDArray[np.float64]]] = [[] for _ in parts]
-    for factor in FACTORS:
-        scaled = _scaled(method, factor)
-        if scaled is None:
-            continue
-        try:
-            found = [ask(scaled, i).agreement for i in range(len(parts))]
-        except Refused:
-            continue
-        open_tokens = _open_tokens(scaled, every, parts[0].model)
-        if tokens and open_tokens <= tokens[-1]:
-            # Everything is kept already.
-            break
-        tokens.append(open_tokens)
-        for column, own in zip(columns, found, strict=True):
-            column.append(own)
-    return tokens, [
-        Observed(own, np.stack(column, axis=1) if column else np.zeros((len(own), 0)))
-        for own, column in zip(signals, columns, strict=True)
-    ]
+    """The levels as mean tokens per open layer, and how each part's prompts answer at each of them.
 
-
-def _scaled(method: AutoPrune, factor: float) -> AutoPrune | None:
-    """The method at a multiple of its budget; None where that is more than the whole."""
-    budget = method.budget
-    value = factor * budget.value
-    if budget.kind in ("ratio", "flops") and value > 1:
-        return None
-    if budget.kind == "kv_bytes":
-        value = round(value)
-    return dataclasses.replace(method, budget=Budget(budget.kind, value))
-
-
-def _open_tokens(method: AutoPrune, signals: Sequence[Signals], model: Any) -> float:
-    """Mean visual tokens in the layers behind `mi_layer`, over all prompts."""
-    config = model.config.get_text_config()
-    cost = None if method.budget.exact else DecoderCost.from_config(config, model.dtype.itemsize)
-    sizes = [(own.num_visual, own.num_text) for own in signals]
-    means = {
-        (visual, text): np.mean(
-            method.plan(config.num_hidden_layers, visual, 0.0, text, cost)[method.mi_layer + 1 :]
-        )
-        for visual, text in set(sizes)
-    }
-    return float(np.mean([means[size] for size in sizes]))
+    The first layers stay as they are at the budget that is tuned for: there a shared budget changes nothing.
+    """
+    observed = []
+    for index, part in enumerate(parts):
+        place = part.places
+        agreement = np.zeros((len(place), len(LEVELS)))
+        for turn in range(len(LEVELS)):
+            found = ask(shared(method, TakingTurns(turn)), index).agreement
+            agreement[np.arange(len(place)), (place + turn) % len(LEVELS)] = found
+        observed.append(Observed(part.signals(method), agreement))
+    own = float(np.mean([own.own_tokens for part in observed for own in part.signals]))
+    return [level * own for level in LEVELS], observed
 
 
 def _without(observed: Sequence[Observed], part: int) -> list[Observed]:

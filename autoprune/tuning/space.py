@@ -96,6 +96,10 @@ STARTS: tuple[Mapping[str, Any], ...] = (
     {"first_cut": "peek", "merger": "summary"},
     {"first_cut": "peek", "first_ranking": "text+diversity", "merger": "summary"},
     {"first_cut": "peek", "first_ranking": "text+diversity", "merger": "summary", "x0": 9.0},
+    {
+        **{"first_cut": "peek", "first_ranking": "text+diversity", "merger": "summary"},
+        **{"gamma": 0.05, "x0": 12.0, "beta": 0.8, "mi_layer": 2, "rank_every": 1},
+    },
 )
 """Settings of AutoPrune that are tried first, behind the defaults of every method."""
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..evaluation import Options as Asking
 from ..evaluation import Setting, Task
 from ..evaluation.batches import prepare
@@ -22,11 +21,12 @@ from ..evaluation.workers import check_workers, threads_of_one
 from ..methods import create
 from ..methods.autoprune import AutoPrune
 from ..methods.base import Method
-from ..methods.tuned_file import ModelIdentity, TunedFile, settings_of
+from ..methods.tuned_file import ModelIdentity
 from ..policy.budget import Budget
 from .examination import Examination
 from .fleet import RULES, STEPS, find_rules, shared
 from .judgement import DEFAULT, SAME, TUNED, Judged, choose, choose_rule, judge
+from .result import Result, tuned_file
 from .search import Search, Trial, check_optuna
 from .space import SPACE, Space
 from .split import PARTS, Split, split
@@ -63,23 +63,6 @@ class Options:
     timing: bool = True
     command: str = "autoprune.tuning.tune"
     show_progress: bool = False
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was found. `chosen` is what the file holds, and `verdict` why.
-
-    rules: the same budget for all and rules of a fleet, on the held-out prompts; None if not asked for, or if
-    the chosen method shares no budget.
-    """
-
-    chosen: Judged
-    verdict: str
-    judged: list[Judged]
-    plain_milliseconds: float | None
-    trials: list[Trial]
-    file: TunedFile
-    rules: list[Judged] | None = None
 
 
 def tune(
@@ -135,9 +118,8 @@ def tune(
         verdict = f"{verdict}; {said}"
     elif options.fleet:
         verdict = f"{verdict}; {chosen.method.name} gives every prompt the same budget"
-    file = _file(
-        chosen, verdict, [*judged, *(rules or [])], identity, parts, options, len(search.trials)
-    )
+    everything, trials = [*judged, *(rules or [])], len(search.trials)
+    file = tuned_file(chosen, verdict, everything, identity, parts, options.seed, trials)
     return Result(chosen, verdict, judged, plain, search.trials, file, rules)
 
 
@@ -283,45 +265,3 @@ def _claim(
         "fleet": options.fleet,
     }
     claim(directory, decides, {"command": options.command}, "search")
-
-
-def _file(
-    chosen: Judged,
-    verdict: str,
-    judged: Sequence[Judged],
-    identity: ModelIdentity,
-    parts: Split,
-    options: Options,
-    trials: int,
-) -> TunedFile:
-    prompts = {
-        "tuned_on": parts.tuned_on,
-        "judged_on": len(parts.held_out),
-        "pictures_judged_on": len(set(parts.pictures)),
-        "trials": trials,
-        "seed": options.seed,
-    }
-    return TunedFile(
-        chosen.method.name,
-        chosen.method.budget,
-        settings_of(chosen.method),
-        identity,
-        {"verdict": verdict, **{own.label: figures(own) for own in judged}},
-        prompts,
-        __version__,
-    )
-
-
-def figures(judged: Judged) -> dict[str, Any]:
-    """A judged method's figures for JSON."""
-    record: dict[str, Any] = {"method": repr(judged.method)}
-    if judged.agreement is None:
-        return {**record, "refused": judged.reason}
-    for name in ("agreement", "difference"):
-        estimate = getattr(judged, name)
-        if estimate is not None:
-            record[name] = [estimate.value, estimate.low, estimate.high]
-    for name in ("divergence", "entering", "flops_share", "milliseconds"):
-        if getattr(judged, name) is not None:
-            record[name] = getattr(judged, name)
-    return record

@@ -71,7 +71,7 @@ def test_a_rule_sees_which_kind_of_question_it_is():
         for own in first
     ]
     agreement = np.stack([~first, np.ones(800)], axis=1)
-    rule = CalibratedRule.fit(asked, [4.0, 16.0], agreement)
+    rule = CalibratedRule.fit(asked, [4.0, 16.0], agreement, ridge=3)
     lost = rule(asked[:50], np.array([4.0, 16.0]))
     assert (lost[first[:50], 0] > 0.95).all() and (lost[~first[:50], 0] < 0.05).all()
     assert (lost[:, 1] < 0.05).all()
@@ -94,7 +94,7 @@ def drawn(number, seed=0):
 
 def test_fitting_finds_what_the_answers_depend_on():
     prompts, tokens, agreement, change = drawn(3000)
-    rule = CalibratedRule.fit(prompts, tokens, agreement)
+    rule = CalibratedRule.fit(prompts, tokens, agreement, ridge=3)
     others, _, _, expected = drawn(200, seed=1)
     assert np.abs(rule(others, np.array(tokens)) - expected).mean() < 0.03
     assert change.std() > 0.2
@@ -124,11 +124,11 @@ def test_a_regression_is_where_its_penalised_loss_has_no_slope():
             assert abs(slope) < 1e-3
 
 
-def test_between_budgets_the_line_and_outside_the_nearest():
+def test_between_budgets_the_line_above_them_the_last_and_without_tokens_all_is_lost():
     flat = ((0.0,) * 6, (-math.log(3),) + (0.0,) * 5)  # chances 1/2 and 1/4
     rule = CalibratedRule((4.0, 8.0), (0.0,) * 5, (1.0,) * 5, flat)
     assert rule([signals()], np.array([1, 4, 6, 8, 99.0]))[0] == pytest.approx(
-        [0.5, 0.5, 0.375, 0.25, 0.25]
+        [0.875, 0.5, 0.375, 0.25, 0.25]
     )
 
 

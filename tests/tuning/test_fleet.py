@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from autoprune import AutoPrune, Budget, load_method, tiny
-from autoprune.evaluation.answering import Refused
 from autoprune.evaluation.batches import prepare
 from autoprune.evaluation.statistics import Estimate
 from autoprune.policy.rules import QUESTION, CalibratedRule, Signals
 from autoprune.tuning import Options, built_in_prompts, tune
 from autoprune.tuning.agreement import Scores
-from autoprune.tuning.fleet import CALIBRATED, FACTORS, find_rules, shared
+from autoprune.tuning.fleet import CALIBRATED, LEVELS, TakingTurns, find_rules, shared
 from autoprune.tuning.judgement import SAME, Judged, choose_rule
 from autoprune.tuning.signals import signals
 
@@ -62,16 +60,33 @@ def test_signals_are_what_a_prompt_shows_alone(loaded, prompts):
         assert own.question == pytest.approx(expected, abs=1e-4)
 
 
-class Part:
-    """Prompts of two kinds: those with a positive first number need twice the tokens of the budget."""
+@pytest.mark.parametrize("over", ["prompt", "batch"])
+def test_prompts_that_share_a_budget_stay_in_mixed_order(loaded, over, tmp_path, monkeypatch):
+    from autoprune.evaluation import Options as Comparing
+    from autoprune.evaluation import Setting, compare, comparison, embedded_tasks
 
-    model = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=16))
-    )
+    seen, whole = [], comparison.prepare
+
+    def spy(*arguments, **options):
+        seen.extend(whole(*arguments, **options))
+        return seen
+
+    monkeypatch.setattr(comparison, "prepare", spy)
+    tasks = embedded_tasks(1)
+    method = AutoPrune(Budget.tokens(24, over=over))
+    options = Comparing(batch_size=3, timing=False)
+    compare(*loaded, [Setting("a", "24", method)], tasks, tmp_path / "run", options)
+    asked = [task.id for batch in seen for task in batch.tasks]
+    assert (asked == [task.id for task in tasks]) == (over == "batch")
+
+
+class Part:
+    """Prompts of two kinds: those with a positive first number need more than they get alone."""
 
     def __init__(self, number, seed):
         random = np.random.default_rng(seed)
         self.hard = random.integers(0, 2, number).astype(bool)
+        self.places = np.arange(number) % 50
         self._signals = [
             Signals(1.0, 8.0, 3.0, 144, 20, 8.0, (1.0 if own else -1.0, random.normal()))
             for own in self.hard
@@ -86,34 +101,42 @@ def scores_of(agreement):
     return Scores(np.asarray(agreement, float), rest, rest, rest, rest)
 
 
+def test_levels_are_given_in_turn_and_take_what_the_budget_has():
+    assert np.mean(LEVELS) == pytest.approx(1)
+    tokens = np.exp2(np.arange(0, 60) / 8)
+    prompts = Part(6, 0).signals(None)
+    for turn in range(6):
+        lost = TakingTurns(turn)(prompts, tokens)
+        wanted = 8.0 * np.roll(LEVELS, -turn)
+        assert tokens[lost.argmin(1)] == pytest.approx(wanted, rel=0.05)
+
+
 def test_a_rule_is_compared_on_prompts_it_was_not_fitted_to():
     parts, asked = [Part(110, seed) for seed in range(3)], []
 
     def ask(method, part):
-        asked.append((method, part))
-        budget = method.budget
-        if budget.value == FACTORS[0] * 8:
-            raise Refused("too small")
-        if budget.over == "prompt":
-            return scores_of(~parts[part].hard | (budget.value >= 16))
-        return scores_of(np.full(110, isinstance(method.fleet.rule, CalibratedRule)))
+        rule = method.fleet.rule
+        asked.append(rule)
+        assert method.budget == Budget.tokens(8, over="batch")
+        if isinstance(rule, TakingTurns):
+            level = np.array(LEVELS)[(parts[part].places + rule.turn) % 6]
+            return scores_of(~parts[part].hard | (level > 1))
+        return scores_of(np.full(110, isinstance(rule, CalibratedRule)))
 
     found = find_rules(METHOD, parts, ask)
     assert found.best == CALIBRATED and found.values[CALIBRATED] == 1
-    rules = [m.fleet.rule for m, _ in asked if m.fleet and isinstance(m.fleet.rule, CalibratedRule)]
+    rules = [rule for rule in asked if isinstance(rule, CalibratedRule)]
     whole = found.by_label[CALIBRATED]
     assert len({repr(rule) for rule in [*rules, whole]}) == 4
-    # The first budget was refused; tokens are those behind the layer of the measurement.
-    plans = [AutoPrune(f * 8, first_cut="peek").plan(16, 144, 0.0) for f in FACTORS[1:]]
-    assert whole.tokens == pytest.approx([np.mean(plan[2:]) for plan in plans])
+    assert whole.tokens == pytest.approx([8 * level for level in LEVELS])
     for part, rule in enumerate(rules):
         others = [own for i, own in enumerate(parts) if i != part]
         told = [own for other in others for own in other.signals(None)]
         hard = np.concatenate([other.hard for other in others])
-        agreement = np.stack([~hard | (f >= 2) for f in FACTORS[1:]], axis=1)
+        agreement = np.stack([~hard | (level > 1) for level in LEVELS], axis=1)
         assert rule == CalibratedRule.fit(told, whole.tokens, agreement)
     lost = whole(parts[0].signals(None), np.array(whole.tokens[:1]))[:, 0]
-    assert lost[parts[0].hard].min() > 0.9 > 0.1 > lost[~parts[0].hard].max()
+    assert lost[parts[0].hard].min() > 0.8 > 0.2 > lost[~parts[0].hard].max()
 
 
 def test_too_few_prompts_have_information_rules_alone():
