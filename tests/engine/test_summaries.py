@@ -55,7 +55,7 @@ def of(form="summary", budget=0.5, **options):
     return AutoPrune(Budget.ratio(budget), merger=form, **options)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", ["single", "padded3"])
 @pytest.mark.parametrize(("name", "attention", "media"), SETTINGS)
 def test_summaries_equal_the_oracle(name, attention, media, batch):
     model = model_of(name, attention)
@@ -82,8 +82,9 @@ def test_every_form_equals_the_oracle(name, form, batch):
         assert results[every].worst < TOLERANCE
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "batch"), [("llava", "padded3"), ("llava", "single"), ("qwen2_5_vl", "padded3_text")]
+)
 @pytest.mark.parametrize("name", DROPPING)
 def test_every_method_that_drops_may_summarise(name, family, batch):
     if name == "sparsevlm":
