@@ -85,7 +85,8 @@ SPACE: dict[str, tuple[Dimension, ...]] = {
     "pdrop": (SUMMARY,),
     "divprune": (SUMMARY,),
     "scope": (SUMMARY,),
-    "cdpruner": (SUMMARY,),
+    "cdpruner": (Choice("negative", (False, True)), SUMMARY),
+    "uniform": (SUMMARY,),
 }
 """Options of each method that is tried, in the order in which they are decided."""
 

@@ -45,7 +45,8 @@ def test_every_trial_has_its_agreement_and_its_price(finished):
 def test_the_default_and_the_baselines_are_judged_on_other_prompts(finished, loaded, prompts):
     _, result = finished
     rows = {own.label: own for own in result.judged}
-    assert list(rows) == ["tuned", "default", "fastv", "pdrop", "divprune", "scope", "cdpruner"]
+    others = ["fastv", "pdrop", "divprune", "scope", "cdpruner", "uniform"]
+    assert list(rows) == ["tuned", "default", *others]
     assert all(own.agreement is not None for own in result.judged)
     assert result.file.prompts == {
         **{"tuned_on": 15, "judged_on": 15, "pictures_judged_on": 15},
