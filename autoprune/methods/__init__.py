@@ -84,11 +84,12 @@ def create(name: str, /, budget: Budget | float, **options: Any) -> Method:
         ValueError: there is no such method, or it has no such option.
     """
     check_name(name)
-    known = options_of(name)
+    method: Any = METHODS[name]
+    known = {field.name for field in dataclasses.fields(method)} - {"budget"}
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known)}")
-    method: Any = METHODS[name]
+            listed = ", ".join(options_of(name))
+            raise ValueError(f"{name} has no option {option!r}; it has {listed}")
     return cast(Method, method(budget=budget, **options))
 
 
@@ -104,9 +105,13 @@ def load_method(path: str | Path) -> Method:
 
 
 def options_of(name: str) -> dict[str, dataclasses.Field[Any]]:
-    """A method's options beside the budget, as `dataclasses.fields` gives them."""
-    fields = dataclasses.fields(cast(Any, METHODS[name]))
-    return {field.name: field for field in fields if field.name != "budget"}
+    """A method's options beside the budget, as `dataclasses.fields` gives them.
+
+    Methods that merge tokens themselves have no use for a `merger`, and say so where they are given one.
+    """
+    method: Any = METHODS[name]
+    unused = {"budget", "merger"} if getattr(method, "merges", False) else {"budget"}
+    return {field.name: field for field in dataclasses.fields(method) if field.name not in unused}
 
 
 def check_name(name: str) -> None:
