@@ -44,11 +44,11 @@ def search(folder, model, trials=30, seed=0):
     return found
 
 
-@pytest.mark.parametrize(("gain", "picked"), [(-0.2, None), (0.2, "dpc_knn")])
-def test_what_becomes_of_dropped_tokens_follows_the_model(tmp_path, gain, picked):
+@pytest.mark.parametrize("gain", [-0.2, 0.2])
+def test_what_becomes_of_dropped_tokens_follows_the_model(tmp_path, gain):
     """No merger where it hurts, and one where it helps."""
     best = search(tmp_path, Model(merger_gain=gain), trials=30).best
-    assert best.candidate["autoprune.merger"] == picked
+    assert (best.candidate["autoprune.merger"] is not None) == (gain > 0)
     assert abs(best.candidate["autoprune.x0"] - 9) < 4
 
 
