@@ -178,16 +178,19 @@ def test_methods_that_merge_leave_nothing_for_a_summary(name):
         autoprune.create(name, 16, merger="summary")
 
 
+@pytest.mark.parametrize("batch", ["padded3", "padded3_text"])
 @pytest.mark.parametrize("name", ["llava", "internvl"])
-def test_beams_and_copies_follow_their_prompt(name):
+def test_beams_and_copies_follow_their_prompt(name, batch):
+    if batch == "padded3" and not zoo.SINCE_5_19:
+        pytest.skip("this transformers mixes up the pictures of a copied prompt that holds two")
     model = model_of(name, "sdpa")
-    arguments = zoo.inputs(name, model, "padded3")
+    arguments = zoo.inputs(name, model, batch)
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
     method = of()
     with method(model) as trace, torch.no_grad():
         got = model.generate(**arguments, **options)
     for row in range(3):
-        alone = zoo.inputs(name, model, "padded3", only=row)
+        alone = zoo.inputs(name, model, batch, only=row)
         with method(model) as own, torch.no_grad():
             expected = model.generate(**alone, **options)
         beams = trace.samples[3 * row : 3 * row + 3]
