@@ -1,0 +1,229 @@
+"""`autoprune bench`, `compare` and `tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    BatchSize,
+    Budget,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Settings,
+    Timing,
+    Workers,
+    by_commas,
+    console,
+)
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(help="A built-in configuration, or the folder or hub name of a checkpoint."),
+    ] = "small",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", "--methods", help="One or more, as for compare; default: autoprune,random."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "--budgets",
+            help="One or more, by commas; default: 192,128,64, of a checkpoint 1/3,2/9,1/9.",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
+    text: Annotated[int, typer.Option(min=2, help="Other tokens of each prompt.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    image: Annotated[
+        str | None, typer.Option(help="A picture for a checkpoint; default: random pixels.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="A question for a checkpoint, in place of --text.")
+    ] = None,
+    spread: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Bits over which the prompts of a batch differ; 0: as measured. Default: 1, of a "
+            "checkpoint 0.",
+        ),
+    ] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attention: Annotated[str, typer.Option(help="Attention backend of transformers.")] = "sdpa",
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; with 1, other programs disturb least.")
+    ] = 1,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; default: 10.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Decoding steps; default: 32.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="AutoPrune alone, 3 rounds of 4 steps.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder, or JSON file, for the figures and a plot.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what pruning saves in time and memory, beside what its FLOPs promise."""
+    from ..commands import bench as command
+
+    request = command.Request(
+        model=model,
+        method=method,
+        budget=budget,
+        batch=batch,
+        text=text,
+        images=images,
+        image=image,
+        question=question,
+        spread=spread,
+        settings=tuple(settings or ()),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        threads=threads,
+        repeats=repeats,
+        new_tokens=new_tokens,
+        quick=quick,
+        output=output,
+        as_json=as_json,
+    )
+    command.bench(request, console())
+
+
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            "--method",
+            help="By commas, options after a colon: autoprune:k0=0.2,random; all; released; a "
+            "tuned.json.",
+        ),
+    ] = "all",
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", "--budget", help="By commas; default: 1/2,1/3,1/4,1/6,1/9."),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each kind; default: 200, or all of the task file."),
+    ] = None,
+    kinds: Annotated[str | None, typer.Option(help="Kinds of questions, by commas.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which questions.")] = 0,
+    model: Model = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="JSON lines with image, question, answer and kind.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("compare"),
+    baseline: Annotated[
+        str | None, typer.Option(help="Whom to compare with; default: autoprune, or the first.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    timing: Timing = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer questions and budgets: a few minutes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods and budgets on the same questions; interrupted runs continue."""
+    from ..commands import compare as command
+
+    wanted = by_commas(kinds)
+    request = command.CompareRequest(
+        methods=methods,
+        budgets=budgets,
+        questions=questions,
+        kinds=wanted,
+        seed=seed,
+        model=model,
+        tasks=tasks,
+        output=output,
+        baseline=baseline,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        timing=timing,
+        quick=quick,
+        as_json=as_json,
+    )
+    command.compare(request, console())
+
+
+def tune(
+    budget: Budget = "16",
+    model: Model = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with image and question; no answers needed.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, with --questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="A question per line, asked about --pictures.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at most; default: 800, or the whole file.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Settings to try; default: 100.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="To choose from, by commas; default: all.")
+    ] = None,
+    fleet: Annotated[
+        bool, typer.Option("--fleet", help="Also find the rule by which a batch shares the budget.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="What is held out and what is proposed.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of answers at most.")] = 32,
+    output: Annotated[Path, typer.Option(help="Folder for the search and tuned.json.")] = Path(
+        "tune"
+    ),
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    timing: Timing = True,
+    as_json: Json = False,
+) -> None:
+    """Find the best settings for a model at a budget, without labels; interrupted runs continue."""
+    from ..commands import tune as command
+
+    request = command.TuneRequest(
+        budget=budget,
+        output=output,
+        model=model,
+        prompts=prompts,
+        pictures=pictures,
+        questions=questions,
+        count=count,
+        trials=trials,
+        methods=methods,
+        fleet=fleet,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        timing=timing,
+        as_json=as_json,
+    )
+    command.run_tune(request, console())

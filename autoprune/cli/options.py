@@ -1,0 +1,52 @@
+"""Options that several commands share, and what all of them print to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        "--target-token-num",
+        help="Mean visual tokens per layer (64), or a share of them (1/9, 11%).",
+    ),
+]
+MethodName = Annotated[str, typer.Option(help="See `autoprune methods`.")]
+X0 = Annotated[float | None, typer.Option("--x0", help="Midpoint of the curve, in layers (of 32).")]
+K0 = Annotated[float | None, typer.Option("--k0", help="Slope of the curve without information.")]
+Gamma = Annotated[float | None, typer.Option(help="How much one bit of information flattens it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Another option of the method; repeatable."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name of a checkpoint; default: the embedded model."),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts at a time.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes; default on a CPU: one per core, up to 4.")
+]
+Timing = Annotated[bool, typer.Option(help="Measure prefill times, too.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def by_commas(text: str | None) -> list[str] | None:
+    """The names in "a, b"; None if nothing was asked for."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    # Piped output has no width of its own; tables are then given the room they need.
+    width = None if sys.stdout.isatty() else 110
+    return Console(markup=False, highlight=False, width=width)
