@@ -12,6 +12,8 @@ from ..policy.budget import Budget
 from ..policy.solver import solve_schedule
 
 LAYERS, VISUAL, BATCH = 32, 2880, 64
+DECIDED = 2
+"""Layers up to `mi_layer`, by default."""
 REPEATS, BLOCKS = 200, 5
 
 
@@ -23,7 +25,7 @@ def policy_seconds(prompts: int) -> float:
     """
     method = AutoPrune(Budget.ratio(1 / 9))
     information = np.linspace(0.0, 1.0, prompts).tolist()
-    decided = np.repeat([method.plan(LAYERS, VISUAL, 0.0)[: method.mi_layer + 1]], prompts, axis=0)
+    decided = np.repeat([method.plan(LAYERS, VISUAL, 0.0)[:DECIDED]], prompts, axis=0)
 
     def once() -> float:
         start = time.thread_time()

@@ -67,7 +67,9 @@ class AutoPrune(Method):
             stated for 32 layers.
         x0, beta: midpoint without information, and how far one bit moves it; stated for 32 layers.
         curve: retention family, see `autoprune.policy.curves.CURVES`.
-        mi_layer: index of the layer whose attention is measured.
+        mi_layer: index of the layer whose attention is measured. "peek" measures that of layer 0 ahead of its
+            turn, at the look of `first_cut="peek"`. Then I decides all layers, and a budget over a batch or
+            a stream can be shared from layer 0 on.
         prior: what the layers up to `mi_layer` follow, whose cuts are made before I is known: "curve", the
             curve of a prompt without information, or "linear", a straight line over depth that spends the
             same budget (1 - l/L in layer l). The authors say that layers without an estimate follow "a
@@ -107,8 +109,8 @@ class AutoPrune(Method):
             the same in every batch.
         fleet: for a budget over a batch or a stream (`Budget.tokens(16, over="batch")`): by which rule it is
             shared, and for a stream its state. None shares a batch by information; a stream needs one. The
-            layers up to `mi_layer` follow each prompt's own allowance. Copies of a prompt, as for beams, get
-            the same schedule and spend as often as they run.
+            layers up to `mi_layer` follow each prompt's own allowance: none with mi_layer="peek". Copies of a
+            prompt, as for beams, get the same schedule and spend as often as they run.
 
     gamma=0 and beta=0 make it a fixed schedule of that curve: I is still measured and recorded, and
     nothing follows from it.
@@ -127,7 +129,7 @@ class AutoPrune(Method):
     x0: float = 15.0
     beta: float = 0.3
     curve: str = "logistic"
-    mi_layer: int = 1
+    mi_layer: int | Literal["peek"] = 1
     prior: Literal["curve", "linear"] = "curve"
     cut_every: int | Literal["auto"] = 1
     rank_every: int = 8
@@ -149,12 +151,16 @@ class AutoPrune(Method):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must be a share in [0, 1], got {self.noise!r}")
-        if self.mi_layer < 0:
+        if self.mi_layer != "peek" and not (_is_whole(self.mi_layer) and self.mi_layer >= 0):
             raise ValueError(
-                f"mi_layer must be the index of a layer, 0 or more, got {self.mi_layer!r}"
+                f'mi_layer must be the index of a layer, 0 or more, or "peek", got {self.mi_layer!r}'
             )
-        whole = isinstance(self.cut_every, Integral) and not isinstance(self.cut_every, bool)
-        if self.cut_every != "auto" and not (whole and self.cut_every >= 1):
+        if self.mi_layer == "peek" and self.first_cut != "peek":
+            raise ValueError(
+                'mi_layer="peek" measures at the look ahead that first_cut="peek" takes, got '
+                f"first_cut={self.first_cut!r}; set that too, or give the index of a layer"
+            )
+        if self.cut_every != "auto" and not (_is_whole(self.cut_every) and self.cut_every >= 1):
             raise ValueError(
                 f'cut_every must be a whole number of layers, 1 or more, or "auto", got {self.cut_every!r}'
             )
@@ -175,6 +181,11 @@ class AutoPrune(Method):
                 f"first_cut={self.first_cut!r} can rank by {' or '.join(map(repr, RANKINGS[self.first_cut]))}, "
                 f"got first_ranking={self.first_ranking!r}; leave it out for {RANKINGS[self.first_cut][0]!r}"
             )
+
+    @property
+    def _measured(self) -> int:
+        """The cut at which information is measured: the one behind `mi_layer`."""
+        return 0 if self.mi_layer == "peek" else self.mi_layer + 1
 
     @property
     def _ranked(self) -> Ranked:
@@ -264,14 +275,14 @@ class AutoPrune(Method):
             x0=self.x0,
             beta=self.beta,
             curve=self.curve,
-            mi_layer=self.mi_layer,
+            mi_layer=self._measured - 1,
             prior=self.prior,
             cut_every=cut_every,
             layer_0_is_full=self.first_cut == "after_layer_0",
         )
 
     def check(self, shape: ModelShape) -> None:
-        if self.mi_layer >= shape.num_layers - 1:
+        if self._measured >= shape.num_layers:
             raise ValueError(
                 f"mi_layer is {self.mi_layer}, but the model has {shape.num_layers} layers and nothing can "
                 f"be cut after the last; choose at most {shape.num_layers - 2}"
@@ -312,7 +323,7 @@ class AutoPrune(Method):
         """The cuts, from the first to behind the last, that follow one ranking: the same for every prompt."""
         if cut < 2:
             return cut, cut + 1
-        measured = max(2, self.mi_layer + 1)
+        measured = max(2, self._measured)
         start, end = (2, measured) if cut < measured else (measured, num_layers)
         step = self._ranking_step(num_layers)
         first = cut - (cut - start) % step
@@ -334,19 +345,17 @@ class AutoPrune(Method):
         if not state.prunes:
             return None
         due = state.notes["due"]
-        if cut == 0:
-            return self._first_needs() if due[0] else None
         first, until = self._window(cut, state.shape.num_layers)
         ranks = cut == first and any(due[first:until])
-        if not (ranks or cut == self.mi_layer + 1):
+        if not (ranks or cut == self._measured):
             return None
         needs = self._first_needs() if self._is_first(cut) else Needs("text", hidden=self._recycles)
         # Who shares a budget looks at the question too.
-        shares = cut == self.mi_layer + 1 and self.budget.over != "prompt"
+        shares = cut == self._measured and self.budget.over != "prompt"
         return replace(needs, hidden=True) if shares else needs
 
     def _is_first(self, cut: int) -> bool:
-        return cut == (self.first_cut == "after_layer_0")
+        return cut == (1 if self.first_cut == "after_layer_0" else 0)
 
     def _first_needs(self) -> Needs:
         """What the first cut must see."""
@@ -359,7 +368,7 @@ class AutoPrune(Method):
         )
 
     def select(self, seen: Observation, state: PromptState) -> Selection | Ranking | None:
-        if seen.cut == self.mi_layer + 1:
+        if seen.cut == self._measured:
             bits, others = self._measure(seen)
             measured = [self._disturbed(own) for own in bits]
             information = self._information_for_schedule(measured)
@@ -430,6 +439,10 @@ class AutoPrune(Method):
             return text
         mask = seen.mask if seen.ragged else None
         return as_shares(vision, mask).add(as_shares(text, mask), alpha=self.text_weight)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _sizes(state: PromptState) -> Sizes:

@@ -64,7 +64,8 @@ class AdaptiveSchedule:
         budget: what each prompt may spend.
         k0, gamma, x0, beta: of slope and midpoint, see above.
         curve: retention family, see `curves.CURVES`.
-        mi_layer: the layer whose attention is measured.
+        mi_layer: the layer whose attention is measured; -1 if that is seen before layer 0 runs, so that I
+            decides all layers.
         prior: what the layers up to it follow: "curve", the curve of a prompt without information, or "linear",
             a straight line over depth.
         cut_every: layers that share a cut, from the second layer behind the measurement on.
@@ -107,7 +108,8 @@ class AdaptiveSchedule:
         entered the last of them. The unit is that of `Budget.allowed`.
         """
         decided = self.decided(sizes)
-        last = np.repeat(decided[:, -1:], sizes.num_layers - decided.shape[1], axis=1)
+        entered = np.column_stack((sizes.num_visual, decided))[:, -1:]
+        last = np.repeat(entered, sizes.num_layers - decided.shape[1], axis=1)
         least, most = (
             self.budget.spent(np.concatenate((decided, rest), axis=1), sizes.num_text, sizes.cost)
             for rest in (np.minimum(last, 1), last)
@@ -115,8 +117,12 @@ class AdaptiveSchedule:
         return least, most
 
     def decided(self, sizes: Sizes) -> Ints:
-        """What enters the layers up to `mi_layer`, [prompts, mi_layer + 1]."""
-        return self.before_measuring(sizes)[:, : self.mi_layer + 1]
+        """What enters the layers up to `mi_layer`, [prompts, mi_layer + 1].
+
+        Where tokens are counted that leave a layer, what enters layer 0 is decided in any case: all of them.
+        """
+        counts_entering = self.budget.counted == "entering"
+        return self.before_measuring(sizes)[:, : max(self.mi_layer + 1, not counts_entering)]
 
     def retention(self, num_layers: int, information: Sequence[float]) -> Floats:
         """The curve before normalisation, [prompts, L], for each prompt's information in bits."""
@@ -139,8 +145,8 @@ class AdaptiveSchedule:
         layers = sizes.num_layers
         if self.budget.over != "prompt":
             # One prompt may get what all others save.
-            decided = self.decided(sizes)[0]
-            return [*decided.tolist(), *[int(decided[-1])] * (layers - len(decided))]
+            decided = self.decided(sizes)[0].tolist()
+            return decided + [[*sizes.num_visual, *decided][-1]] * (layers - len(decided))
         slopes, midpoints = self._slope_and_midpoint(layers, self._path(most_information))
         room = envelope(
             get_curve(self.curve),
@@ -196,8 +202,8 @@ class AdaptiveSchedule:
 
     @property
     def _groups(self) -> LayerGroups:
-        """Up to the first layer behind the measurement, layers stand alone."""
-        return LayerGroups(self.mi_layer + 2, self.cut_every)
+        """Up to the first layer behind the measurement, and up to layer 1, layers stand alone."""
+        return LayerGroups(max(self.mi_layer + 2, 2), self.cut_every)
 
     @property
     def _levels(self) -> bool:

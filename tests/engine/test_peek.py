@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import autoprune
-from autoprune import AutoPrune, Budget
+from autoprune import AutoPrune, Budget, Fleet
 from autoprune.bench.launches import Launches
 from autoprune.contract import Needs, Observation
 from autoprune.engine.attention.ahead import has_own_projections
@@ -429,7 +429,7 @@ def test_the_speed_of_a_device_decides_how_often_to_cut(monkeypatch):
 
 
 @pytest.mark.parametrize("merger", [None, "dpc_knn"])
-@pytest.mark.parametrize("mi_layer", [0, 1, 3])
+@pytest.mark.parametrize("mi_layer", ["peek", 0, 1, 3])
 def test_no_prompt_has_more_than_its_capacity(mi_layer, merger):
     model = model_of("llava", "sdpa")
     inputs = zoo.inputs("llava", model, "padded3_text")
@@ -439,8 +439,78 @@ def test_no_prompt_has_more_than_its_capacity(mi_layer, merger):
     for sample in trace.samples:
         room = method.capacity(zoo.LAYERS, sample.num_visual, sample.num_text)
         assert all(n <= most for n, most in zip(sample.tokens_per_layer, room, strict=True))
-        assert room[0] == sample.tokens_per_layer[0]
+        assert room[0] == sample.tokens_per_layer[0] or mi_layer == "peek"
         assert sum(sample.tokens_per_layer) == round(0.3 * zoo.LAYERS * sample.num_visual)
+
+
+# Information at the look.
+
+
+def information_of_layer_0(plain, inputs):
+    """Bits of each prompt, from a plain eager forward: text rows against all its visual tokens."""
+    visual = zoo.visual_mask(plain, inputs["input_ids"])
+    with torch.no_grad():
+        maps = plain(**inputs, use_cache=False, output_attentions=True).attentions[0]
+    found = []
+    for row, real in enumerate(inputs["attention_mask"].bool()):
+        columns, own = real.nonzero().squeeze(1), visual[row].nonzero().squeeze(1)
+        bits = []
+        for joint in maps[row][:, columns[columns > own[-1]]][..., own].double():
+            joint = joint / joint.sum()
+            product = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+            bits.append((joint * (joint / product).log2()).nansum().item())
+        found.append(sum(bits) / len(bits))
+    return found
+
+
+@pytest.mark.parametrize("merger", [None, "summary"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", "gemma3"])
+def test_information_that_is_measured_at_the_look_decides_all_layers(name, merger):
+    model, plain = model_of(name, zoo.FAMILIES[name].attentions[0]), model_of(name, "eager")
+    inputs = zoo.inputs(name, model, "padded3")
+    method = replace(METHOD, mi_layer="peek", k0=0.6, gamma=0.35, x0=9.0, merger=merger)
+    result = oracle.compare(model, inputs, method, steps=3)
+    assert result.worst < TOLERANCE
+    expected = information_of_layer_0(plain, inputs)
+    assert len({round(bits, 4) for bits in expected}) == len(expected)
+    if merger is None:
+        assert_kept_by_layer_0(result.samples, attention_of_layer_0(plain, inputs))
+    for sample, bits in zip(result.samples, expected, strict=True):
+        assert sample.mutual_information == pytest.approx(bits, abs=1e-4)
+        planned = method.plan(zoo.LAYERS, sample.num_visual, sample.mutual_information)
+        assert sample.tokens_per_layer == planned
+        assert planned != method.plan(zoo.LAYERS, sample.num_visual, 0.0)
+
+
+def test_a_shared_budget_reaches_layer_0_where_information_is_measured_at_the_look():
+    model = model_of("llava", "sdpa")
+    inputs = zoo.inputs("llava", model, "padded3")
+    budget = Budget.tokens(6, over="batch")
+    method = AutoPrune(budget, first_cut="peek", mi_layer="peek", fleet=Fleet(uneven))
+    result = oracle.compare(model, inputs, method, steps=3)
+    assert result.worst < TOLERANCE
+    tokens = [sample.tokens_per_layer for sample in result.samples]
+    assert sum(map(sum, tokens)) == 3 * 6 * zoo.LAYERS
+    assert tokens[0][0] > tokens[1][0] > tokens[2][0]
+
+
+def test_a_stream_shares_from_layer_0_on_and_never_spends_more():
+    model, fleet = model_of("llava", "sdpa"), Fleet()
+    budget = Budget.tokens(6, over="stream")
+    method = AutoPrune(budget, first_cut="peek", mi_layer="peek", fleet=fleet, merger="summary")
+    spent = 0
+    for turn in range(4):
+        inputs = zoo.inputs("llava", model, "padded3", seed=turn)
+        with method(model) as trace, torch.no_grad():
+            model(**inputs)
+        spent += sum(sum(sample.tokens_per_layer) for sample in trace.samples)
+        assert spent == fleet.state.spent <= fleet.state.allowed == (turn + 1) * 3 * 6 * zoo.LAYERS
+
+
+def uneven(prompts, tokens):
+    """The first prompt of a batch is the neediest."""
+    weight = np.arange(len(prompts), 0, -1.0) ** 2
+    return -weight[:, None] * tokens[None] ** 0.5
 
 
 # Rankings.

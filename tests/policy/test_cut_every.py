@@ -22,9 +22,14 @@ def cuts(plan):
     return [layer for layer in range(1, len(plan)) if plan[layer] < plan[layer - 1]]
 
 
+def alone(method):
+    """Layers that share no cut: up to the first one behind the measurement, and the first two."""
+    return 2 if method.mi_layer == "peek" else method.mi_layer + 2
+
+
 def steps(method, layers):
     """Where a cut is meant to be."""
-    return {*range(method.mi_layer + 2), *range(method.mi_layer + 2, layers, method.cut_every)}
+    return {*range(alone(method)), *range(alone(method), layers, method.cut_every)}
 
 
 @st.composite
@@ -37,13 +42,15 @@ def settings(draw):
             st.floats(0.02, 1).map(Budget.ratio),
         )
     )
+    first_cut = draw(st.sampled_from(["after_layer_0", "pre_llm", "peek"]))
+    measured = st.integers(0, min(layers - 2, 3))
     method = AutoPrune(
         budget,
         k0=draw(st.floats(0, 2)),
         beta=draw(st.floats(-3, 3)),
         curve=draw(st.sampled_from(["logistic", "linear", "step"])),
-        mi_layer=draw(st.integers(0, min(layers - 2, 3))),
-        first_cut=draw(st.sampled_from(["after_layer_0", "pre_llm", "peek"])),
+        mi_layer=draw(measured | st.just("peek") if first_cut == "peek" else measured),
+        first_cut=first_cut,
         cut_every=draw(st.integers(1, 12)),
     )
     return method, layers, visual, draw(st.floats(0, 2))
@@ -67,7 +74,7 @@ def test_the_budget_is_spent_exactly_and_at_most_one_token_falls_between_steps(s
     for layer in between:
         assert plan[layer - 1] - plan[layer] == 1
         # Had it fitted, it would be in the layer before the staircase.
-        first = method.mi_layer + 1
+        first = alone(method) - 1
         assert plan[first - 1] - plan[first] < method.cut_every
 
 

@@ -34,7 +34,7 @@ def schedule(budget, **settings):
 def demand(budget, visual, information, text=None, copies=1, **settings):
     sizes = Sizes(LAYERS, tuple(visual), tuple(text or [10] * len(visual)), COST)
     how = schedule(budget, **settings)
-    own = how.before_measuring(sizes)[:, 2:].mean(axis=1).tolist()
+    own = how.before_measuring(sizes)[:, how.mi_layer + 1 :].mean(axis=1).tolist()
     signals = [
         Signals(bits, 1 + 5 * bits, bits, *rest)
         for bits, *rest in zip(information, visual, sizes.num_text, own, strict=True)
@@ -48,7 +48,8 @@ def check_feasible(plan, prompts):
     assert (np.diff(np.column_stack((visual, plan)), axis=1) <= 0).all()
     assert (plan >= 1).all()
     before = prompts.schedule.before_measuring(prompts.sizes)
-    assert (plan[:, :2] == before[:, :2]).all()
+    decided = prompts.schedule.mi_layer + 1
+    assert (plan[:, :decided] == before[:, :decided]).all()
 
 
 budgets = st.one_of(
@@ -67,6 +68,8 @@ def demands(draw, kinds=budgets, over="batch", most=5):
     text = draw(st.lists(st.integers(1, 60), min_size=number, max_size=number))
     bits = draw(st.lists(st.floats(0, 4), min_size=number, max_size=number))
     settings = {"cut_every": draw(st.sampled_from([1, 3])), "layer_0_is_full": draw(st.booleans())}
+    if not settings["layer_0_is_full"]:
+        settings["mi_layer"] = draw(st.sampled_from([1, -1]))
     try:
         budget = replace(draw(kinds), over=over)
         return demand(budget, visual, bits, text, draw(st.integers(1, 3)), **settings)
@@ -263,10 +266,49 @@ def test_the_price_and_the_bank_worked_out_by_hand():
     assert one(1).spent(run(fleet, one(0.5))).tolist() == [least]
     saved = 128 - least
     assert fleet.state.bank == saved
-    assert fleet.state.price == pytest.approx(np.exp(-0.003 * saved / 128))
+    assert fleet.state.price == pytest.approx(np.exp(-0.1 * saved / 128))
     # Worth more than the mean: all that there is, up to where more saves nothing.
     assert one(1).spent(run(fleet, one(4.0))).tolist() == [min(128 + saved, most)]
     assert fleet.state.bank == max(128 + saved - most, 0)
+
+
+def convex(prompts, tokens):
+    """Loss falls by half with every few tokens: the fewer, the more information there is."""
+    return [np.exp2(-tokens * max(s.information, 0.1) / 16) for s in prompts]
+
+
+def loss_of(prompts, plan):
+    """What that rule says of a plan's open layers."""
+    mean = plan[:, prompts.schedule.mi_layer + 1 :].mean(axis=1)
+    return float(np.mean([convex([s], m)[0] for s, m in zip(prompts.signals, mean, strict=True)]))
+
+
+@pytest.mark.parametrize("order", ["mixed", "easy last", "easy first"])
+def test_a_short_stream_spends_nearly_all_and_loses_no_more_than_alone(order):
+    bits = np.random.default_rng(1).uniform(0.2, 4.0, 300)
+    if order != "mixed":
+        bits = np.sort(bits)[:: 1 if order == "easy last" else -1]
+    fleet, lost, alone = Fleet(convex), [], []
+    for own in bits:
+        prompts = demand(
+            Budget.tokens(16, over="stream"), [64], [own], layer_0_is_full=False, mi_layer=-1
+        )
+        lost.append(loss_of(prompts, run(fleet, prompts)))
+        alone.append(loss_of(prompts, prompts.solve(prompts.allowed)))
+    assert 0.97 < fleet.state.spent / fleet.state.allowed <= 1
+    # In order of difficulty nothing is to be gained: what is saved comes too late, or is missed.
+    assert np.mean(lost) <= (0.985 if order == "mixed" else 1.03) * np.mean(alone)
+
+
+@examples(50)
+@given(st.lists(st.floats(0.2, 4.0), min_size=1, max_size=12))
+def test_a_batch_in_a_stream_gets_what_its_prompts_get_one_by_one(bits):
+    budget, settings = Budget.tokens(16, over="stream"), {"layer_0_is_full": False, "mi_layer": -1}
+    together, one_by_one = Fleet(convex), Fleet(convex)
+    plan = run(together, demand(budget, [64] * len(bits), bits, **settings))
+    rows = [run(one_by_one, demand(budget, [64], [own], **settings))[0] for own in bits]
+    assert plan.tolist() == [row.tolist() for row in rows]
+    assert together.state.price == pytest.approx(one_by_one.state.price)
 
 
 def test_a_hard_prompt_after_easy_ones_gets_what_they_saved():
