@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 
@@ -122,14 +123,30 @@ def test_what_is_not_comparable_is_said(tmp_path, monkeypatch):
 @needs_pycocoevalcap
 @needs_java
 def test_with_java_the_tokens_are_those_of_the_challenge(tmp_path):
-    texts = {"1": ["A man's dog (brown) isn't here."]}
+    texts = {
+        "1": ["A man's dog (brown) isn't here.", ""],
+        "2": ["two\rlines\u2028and\nmore", "end"],
+    }
     references, _, notes = captions.tokenized(texts, texts)
-    assert references == {"1": ["a man 's dog -lrb- brown -rrb- is n't here"]}
+    assert references == {
+        "1": ["a man 's dog -lrb- brown -rrb- is n't here", ""],
+        "2": ["two lines and more", "end"],
+    }
     assert notes == []
     found = score("coco-caption", *files(tmp_path, REFERENCES, CANDIDATES))
     assert 0 < values(found)["METEOR"] < 1
     if not any("no SPICE" in note for note in found.notes):
         assert 0 < values(found)["SPICE"] < 1
+
+
+@needs_pycocoevalcap
+def test_a_java_that_fails_is_no_score_of_nothing(tmp_path, monkeypatch):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ValueError, match="Java did not run"):
+        score("coco-caption", *files(tmp_path, REFERENCES, CANDIDATES))
 
 
 @needs_pycocoevalcap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -39,6 +40,8 @@ def _missing_apostrophe() -> dict[str, str]:
 _RIGHT = _missing_apostrophe()
 
 
+# People answer many questions alike, and there are ten answers to each.
+@lru_cache(maxsize=2**16)
 def evalai(text: str) -> str:
     """An answer as EvalAI's processor leaves it, which LLaVA applies to TextVQA, VQAv2 and VizWiz.
 
@@ -47,6 +50,12 @@ def evalai(text: str) -> str:
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return without_articles(without_marks(in_one_line(text)))
+
+
+@lru_cache(maxsize=2**16)
+def vqa_answer(text: str) -> str:
+    """An answer as VQA's evaluator leaves it, which does not part "'s" from its word."""
+    return without_articles(without_marks(text))
 
 
 def in_one_line(text: str) -> str:

@@ -57,9 +57,10 @@ def figures(questions: Sequence[Question], texts: Sequence[str | None]) -> Score
     """
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise ImportError(_MISSING)
-    references = {str(i): list(question.truth) for i, question in enumerate(questions)}
-    candidates = {str(i): [text or ""] for i, text in enumerate(texts)}
-    references, candidates, notes = tokenized(references, candidates)
+    references, candidates, notes = tokenized(
+        {str(i): list(question.truth) for i, question in enumerate(questions)},
+        {str(i): [text or ""] for i, text in enumerate(texts)},
+    )
     found = _cider_and_rouge(references, candidates) + _bleu(references, candidates)
     java = shutil.which("java") is not None
     for name, lacking in (("METEOR", _meteor_lacks(java)), ("SPICE", _spice_lacks(java))):
@@ -83,16 +84,27 @@ def tokenized(references: Captions, candidates: Captions) -> tuple[Any, Any, lis
             "Java, which is not installed: compare these figures with each other only"
         )
         return _words(references), _words(candidates), [note]
+    return _ptb_tokens(references), _ptb_tokens(candidates), []
+
+
+def _ptb_tokens(captions: Captions) -> dict[str, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    # The tokenizer gives a line for each caption, so none may hold an end of a line of any kind.
+    lines = {
+        image: [{"caption": " ".join(text.split())} for text in texts]
+        for image, texts in captions.items()
+    }
     with _quietly():
-        tokens = [
-            PTBTokenizer().tokenize(
-                {image: [{"caption": text} for text in texts] for image, texts in side.items()}
-            )
-            for side in (references, candidates)
-        ]
-    return *tokens, []
+        tokens: dict[str, list[str]] = PTBTokenizer().tokenize(lines)
+    if {image: len(texts) for image, texts in tokens.items()} != {
+        image: len(texts) for image, texts in captions.items()
+    }:
+        raise ValueError(
+            "Java did not run pycocoevalcap's tokenizer to its end; check `java -version`, or take Java off "
+            "the PATH to go without it"
+        )
+    return tokens
 
 
 def _words(captions: Captions) -> dict[str, list[str]]:

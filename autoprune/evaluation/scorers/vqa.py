@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .answer_text import evalai, in_one_line, soft_accuracy, without_articles, without_marks
+from .answer_text import evalai, in_one_line, soft_accuracy, vqa_answer
 from .figures import Score, means
 from .matching import Question
 from .reading import field, id_of, read_json, read_json_lines
@@ -34,8 +34,7 @@ def _vqav2(question: Question, text: str | None) -> float:
     answers, given = [in_one_line(answer) for answer in question.truth], evalai(text)
     # Where all agree, the evaluator takes the answers as they are written.
     if len(set(answers)) > 1:
-        answers = [without_articles(without_marks(answer)) for answer in answers]
-        given = without_articles(without_marks(given))
+        answers, given = [vqa_answer(answer) for answer in answers], vqa_answer(given)
     return soft_accuracy(given, answers)
 
 
