@@ -192,7 +192,7 @@ def gqa(folder: Path) -> Sources:
 
 
 def test_gqa_is_exact_match_in_lower_case_without_the_last_point(tmp_path):
-    given = answers(tmp_path, {201: "Yes.", "202": "yes", "203": "Traffic Light", "204": "a car"})
+    given = answers(tmp_path, {201: "Yes.", "202": "yes", "203": "Traffic Light", "204": ".car"})
     found = score("gqa", given, gqa(tmp_path))
     assert values(found) == {
         "accuracy": 50,

@@ -32,8 +32,10 @@ def read(sources: Sources) -> list[Question]:
     for name in map(str, splits[sources.split]):
         where = f"problems.json, {name}"
         problem = field(problems, name, dict, "problems.json")
-        truth = field(problem, "answer", int, where), len(field(problem, "choices", list, where))
-        found.append(Question((name,), truth, (IMAGE,) if problem.get("image") else ()))
+        right = field(problem, "answer", int, where)
+        if not 0 <= right < len(LETTERS):
+            raise ValueError(f"{where}, answer: expected 0 to {len(LETTERS) - 1}, got {right}")
+        found.append(Question((name,), LETTERS[right], (IMAGE,) if problem.get("image") else ()))
     return found
 
 
@@ -52,10 +54,8 @@ def letter(text: str) -> str | None:
 def figures(questions: Sequence[Question], texts: Sequence[str | None]) -> Score:
     values, unread = [], 0
     for question, text in zip(questions, texts, strict=True):
-        answer, choices = question.truth
         chosen = None if text is None else letter(text)
         unread += text is not None and chosen is None
-        index = -1 if chosen is None else LETTERS.index(chosen)
-        values.append(float(index == answer and index < choices))
+        values.append(float(chosen == question.truth))
     notes = [f"{unread} answers name no letter and count as wrong"] if unread else []
     return means(questions, values), notes
