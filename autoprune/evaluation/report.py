@@ -7,22 +7,17 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import write_whole
 from ..viz import matplotlib_parts, to_png
+from .plot import plot
 from .results import Row, overspends
 from .settings import FULL
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its pale yellow.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-_MARKERS = "osD^vP*X<>ph"
 _OFF = 0.005
 HEADINGS = (
-    "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "difference", "prefill",
+    "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "agreement", "difference", "prefill",
 )  # fmt: skip
 
 
@@ -37,7 +32,7 @@ def write_report(folder: Path, rows: Sequence[Row], config: dict[str, Any], base
     record = {**config, "baseline": baseline, "rows": rows}
     write_whole(folder / "results.json", json.dumps(record, indent=1, allow_nan=False))
     write_whole(folder / "report.md", to_markdown(rows, config, baseline))
-    write_whole(folder / "accuracy_vs_flops.png", to_png(plot(rows)))
+    write_whole(folder / "accuracy_vs_flops.png", to_png(plot(rows, baseline)))
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -76,6 +71,7 @@ def cells(row: Row, brief: bool = False) -> list[str]:
         _figure(row, "kv_bytes_share", ".1%", brief),
         _figure(row, "accuracy", ".3f"),
         _figure(row, "relative", ".3f", brief),
+        _figure(row, "agreement", ".3f", brief),
         _verdict(row, brief),
         _figure(row, "prefill_ms", ".1f", brief, " ms"),
     ]
@@ -87,7 +83,8 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
     lines = ["# Comparison of pruning methods", ""]
     lines += [f"`{config['command']}`", "", *(f"* {line}" for line in _setup(config)), ""]
     lines += [
-        f"The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
+        "The agreement is the share of questions that are answered as the unpruned model answers them, right "
+        f"or wrong. The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
         "Square brackets hold 95 % confidence intervals: over questions, and of prefill times over timed "
         "batches. They are left out where both bounds read like the figure, and where there are too few "
         "questions or batches to tell.",
@@ -111,47 +108,6 @@ def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> s
     if refused:
         lines += ["## Infeasible", "", *(f"* {line}" for line in refused), ""]
     return "\n".join(lines)
-
-
-def plot(rows: Sequence[Row]) -> Figure:
-    """Accuracy over the share of decoder prefill FLOPs, one line per method, with intervals."""
-    figure_class, formatter = matplotlib_parts()
-    ran = [row for row in rows if row["status"] == "ok"]
-    labels = list(dict.fromkeys(row["method"] for row in ran if row["method"] != FULL))
-    figure = figure_class(figsize=(9.6, max(4.8, 1.2 + 0.25 * len(labels))), layout="constrained")
-    axes = figure.subplots()
-    full = rows[0]
-    axes.axhline(full["accuracy"], color="#495057", linewidth=1, linestyle="--", label=FULL)
-    for index, label in enumerate(labels):
-        own = sorted((r for r in ran if r["method"] == label), key=lambda r: r["flops_share"])
-        heights = [row["accuracy"] for row in own]
-        bounds = [
-            (row["accuracy"], row["accuracy"])
-            if row["accuracy_low"] is None
-            else (row["accuracy_low"], row["accuracy_high"])
-            for row in own
-        ]
-        below = [max(0.0, y - low) for y, (low, _) in zip(heights, bounds, strict=True)]
-        above = [max(0.0, high - y) for y, (_, high) in zip(heights, bounds, strict=True)]
-        axes.errorbar(
-            [row["flops_share"] for row in own],
-            heights,
-            (below, above),
-            label=label,
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=5,
-            linewidth=1.3,
-            elinewidth=0.8,
-            capsize=2,
-        )
-    axes.xaxis.set_major_formatter(formatter(lambda value, _: f"{100 * value:g}%"))
-    axes.set_xlabel("decoder prefill FLOPs, share of the unpruned model's")
-    axes.set_ylabel("accuracy, mean over kinds")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e9ecef")
-    figure.legend(loc="outside right upper", frameon=False)
-    return figure
 
 
 def _overview(rows: Sequence[Row]) -> list[str]:

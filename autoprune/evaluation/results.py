@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..policy.budget import Budget
 from .run_directory import Answers
 from .settings import Setting
 from .statistics import Estimate, Means, Resampled, bootstrap, bootstrap_median
+from .tasks import normalised
 
 Row = dict[str, Any]
 _TOLERANCE = 0.02
@@ -24,6 +26,7 @@ class _Measured:
     """The figures of all settings that ran, the reference first."""
 
     correct: Means
+    agrees: Means
     entering: Means
     flops: Means
     kv_bytes: Means
@@ -64,6 +67,7 @@ def results(
             row |= _spent(setting, measured, own)
             row |= _timed(measured.milliseconds, own)
             row |= _accuracy(measured.correct, own, rivals.get(setting.budget))
+            row |= _columns("agreement", measured.agrees.macro.estimate(own))
             row |= _per_kind(measured.correct, own, kinds)
             row |= _information(found, kinds)
         rows.append(row)
@@ -94,9 +98,17 @@ def overspends(row: Row) -> bool:
 def _measured(given: Sequence[Answers], milliseconds: Sequence[Sequence[float]]) -> _Measured:
     figures = ("correct", "entering", "flops", "kv_bytes")
     values = [np.stack([getattr(found, name) for found in given]) for name in figures]
-    means = dict(zip(figures, bootstrap(values, given[0].kinds), strict=True))
+    *means, agrees = bootstrap([*values, _agrees(given)], given[0].kinds)
     times = bootstrap_median(np.array(milliseconds)) if milliseconds else None
-    return _Measured(**means, milliseconds=times)
+    named = dict(zip(figures, means, strict=True))
+    return _Measured(**named, agrees=agrees, milliseconds=times)
+
+
+def _agrees(given: Sequence[Answers]) -> NDArray[np.bool_]:
+    """Whether each setting says what the first one says, bool [settings, questions]."""
+    first, *others = ([normalised(text) for text in found.predictions] for found in given)
+    same = [[a == b for a, b in zip(first, texts, strict=True)] for texts in (first, *others)]
+    return np.array(same)
 
 
 def _spent(setting: Setting, measured: _Measured, own: int) -> Row:

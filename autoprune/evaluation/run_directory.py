@@ -20,13 +20,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Answers:
-    """What one setting answered, question by question; arrays of the length of `kinds`.
+    """What one setting answered, question by question; all of the length of `kinds`.
 
-    correct: bool. entering: mean visual tokens entering a layer. flops, kv_bytes: of the decoder's
-    prefill. mutual_information: bits, NaN where none was measured.
+    predictions: the texts. correct: bool. entering: mean visual tokens entering a layer. flops, kv_bytes:
+    of the decoder's prefill. mutual_information: bits, NaN where none was measured.
     """
 
     kinds: list[str]
+    predictions: list[str]
     correct: NDArray[np.bool_]
     entering: NDArray[np.float64]
     flops: NDArray[np.float64]
@@ -93,7 +94,7 @@ class RunDirectory:
 
     def read(self, setting: Setting) -> Answers:
         """All predictions of a setting."""
-        kinds = []
+        kinds, predictions = [], []
         columns: dict[str, list[Any]] = {
             name: [] for name in ("correct", "entering", "flops", "kv_bytes", "mutual_information")
         }
@@ -101,10 +102,12 @@ class RunDirectory:
             for line in lines:
                 record = json.loads(line)
                 kinds.append(record["kind"])
+                predictions.append(record["prediction"])
                 for name, column in columns.items():
                     column.append(record[name])
         correct = np.array(columns.pop("correct"), dtype=bool)
-        return Answers(kinds, correct, **{k: np.array(v, float) for k, v in columns.items()})
+        figures = {name: np.array(column, float) for name, column in columns.items()}
+        return Answers(kinds, predictions, correct, **figures)
 
     def _refusal(self, setting: Setting) -> Path:
         return self.path / "predictions" / f"{setting.name}.infeasible"

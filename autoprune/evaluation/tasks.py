@@ -44,8 +44,15 @@ def is_right(prediction: str, answers: Sequence[str]) -> bool:
     ring", and "-5" is not "5". An answer of nothing but punctuation has to be given as it is. There is
     no credit for part of an answer.
     """
-    given = _normalised(prediction)
-    return any(given == _normalised(answer) for answer in answers)
+    given = normalised(prediction)
+    return any(given == normalised(answer) for answer in answers)
+
+
+def normalised(text: str) -> str:
+    """What is left of an answer to compare: see `is_right`."""
+    words = _PUNCTUATION.sub(" ", text.casefold().replace(_MINUS, "-")).split()
+    # An answer may be an article and nothing else, such as a letter that was read.
+    return " ".join([word for word in words if word not in _ARTICLES] or words) or text.strip()
 
 
 def picture_digest(task: Task) -> str:
@@ -129,12 +136,6 @@ def read_tasks(
         if kind not in found:
             raise ValueError(f"{str(path)!r} has no kind {kind!r}; it has {', '.join(found)}")
     return _first_of_each(tasks, per_kind, found if kinds is None else kinds)
-
-
-def _normalised(text: str) -> str:
-    words = _PUNCTUATION.sub(" ", text.casefold().replace(_MINUS, "-")).split()
-    # An answer may be an article and nothing else, such as a letter that was read.
-    return " ".join([word for word in words if word not in _ARTICLES] or words) or text.strip()
 
 
 def _check_count(per_kind: int) -> None:

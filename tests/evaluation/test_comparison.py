@@ -150,13 +150,47 @@ def test_what_is_spent_is_summed_over_all_questions_and_not_by_kind():
     kinds = ["short"] * 30 + ["long"] * 10
     full, pruned = np.repeat([10.0, 100.0], [30, 10]), np.repeat([5.0, 10.0], [30, 10])
     given = [
-        Answers(kinds, np.ones(40, bool), spent, spent, spent, np.full(40, np.nan))
+        Answers(kinds, [""] * 40, np.ones(40, bool), spent, spent, spent, np.full(40, np.nan))
         for spent in (full, pruned)
     ]
     settings = [REFERENCE, SETTINGS[0]]
     _, row = results(settings, given, ["short", "long"], {}, "autoprune")
     assert row["tokens_entering"] == 250 / 40
     assert row["flops_share"] == row["kv_bytes_share"] == pytest.approx(250 / 1300, abs=1e-6)
+
+
+def test_agreement_counts_answers_that_are_the_unpruned_models_right_or_wrong():
+    kinds = ["short"] * 30 + ["long"] * 10
+    right, nothing = np.ones(40, bool), np.ones(40)
+    full = ["Red ring."] * 30 + ["a long answer"] * 10
+    # Of 30 the first 12 differ; of 10 the first 5. Case, points and articles make no difference.
+    other = ["blue"] * 12 + ["the red ring"] * 18 + ["long"] * 5 + ["Long answer"] * 5
+    given = [
+        Answers(kinds, texts, right, nothing, nothing, nothing, np.full(40, np.nan))
+        for texts in (full, other)
+    ]
+    first, row = results([REFERENCE, SETTINGS[0]], given, ["short", "long"], {}, "autoprune")
+    assert first["agreement"] == first["agreement_low"] == 1
+    assert row["agreement"] == pytest.approx((18 / 30 + 5 / 10) / 2)
+    # Two binomial shares, of 30 and 10 questions: 1.96 times half of the root of .24 / 30 + .25 / 10.
+    assert row["agreement_low"] == pytest.approx(0.55 - 0.178, abs=0.03)
+    assert row["agreement_high"] == pytest.approx(0.55 + 0.178, abs=0.03)
+    assert row["relative"] == 1
+
+
+def test_the_agreement_is_what_the_predictions_show(finished):
+    rows, folder = finished
+    texts = {
+        name: [json.loads(line)["prediction"] for line in text.splitlines()]
+        for name, text in predictions(folder).items()
+    }
+    same = [
+        a == b
+        for a, b in zip(*(texts[f"{n}.jsonl"] for n in ("full__1", "random__8")), strict=True)
+    ]
+    assert rows[-1]["agreement"] == pytest.approx(np.mean(same))
+    report = (folder / "report.md").read_text()
+    assert "| of full | agreement | difference |" in report
 
 
 @pytest.mark.parametrize(
