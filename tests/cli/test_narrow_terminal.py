@@ -8,14 +8,19 @@ import re
 import pytest
 from rich.console import Console
 
-from autoprune import cli
+from autoprune.cli import answering, files, listing, measuring
 from autoprune.methods import METHODS
+
+COMMANDS = (answering, files, listing, measuring)
 
 
 @pytest.fixture
 def narrow(call, monkeypatch):
     """`call` in a terminal of 80 characters."""
-    monkeypatch.setattr(cli, "_console", lambda: Console(markup=False, highlight=False, width=80))
+    for room in COMMANDS:
+        monkeypatch.setattr(
+            room, "console", lambda: Console(markup=False, highlight=False, width=80)
+        )
 
     def run(*words):
         lines = [line.rstrip() for line in call(*words).out.splitlines()]
