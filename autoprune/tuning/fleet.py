@@ -55,6 +55,11 @@ class Rules:
         return max(self.values, key=self.values.__getitem__)
 
 
+def open_to_all_layers(method: AutoPrune) -> AutoPrune:
+    """The same method, ready to share from layer 0 on if it looks ahead of that layer: it measures there."""
+    return dataclasses.replace(method, mi_layer="peek") if method.first_cut == "peek" else method
+
+
 def shared(method: AutoPrune, rule: Rule) -> AutoPrune:
     """The same method with its budget over a batch."""
     budget = dataclasses.replace(method.budget, over="batch")

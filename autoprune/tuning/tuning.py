@@ -24,7 +24,7 @@ from ..methods.base import Method
 from ..methods.tuned_file import ModelIdentity
 from ..policy.budget import Budget
 from .examination import Examination
-from .fleet import RULES, STEPS, find_rules, shared
+from .fleet import RULES, STEPS, find_rules, open_to_all_layers, shared
 from .judgement import DEFAULT, SAME, TUNED, Judged, choose, choose_rule, judge
 from .result import Result, tuned_file
 from .search import Search, Trial, check_optuna
@@ -204,6 +204,7 @@ class _Run:
         self, method: AutoPrune, tuning: Sequence[Examination], held_out: Examination
     ) -> tuple[list[Judged], str]:
         """The same budget for all and rules of who gets how much; and which rule was best in tuning."""
+        sharing = open_to_all_layers(method)
         with progress_bar(self.options.show_progress) as progress:
             total = STEPS * self.split.tuned_on + (RULES + 1) * len(self.split.held_out)
             bar = progress.add_task("fleet", total=total)
@@ -211,9 +212,9 @@ class _Run:
             def advance(prompts: int) -> None:
                 progress.advance(bar, prompts)
 
-            rules = find_rules(method, tuning, lambda own, part: tuning[part].scores(own, advance))
+            rules = find_rules(sharing, tuning, lambda own, part: tuning[part].scores(own, advance))
             contenders: dict[str, Method] = {SAME: method}
-            contenders |= {label: shared(method, rule) for label, rule in rules.by_label.items()}
+            contenders |= {label: shared(sharing, rule) for label, rule in rules.by_label.items()}
             judged = judge(
                 contenders, lambda own: held_out.scores(own, advance), self.split.pictures, SAME
             )

@@ -15,7 +15,14 @@ from autoprune.evaluation.statistics import Estimate
 from autoprune.policy.rules import QUESTION, CalibratedRule, Signals
 from autoprune.tuning import Options, built_in_prompts, tune
 from autoprune.tuning.agreement import Scores
-from autoprune.tuning.fleet import CALIBRATED, LEVELS, TakingTurns, find_rules, shared
+from autoprune.tuning.fleet import (
+    CALIBRATED,
+    LEVELS,
+    TakingTurns,
+    find_rules,
+    open_to_all_layers,
+    shared,
+)
 from autoprune.tuning.judgement import SAME, Judged, choose_rule
 from autoprune.tuning.signals import signals
 
@@ -99,6 +106,13 @@ class Part:
 def scores_of(agreement):
     rest = np.zeros(len(agreement))
     return Scores(np.asarray(agreement, float), rest, rest, rest, rest)
+
+
+def test_who_looks_ahead_shares_from_layer_0_on():
+    ahead = open_to_all_layers(METHOD)
+    assert ahead == dataclasses.replace(METHOD, mi_layer="peek")
+    later = AutoPrune(8, first_cut="pre_llm")
+    assert open_to_all_layers(later) == later
 
 
 def test_levels_are_given_in_turn_and_take_what_the_budget_has():
