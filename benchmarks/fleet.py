@@ -50,7 +50,6 @@ SETTINGS = {
     "gamma": 0.052,
     "x0": 12.49,
     "beta": 0.83,
-    "mi_layer": "peek",
 }
 LARGE = 24
 """Mean tokens at which an answer is taken for the right one: far cheaper than the unpruned model's."""
@@ -138,11 +137,13 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
     run: Annotated[Path, typer.Option(help="folder of the fit")] = Path("fleet-run"),
     output: Annotated[Path, typer.Option()] = RESULTS / "fleet.json",
+    mi_layer: Annotated[str, typer.Option(help="peek, or the layer to measure in")] = "peek",
     rule_file: Annotated[Path, typer.Option()] = RESULTS / "fleet_rule.json",
 ) -> None:
     """Fit the rule if there is none, and compare."""
     model, processor = tiny.load(dtype=getattr(torch, dtype))
-    method = AutoPrune(budget, **SETTINGS)
+    settings_of = {**SETTINGS, "mi_layer": int(mi_layer) if mi_layer.isdigit() else mi_layer}
+    method = AutoPrune(budget, **settings_of)
     if rule_file.exists():
         rule = rule_from_dict(json.loads(rule_file.read_text(encoding="utf-8")))
     else:
@@ -162,7 +163,8 @@ def main(
         found = summarise(records)
         result = {
             "command": f"python benchmarks/fleet.py --budget {budget:g} --questions {questions} "
-            f"--prompts {prompts} --batch {batch} --dtype {dtype}",
+            f"--prompts {prompts} --batch {batch} --dtype {dtype}"
+            + ("" if mi_layer == "peek" else f" --mi-layer {mi_layer}"),
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, CPU",
             "versions": {
@@ -171,7 +173,7 @@ def main(
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "settings": SETTINGS,
+            "settings": settings_of,
             "questions": len(records[SAME]),
             "prompts_fitted_to": prompts,
             "results": found,
