@@ -24,8 +24,12 @@ SHARES = ((0,), (1,), (2, 3))
 """The parts that a trial is asked before it may stop: a quarter of the prompts, another one, and the rest."""
 NEVER_STOPPED = 5
 """Trials that run to their end before any is stopped."""
+PROPOSALS = 20
+"""How often settings are proposed until some are new, the second half of them by chance."""
 _SEEDS = 100_003
 """Seeds of one search do not meet those of the next."""
+_AGAIN = 1_000_003
+"""Nor do those of a further proposal."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,31 @@ class Search:
             raise Refused(f"no settings can run on this model at this budget; the first: {reason}")
         return max(complete, key=lambda trial: trial.value or -math.inf)
 
-    def _try(self, number: int) -> Trial:
-        optuna = self._optuna
-        self._study.sampler = optuna.samplers.TPESampler(
-            seed=_SEEDS * self._seed + number, multivariate=True, group=True
-        )
+    def _propose(self, number: int) -> tuple[optuna.Trial, Candidate]:
+        """Settings to try: others than before, as long as some are found."""
+        samplers, seed = self._optuna.samplers, _SEEDS * self._seed + number
+        tried = [trial.candidate for trial in self.trials]
         if number < len(self._starts):
             self._study.enqueue_trial(dict(self._starts[number]))
-        proposed = self._study.ask()
-        trial = self._examine(number, proposed, self._space.suggest(proposed))
+        for attempt in range(PROPOSALS):
+            guided = attempt < PROPOSALS // 2
+            self._study.sampler = (
+                samplers.TPESampler(seed=seed + _AGAIN * attempt, multivariate=True, group=True)
+                if guided
+                else samplers.RandomSampler(seed=seed + _AGAIN * attempt)
+            )
+            proposed = self._study.ask()
+            candidate = self._space.suggest(proposed)
+            if candidate not in tried or attempt == PROPOSALS - 1:
+                break
+            # The sampler does not learn from it.
+            self._study.tell(proposed, state=self._optuna.trial.TrialState.FAIL)
+        return proposed, candidate
+
+    def _try(self, number: int) -> Trial:
+        optuna = self._optuna
+        proposed, candidate = self._propose(number)
+        trial = self._examine(number, proposed, candidate)
         proposed.set_user_attr("trial", vars(trial))
         if trial.state == "complete":
             self._study.tell(proposed, trial.value)

@@ -98,3 +98,20 @@ def test_nothing_that_can_run_is_said_with_the_reason(tmp_path):
     found.run(3)
     with pytest.raises(Refused, match=r"no settings can run .* too small a budget"):
         _ = found.best
+
+
+def test_no_settings_are_tried_twice_while_there_are_others(tmp_path):
+    """fastv and uniform have ten settings between them, and one of these is the best by far."""
+    space = Space.of(BUDGET, ("fastv", "uniform"))
+
+    def ask(method, part):
+        best = method.name == "uniform" and method.merger is None
+        same = np.full(25, 0.9 if best else 0.3)
+        return Scores(same, 1 - same, same, same, same)
+
+    found = Search(space, ask, tmp_path / "study.db", 0)
+    found.run(10)
+    candidates = [trial.candidate for trial in found.trials]
+    assert all(candidates.count(own) == 1 for own in candidates)
+    found.run(12)
+    assert len(found.trials) == 12
