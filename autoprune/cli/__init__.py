@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `tune`, `bench`, `methods`, `families`.
+"""The command line: `autoprune demo`, `run`, `plan`, `answer`, `compare`, `tune`, `bench`, and two lists.
 
 What is imported here is cheap; each command imports what it needs when it runs.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import answering, listing, measuring
+from . import answering, files, listing, measuring
 
 app = typer.Typer(
     add_completion=False,
@@ -43,6 +43,8 @@ def common(
 app.command()(answering.demo)
 app.command(cls=answering.AsksQuestions)(answering.run)
 app.command()(answering.plan)
+app.command()(files.answer)
+app.command(hidden=True)(files.llava_eval)
 app.command()(listing.methods)
 app.command()(listing.families)
 app.command()(measuring.bench)
