@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +22,9 @@ INSTRUCTIONS = {
 _LETTERS = "ABCD"
 _PIECE = 1 << 16
 _LONGEST_FIELD = 2**31 - 1
-# What pandas, which LLaVA reads the table with, takes for no value at all.
-_NOTHING = frozenset(
-    " #n/a #na -1.#ind -1.#qnan -nan 1.#ind 1.#qnan <na> n/a na null nan none".split(" ")
-) | {"#n/a n/a"}
+# What pandas, which LLaVA reads the table with, takes for no value at all. "Na" is sodium.
+_NOTHING = re.compile(r"#?N/A|#N/A N/A|#?NA|-?1\.#(IND|QNAN)|-?nan|-?NaN|<NA>|NULL|n/a|null|")
+_NO_NUMBER = ("nan", "none")
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _image(record: dict[str, Any]) -> Path | None:
 
 
 def _is_nothing(value: Any) -> bool:
-    return value is None or value.lower() in _NOTHING
+    return value is None or _NOTHING.fullmatch(value) is not None or value.lower() in _NO_NUMBER
 
 
 def _shown(value: Any) -> str:

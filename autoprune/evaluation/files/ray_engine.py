@@ -38,12 +38,19 @@ def answer_with_ray(asking: Asking, pieces: Sequence[list[int]], workers: int) -
         raise ImportError("the engine ray needs Ray Data: pip install 'autoprune[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else _own_cluster(workers)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield from _answers(ray, asking, pieces, workers)
     finally:
         if started:
             ray.shutdown()
+
+
+def _own_cluster(workers: int) -> dict[str, Any]:
+    """Of this machine alone. Ray counts one CPU for each worker, and waits for ever for those that are not
+    there."""
+    return {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, workers)}
 
 
 def _answers(
@@ -55,8 +62,8 @@ def _answers(
     resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
     blocks = min(len(pieces), _BLOCKS * workers)
     answered = (
-        ray.data.from_items([{"piece": piece} for piece in pieces])
-        .repartition(blocks)
+        ray.data.from_items([{"piece": piece} for piece in pieces], override_num_blocks=blocks)
+        # A task that repartitions them would wait for a CPU, and the workers may hold all.
         .map_batches(
             _Worker,
             fn_constructor_args=(asking,),

@@ -72,24 +72,21 @@ def answer_file(
     journal = Journal(folder, count)
     done = journal.answered()
     todo = _pieces(positions, done, asking.batch_size)
-    left = sum(map(len, todo))
+    mine = todo[processes.rank :: processes.count]
     if engine == "ray":
         from .ray_engine import answer_with_ray
 
-        entries = answer_with_ray(asking, todo, workers)
+        entries = answer_with_ray(asking, mine, workers)
     else:
-        mine = replace(asking, device=processes.device(asking.device))
-        entries = _answer_here(
-            mine,
-            todo[processes.rank :: processes.count],
-            say if processes.rank == 0 else _say_nothing,
-        )
+        here = replace(asking, device=processes.device(asking.device))
+        entries = _answer_here(here, mine, say if processes.rank == 0 else _say_nothing)
     writer = journal.writer(processes.rank)
     try:
         with progress_bar(show_progress and processes.rank == 0) as progress:
-            share = left // processes.count
-            bar = progress.add_task("answering", total=len(positions) - left + share)
-            progress.advance(bar, len(positions) - left)
+            before = len(positions) - sum(map(len, todo))
+            bar = progress.add_task(
+                "answering", total=before + sum(map(len, mine)), completed=before
+            )
             for entry in entries:
                 writer.append(entry)
                 progress.advance(bar, len(entry.answers) + len(entry.failed))
