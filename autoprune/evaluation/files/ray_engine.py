@@ -31,6 +31,7 @@ def answer_with_ray(asking: Asking, pieces: Sequence[list[int]], workers: int) -
     if not pieces:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -58,6 +59,7 @@ def _answers(
 ) -> Iterator[Entry]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     on_gpu = asking.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     resources = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
     blocks = min(len(pieces), _BLOCKS * workers)
