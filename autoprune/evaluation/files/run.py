@@ -65,6 +65,8 @@ def answer_file(
     processes = Processes.launched()
     folder = answers_file.with_name(answers_file.name + ".run")
     count = sum(1 for _ in asking.file)
+    if not count:
+        raise ValueError(f"there are no questions in {str(asking.questions)!r}")
     positions = asking.positions(count)
     if processes.rank == 0:
         _claim(asking, answers_file, folder)
