@@ -62,6 +62,11 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(_unreadable(name, "read", error)) from error
+    if hasattr(config, "mm_vision_tower"):
+        raise ValueError(
+            f"{name!r} is a checkpoint in the format of LLaVA's own code, which transformers does not read; "
+            "take its version for transformers, such as llava-hf/llava-1.5-7b-hf"
+        )
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} model, which takes no images; "
