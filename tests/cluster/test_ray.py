@@ -46,8 +46,8 @@ def start(monkeypatch, folder, tmp_path):
     started, seen = [], set()
     options = ("--batch-size", 1, "--engine", "ray", "--workers", 2)
 
-    def run():
-        process = data.shell(*data.words(folder, tmp_path / "a.jsonl", *options))
+    def run(*more):
+        process = data.shell(*data.words(folder, tmp_path / "a.jsonl", *options, *more))
         started.append(process)
         return process
 
@@ -125,6 +125,13 @@ def test_a_killed_worker_changes_nothing(start, folder, tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes()
     answered = positions(journal(tmp_path))
     assert sorted(answered) == [n for n in range(QUESTIONS) if n != 5]
+
+
+def test_what_a_worker_refuses_is_said_in_a_sentence(start, folder, tmp_path):
+    process = start("--model", tmp_path / "nothing")
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 2
+    assert "autoprune: a worker of Ray failed: ValueError: there is no model folder" in err
 
 
 def test_a_killed_driver_goes_on_where_it_was(start, folder, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from autoprune import AutoPrune, tiny
 from autoprune.errors import UnsupportedError
 from autoprune.evaluation.files import Asking, answer_file, asking
+from autoprune.evaluation.files.journal import Writer
 from tests.files import data
 
 
@@ -150,15 +152,20 @@ def test_a_file_of_somebody_else_is_left_alone(eight, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_file(eight, tmp_path):
-    command = data.words(eight, tmp_path / "a.jsonl", "--batch-size", 1, "--max-new-tokens", 16)
-    first = data.shell(*command)
-    journal = tmp_path / "a.jsonl.run/answers-0.jsonl"
-    while not journal.exists():
-        assert first.poll() is None
-    with pytest.raises(ValueError, match="another run writes to"):
-        ask(eight, tmp_path / "a.jsonl", batch_size=1)
-    first.communicate()
-    assert first.returncode == 0
+    path = tmp_path / "a.jsonl"
+    ask(eight, path, limit=1)
+    writer = Writer(tmp_path / "a.jsonl.run/answers-0.jsonl")
+    with closing(writer), pytest.raises(ValueError, match="another run writes to"):
+        ask(eight, path, limit=2)
+    assert ask(eight, path, limit=2).failed == []
+
+
+def test_settings_that_do_not_work_leave_nothing_behind(eight, tmp_path):
+    with pytest.raises(ValueError, match="no model folder"):
+        ask(eight, tmp_path / "new/a.jsonl", model=str(tmp_path / "none"))
+    assert not (tmp_path / "new").exists()
+    ask(eight, tmp_path / "new/a.jsonl", limit=1)
+    assert len(data.read_lines(tmp_path / "new/a.jsonl")) == 1
 
 
 def test_what_is_broken_is_told_and_tried_again(tmp_path, call):

@@ -140,7 +140,9 @@ class Writer:
         self._end_torn_line()
 
     def append(self, entry: Entry) -> None:
-        """Returns when the entry is on the disk."""
+        """Returns when the entry is on the disk. One without anything leaves no trace."""
+        if entry == Entry():
+            return
         self._file.write(entry.to_line().encode())
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .questions import Forward
 
 # Of this many blocks for each worker, some are left to share out when one is slow or dies.
 _BLOCKS = 50
+_RAISED = re.compile(r"[\w.]+(Error|Exception|Budget): ")
 
 
 def answer_with_ray(asking: Asking, pieces: Sequence[list[int]], workers: int) -> Iterator[Entry]:
@@ -22,9 +24,8 @@ def answer_with_ray(asking: Asking, pieces: Sequence[list[int]], workers: int) -
     pictures itself, so it needs the files under the same paths.
 
     Raises:
-        ValueError: fewer than one worker.
+        ValueError: fewer than one worker, or a worker failed; the message says why.
         ImportError: Ray is not there.
-        RuntimeError: a worker failed.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -43,9 +44,18 @@ def answer_with_ray(asking: Asking, pieces: Sequence[list[int]], workers: int) -
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         yield from _answers(ray, asking, pieces, workers)
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"a worker of Ray failed: {_reason(error)}") from error
     finally:
         if started:
             ray.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """What the worker raised: Ray hands it over as text, the stack trace before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    return (raised or lines or [type(error).__name__])[-1].strip()
 
 
 def _own_cluster(workers: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,11 @@ import torch
 import transformers
 
 from ... import __version__
-from ...files import make_folder
+from ...files import check_folder, make_folder
 from ..progress import progress_bar
 from ..run_directory import claim
 from .asking import Asker, Asking
-from .journal import Entry, Failure, Journal, write_failures
+from .journal import Entry, Failure, Journal, Writer, write_failures
 from .processes import Processes
 from .questions import Forward
 
@@ -63,67 +65,90 @@ def answer_file(
         ImportError: Ray is asked for and not there.
     """
     processes = Processes.launched()
-    folder = answers_file.with_name(answers_file.name + ".run")
-    count = sum(1 for _ in asking.file)
-    if not count:
-        raise ValueError(f"there are no questions in {str(asking.questions)!r}")
-    positions = asking.positions(count)
-    if processes.rank == 0:
-        _claim(asking, answers_file, folder)
-    processes.wait()
-    journal = Journal(folder, count)
-    done = journal.answered()
-    todo = _pieces(positions, done, asking.batch_size)
-    mine = todo[processes.rank :: processes.count]
-    if engine == "ray":
-        from .ray_engine import answer_with_ray
-
-        entries = answer_with_ray(asking, mine, workers)
-    else:
-        here = replace(asking, device=processes.device(asking.device))
-        entries = _answer_here(here, mine, say if processes.rank == 0 else _say_nothing)
-    writer = journal.writer(processes.rank)
-    try:
-        with progress_bar(show_progress and processes.rank == 0) as progress:
-            before = len(positions) - sum(map(len, todo))
-            bar = progress.add_task(
-                "answering", total=before + sum(map(len, mine)), completed=before
-            )
-            for entry in entries:
+    run = _Run(asking, answers_file, processes)
+    entries = run.entries(engine, workers, say if processes.rank == 0 else _say_nothing)
+    with progress_bar(show_progress and processes.rank == 0) as progress:
+        bar = progress.add_task("answering", total=run.before + run.left, completed=run.before)
+        # The folder is made with the first answers: settings that do not work leave nothing behind.
+        first = next(entries, Entry())
+        with closing(run.begin()) as writer:
+            for entry in chain([first], entries):
                 writer.append(entry)
                 progress.advance(bar, len(entry.answers) + len(entry.failed))
-    finally:
-        writer.close()
     processes.wait()
-    if processes.rank:
-        return None
-    failed = journal.failures(positions)
-    write_failures(folder / "failed.jsonl", failed)
-    journal.join(positions, answers_file)
-    return Outcome(len(positions), failed)
+    return run.join() if processes.rank == 0 else None
+
+
+class _Run:
+    """A run of one process: what it has to do, and where it keeps what is done.
+
+    Attributes:
+        before: questions that are answered already. left: those that this process is to answer.
+    """
+
+    def __init__(self, asking: Asking, answers_file: Path, processes: Processes):
+        self._asking, self._answers_file, self._processes = asking, answers_file, processes
+        self._folder = answers_file.with_name(answers_file.name + ".run")
+        count = sum(1 for _ in asking.file)
+        if not count:
+            raise ValueError(f"there are no questions in {str(asking.questions)!r}")
+        self._positions = asking.positions(count)
+        if processes.rank == 0:
+            self._check()
+        self._journal = Journal(self._folder, count)
+        todo = _pieces(self._positions, self._journal.answered(), asking.batch_size)
+        self._mine = todo[processes.rank :: processes.count]
+        self.before = len(self._positions) - sum(map(len, todo))
+        self.left = sum(map(len, self._mine))
+
+    def entries(self, engine: Engine, workers: int, say: Callable[[str], None]) -> Iterator[Entry]:
+        """Answers what is left."""
+        if engine == "ray":
+            from .ray_engine import answer_with_ray
+
+            return answer_with_ray(self._asking, self._mine, workers)
+        device = self._processes.device(self._asking.device)
+        return _answer_here(replace(self._asking, device=device), self._mine, say)
+
+    def begin(self) -> Writer:
+        """Make the folder, or take up the one that is there. All processes come here."""
+        self._processes.wait()
+        if self._processes.rank == 0:
+            make_folder(self._answers_file.parent)
+            self._claim()
+        self._processes.wait()
+        return self._journal.writer(self._processes.rank)
+
+    def join(self) -> Outcome:
+        """Write the file of answers."""
+        failed = self._journal.failures(self._positions)
+        write_failures(self._folder / "failed.jsonl", failed)
+        self._journal.join(self._positions, self._answers_file)
+        return Outcome(len(self._positions), failed)
+
+    def _check(self) -> None:
+        """Refuse, before anything is done, what cannot be written to."""
+        path = self._answers_file
+        check_folder(path.parent)
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; give the name of a file in it")
+        if self._folder.exists():
+            self._claim()
+        elif path.exists():
+            raise ValueError(
+                f"{str(path)!r} is there, and is not of a run that can go on; delete it, or give another name"
+            )
+
+    def _claim(self) -> None:
+        asking = self._asking
+        noted = {"batch_size": asking.batch_size, "device": asking.device, "limit": asking.limit}
+        again = f"delete this folder to answer {str(self._answers_file)!r} anew"
+        otherwise = f"give another answers file, {again}"
+        claim(self._folder, _decides(asking), noted, "run", otherwise)
 
 
 def _say_nothing(text: str) -> None:
     """The first process says it for all."""
-
-
-def _claim(asking: Asking, answers_file: Path, folder: Path) -> None:
-    make_folder(answers_file.parent)
-    if answers_file.is_dir():
-        raise ValueError(f"{str(answers_file)!r} is a folder; give the name of a file in it")
-    if answers_file.exists() and not folder.exists():
-        raise ValueError(
-            f"{str(answers_file)!r} is there, and is not of a run that can go on; delete it, or give another "
-            "name"
-        )
-    noted = {"batch_size": asking.batch_size, "device": asking.device, "limit": asking.limit}
-    claim(
-        folder,
-        _decides(asking),
-        noted,
-        "run",
-        f"give another answers file, delete this folder to answer {str(answers_file)!r} anew",
-    )
 
 
 def _decides(asking: Asking) -> dict[str, Any]:
