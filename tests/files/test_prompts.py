@@ -27,7 +27,13 @@ VICUNA = (
     "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT:"
 )
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-LLAVA_TEMPLATE = "{% for m in messages %}{{ 'USER: ' }}{% endfor %} ASSISTANT:"
+# Of llava-hf/llava-1.5-7b-hf, in short.
+LLAVA_TEMPLATE = """\
+{% for message in messages %}{{ message['role'].upper() + ': ' }}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}\
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}\
+{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+MISTRAL_TEMPLATE = "{% for m in messages %}[INST] {{ m['content'][1]['text'] }} [/INST]{% endfor %}"
 
 
 def test_vicuna_is_word_for_word_that_of_llava():
@@ -56,13 +62,21 @@ def test_names_of_conversations():
     [
         (LLAVA_TEMPLATE, "vicuna_v1", "vicuna_v1"),
         (None, "vicuna_v1", "vicuna_v1"),
-        ("[INST] {{ x }} [/INST]", "vicuna_v1", "template"),
-        ("[INST] {{ x }} [/INST]", "llava_v1", "template"),
+        (MISTRAL_TEMPLATE, "vicuna_v1", "template"),
+        (MISTRAL_TEMPLATE, "llava_v1", "template"),
         (LLAVA_TEMPLATE, "template", "template"),
     ],
 )
 def test_a_model_of_another_conversation_keeps_its_own(own, asked, used):
-    assert fitting(asked, SimpleNamespace(chat_template=own)) == used
+    processor = tiny.load()[1]
+    processor.chat_template = own
+    assert fitting(asked, processor) == used
+
+
+def test_llavas_template_and_the_conversation_differ_in_the_system_sentence_alone():
+    processor = tiny.load()[1]
+    processor.chat_template = LLAVA_TEMPLATE
+    assert VICUNA.endswith(prompt(processor, "template", "What is it?", True))
 
 
 def test_the_embedded_model_keeps_its_own():

@@ -42,8 +42,10 @@ def conversation(name: str) -> str:
 
 def fitting(name: str, processor: Any) -> str:
     """`name`, or `TEMPLATE` for a model whose own template shows that it was trained on another one."""
-    own = getattr(processor, "chat_template", None)
-    return TEMPLATE if name in _VICUNA and own and "USER:" not in str(own) else name
+    if name == TEMPLATE or not getattr(processor, "chat_template", None):
+        return name
+    # Written out: LLaVA's own template has `message['role'].upper()` in it.
+    return name if "USER:" in chat_prompt(processor, "?") else TEMPLATE
 
 
 def prompt(processor: Any, conversation: str, question: str, has_image: bool) -> str:
