@@ -31,7 +31,7 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 LLAVA_TEMPLATE = """\
 {% for message in messages %}{{ message['role'].upper() + ': ' }}\
 {% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}\
-{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}\
+{% for p in message['content'] | selectattr('type', 'equalto', 'text') %}{{ p['text'] + ' ' }}{% endfor %}\
 {% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 MISTRAL_TEMPLATE = "{% for m in messages %}[INST] {{ m['content'][1]['text'] }} [/INST]{% endfor %}"
 
