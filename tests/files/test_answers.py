@@ -120,7 +120,8 @@ def test_a_finished_run_is_not_asked_again(eight, unbroken, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": AutoPrune(20)}, "method was AutoPrune"),
+        ({"method": AutoPrune(20)}, r"method budget was 16 visual .* and is 20 visual"),
+        ({"method": AutoPrune(16, k0=0.2)}, r"method k0 was .* and is 0\.2"),
         ({"max_new_tokens": 3}, "max_new_tokens was 16 and is 3"),
         ({"conversation": "vicuna_v1"}, "conversation was template and is vicuna_v1"),
         ({"num_chunks": 2}, "num_chunks was 1 and is 2"),

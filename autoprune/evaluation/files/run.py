@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import transformers
 
 from ... import __version__
 from ...files import check_folder, make_folder
+from ...methods.base import Method
 from ..progress import progress_bar
 from ..run_directory import claim
 from .asking import Asker, Asking
@@ -158,7 +159,7 @@ def _decides(asking: Asking) -> dict[str, Any]:
         "images": str(asking.images),
         "model": asking.model or "embedded model",
         "dtype": asking.dtype,
-        "method": repr(asking.method),
+        "method": _settings(asking.method),
         "max_new_tokens": asking.max_new_tokens,
         "conversation": asking.conversation,
         "llava_pictures": asking.llava_pictures,
@@ -171,6 +172,14 @@ def _decides(asking: Asking) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _settings(method: Method) -> dict[str, str]:
+    """A method's name and its options, the budget among them."""
+    if not is_dataclass(method):
+        return {"name": method.name, "options": repr(method)}
+    options = {field.name: str(getattr(method, field.name)) for field in fields(method)}
+    return {"name": method.name, **options}
 
 
 def _pieces(positions: range, done: bytearray, batch_size: int) -> list[Piece]:
