@@ -25,14 +25,16 @@ _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 _TIFF_BITS, _TIFF_MEANING, _WHITE_IS_ZERO = 258, 262, 0
 
 
-def load_image(source: str | Path) -> Image.Image:
+def load_image(source: str | Path | bytes, plain: bool = False) -> Image.Image:
     """A picture as RGB, upright as its camera noted, with white behind what is transparent.
 
     Grey of 16 bits is rescaled to 8, and so are floating-point values between 0 and 1. Of an
     animation or a file of several pages, this is the first picture.
 
     Args:
-        source: a file, or "-" for standard input.
+        source: a file, "-" for standard input, or the content of a file.
+        plain: convert it to RGB as Pillow does and no more, which is what the scripts of most papers do: not
+            turned upright, and what is transparent shows the colour that lies under it.
 
     Raises:
         ValueError: there is no such file, it holds no picture or a damaged one, its values cannot be
@@ -60,11 +62,15 @@ def load_image(source: str | Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(f"image {name} is damaged or truncated: {error}") from error
     _check_shape(image, name)
+    if plain:
+        return image.convert("RGB")
     return _as_rgb(_upright(image), image, name)
 
 
-def check_source(source: str | Path) -> None:
+def check_source(source: str | Path | bytes) -> None:
     """Raise ValueError where no picture can come from; nothing is read."""
+    if isinstance(source, bytes):
+        return
     name, text = _shown(source), str(source)
     if text == STANDARD_INPUT:
         if sys.stdin is None or sys.stdin.isatty():
@@ -83,15 +89,19 @@ def check_source(source: str | Path) -> None:
         raise ValueError(f"{name} is a folder, expected an image file")
 
 
-def _opened(source: str | Path) -> BinaryIO:
+def _opened(source: str | Path | bytes) -> BinaryIO:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     # Given a name, Pillow 13 garbles uncompressed TIFF files that are turned by a quarter.
     return (
         io.BytesIO(sys.stdin.buffer.read()) if str(source) == STANDARD_INPUT else open(source, "rb")
     )
 
 
-def _shown(source: str | Path) -> str:
+def _shown(source: str | Path | bytes) -> str:
     """How messages call it; a name may be as long as a picture in base64."""
+    if isinstance(source, bytes):
+        return f"of {len(source)} bytes"
     text = str(source)
     if text == STANDARD_INPUT:
         return "'-' (standard input)"

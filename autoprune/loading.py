@@ -13,6 +13,10 @@ from PIL import Image
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_LLAVAS_OWN = (
+    "is a checkpoint in the format of LLaVA's own code, which transformers does not read; take its version "
+    "for transformers, such as llava-hf/llava-1.5-7b-hf"
+)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -62,6 +66,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(_unreadable(name, "read", error)) from error
+    if hasattr(config, "mm_vision_tower"):
+        raise ValueError(f"{name!r} {_LLAVAS_OWN}")
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} model, which takes no images; "
@@ -103,6 +109,8 @@ def _unreadable(name: str, action: str, error: Exception) -> str:
             f"the model {name!r} brings code of its own, which is not run; take a version of it for "
             "transformers, whose name often ends in -hf"
         )
+    if "model type `llava_" in str(error):
+        return f"{name!r} {_LLAVAS_OWN}"
     if "torchvision" in str(error).lower():
         return f"the processor of {name!r} needs torchvision: pip install torchvision"
     return f"cannot {action} the model {name!r}: {error}"

@@ -27,7 +27,7 @@ ROOMS = (
     {"tuning"},
     {"commands"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "llava_eval"},
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 

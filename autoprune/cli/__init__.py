@@ -1,5 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `tune`, `bench`, `score`,
-`methods`, `families`.
+"""The command line: one function for each command, in the modules of this package.
 
 What is imported here is cheap; each command imports what it needs when it runs.
 """
@@ -45,6 +44,8 @@ app.command()(answering.demo)
 app.command(cls=answering.AsksQuestions)(answering.run)
 app.command()(answering.plan)
 app.command()(files.score)
+app.command()(files.answer)
+app.command(hidden=True)(files.llava_eval)
 app.command()(listing.methods)
 app.command()(listing.families)
 app.command()(measuring.bench)

@@ -38,7 +38,7 @@ def answers(
         # A tower that merges has to run anew for each budget.
         inputs = batch.pixels() if method.tower().merge else batch.inputs()
         try:
-            texts, samples = _answer(model, processor, method, inputs, max_new_tokens)
+            texts, samples = generate(model, processor, method, inputs, max_new_tokens)
         except (ValueError, UnsupportedError) as error:
             raise Refused(str(error)) from error
         yield [
@@ -48,9 +48,15 @@ def answers(
 
 
 @torch.inference_mode()
-def _answer(
+def generate(
     model: Any, processor: Any, method: Method, inputs: Any, max_new_tokens: int
 ) -> tuple[list[str], list[Sample]]:
+    """The greedy answer to each prompt of a batch, and what it cost.
+
+    Raises:
+        ValueError: the budget is infeasible for a prompt.
+        UnsupportedError: the method cannot run on this model.
+    """
     with method(model) as trace:
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :]

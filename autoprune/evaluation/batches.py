@@ -55,7 +55,7 @@ def prepare(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if getattr(_tokenizer(processor), "pad_token_id", None) is None:
+    if not can_pad(processor):
         batch_size = 1
     order = list(range(len(tasks)))
     if by_length:
@@ -101,22 +101,38 @@ def _tokenizer(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 
 
+def can_pad(processor: Any) -> bool:
+    """Whether prompts of different lengths can be put into one batch."""
+    return getattr(_tokenizer(processor), "pad_token_id", None) is not None
+
+
 def _length(processor: Any, task: Task) -> int:
     return len(_tokenizer(processor)(task.question, add_special_tokens=False).input_ids)
 
 
 def _encode(model: Any, processor: Any, tasks: Sequence[Task]) -> Any:
     """Inputs of a left-padded batch on the model's device."""
-    texts = [_prompt(processor, task.question) for task in tasks]
-    images = [[_picture(task)] for task in tasks]
-    options: dict[str, Any] = {}
-    if len(tasks) > 1:
+    texts = [chat_prompt(processor, task.question) for task in tasks]
+    return encode_prompts(model, processor, texts, [[_picture(task)] for task in tasks])
+
+
+def encode_prompts(
+    model: Any, processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None
+) -> Any:
+    """Inputs of a left-padded batch on the model's device.
+
+    Args:
+        texts: the prompts, with a placeholder where a picture stands.
+        images: the pictures of each prompt; None if no prompt has any.
+    """
+    options: dict[str, Any] = {} if images is None else {"images": images}
+    if len(texts) > 1:
         options.update(padding=True, padding_side="left")
     start = getattr(_tokenizer(processor), "bos_token", None)
     if start and texts[0].startswith(start):
         # The template has written it already.
         options.update(add_special_tokens=False)
-    inputs = processor(images=images, text=texts, return_tensors="pt", **options)
+    inputs = processor(text=texts, return_tensors="pt", **options)
     return inputs.to(model.device).to(model.dtype)
 
 
@@ -124,10 +140,14 @@ def _picture(task: Task) -> Image.Image:
     return task.image if isinstance(task.image, Image.Image) else load_image(task.image)
 
 
-def _prompt(processor: Any, question: str) -> str:
+def chat_prompt(processor: Any, question: str, has_image: bool = True) -> str:
+    """The text of a question by the processor's chat template, or behind the picture if it has none."""
     if not getattr(processor, "chat_template", None):
-        return f"{getattr(processor, 'image_token', '<image>')}\n{question}"
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+        return (
+            f"{getattr(processor, 'image_token', '<image>')}\n{question}" if has_image else question
+        )
+    content = [{"type": "image"}] if has_image else []
+    content = [*content, {"type": "text", "text": question}]
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )

@@ -113,13 +113,20 @@ class RunDirectory:
         return self.path / "predictions" / f"{setting.name}.infeasible"
 
 
-def claim(path: Path, decides: dict[str, Any], noted: dict[str, Any], what: str) -> None:
+def claim(
+    path: Path,
+    decides: dict[str, Any],
+    noted: dict[str, Any],
+    what: str,
+    otherwise: str = "give another folder",
+) -> None:
     """Make a folder for results, or take up the one that was made for the same.
 
     Args:
         decides: what decides the results.
         noted: what is written beside it and may change.
         what: is kept there, for messages: "comparison".
+        otherwise: the way out, for messages.
 
     Raises:
         ValueError: the path is a file, or the folder holds other results; what differs is named.
@@ -129,7 +136,7 @@ def claim(path: Path, decides: dict[str, Any], noted: dict[str, Any], what: str)
     config = path / "config.json"
     decides = json.loads(json.dumps(decides))
     if config.is_file():
-        _refuse_another(path, _read_config(config, what), decides, what)
+        _refuse_another(path, _read_config(config, what), decides, what, otherwise)
     elif path.is_dir() and any(path.iterdir()):
         raise ValueError(
             f"{str(path)!r} holds other files and no {what}; give a new or empty folder"
@@ -148,7 +155,9 @@ def _read_config(path: Path, what: str) -> dict[str, Any]:
         ) from error
 
 
-def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+def _refuse_another(
+    path: Path, old: dict[str, Any], new: dict[str, Any], what: str, otherwise: str
+) -> None:
     before, after = _flat(old), _flat(new)
     names = dict.fromkeys((*before, *after))
     differing = [name for name in names if before.get(name) != after.get(name)]
@@ -158,7 +167,7 @@ def _refuse_another(path: Path, old: dict[str, Any], new: dict[str, Any], what: 
         raise ValueError(
             f"{str(path)!r} holds another {what}: {'; '.join(listed)}"
             + (f"; and {more} more" if more > 0 else "")
-            + "; give another folder, or the settings it was made with"
+            + f"; {otherwise}, or the settings it was made with"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -265,3 +266,12 @@ def test_a_budget_over_a_batch_is_for_methods_that_share_it():
         ValueError, match=r"converts a number of tokens, got .* mean over the batch"
     ):
         in_convention("fastv", shared, 576, 32)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_a_checkpoint_of_llavas_own_code_is_told_from_others(call, picture, tmp_path, kind):
+    config = {"model_type": kind, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = call("run", picture, "what?", "--model", tmp_path)
+    assert outcome.code == 2 and "in the format of LLaVA's own code" in outcome.err
+    assert "llava-hf/llava-1.5-7b-hf" in outcome.err

@@ -72,13 +72,13 @@ def finished(loaded, tasks, tmp_path_factory):
 @pytest.fixture
 def asked(monkeypatch):
     """The number of prompts of every batch that the model is asked."""
-    sizes, original = [], answering._answer
+    sizes, original = [], answering.generate
 
     def count(model, processor, method, inputs, max_new_tokens):
         sizes.append(len(inputs["input_ids"]))
         return original(model, processor, method, inputs, max_new_tokens)
 
-    monkeypatch.setattr(answering, "_answer", count)
+    monkeypatch.setattr(answering, "generate", count)
     return sizes
 
 
@@ -316,7 +316,7 @@ def test_a_run_that_was_cut_goes_on_where_it_stopped(loaded, tasks, tmp_path, as
 
 
 def test_an_interrupted_run_keeps_what_it_has(loaded, tasks, tmp_path, monkeypatch):
-    original, calls = answering._answer, []
+    original, calls = answering.generate, []
 
     def stop(*arguments):
         calls.append(1)
@@ -324,7 +324,7 @@ def test_an_interrupted_run_keeps_what_it_has(loaded, tasks, tmp_path, monkeypat
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(answering, "_answer", stop)
+    monkeypatch.setattr(answering, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
         compare(*loaded, SETTINGS, tasks, tmp_path, BRISK)
     lines = {name: text.count("\n") for name, text in predictions(tmp_path).items()}
@@ -460,7 +460,7 @@ def test_a_failing_worker_says_what_happened(loaded, tasks, tmp_path, monkeypatc
     def fail(*arguments):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(answering, "_answer", fail)
+    monkeypatch.setattr(answering, "generate", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=2))
 
@@ -469,7 +469,7 @@ def test_what_a_worker_cannot_do_is_said_as_without_workers(loaded, tasks, tmp_p
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(answering, "_answer", fail)
+    monkeypatch.setattr(answering, "generate", fail)
     for workers in (1, 2):
         with pytest.raises(OSError, match="No space left") as raised:
             compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=workers))
@@ -479,7 +479,7 @@ def test_what_a_worker_cannot_do_is_said_as_without_workers(loaded, tasks, tmp_p
 def test_a_killed_worker_ends_the_comparison_which_can_be_continued(
     loaded, tasks, tmp_path, monkeypatch
 ):
-    original = answering._answer
+    original = answering.generate
 
     def die(model, processor, method, *rest):
         if method.name == "random":
@@ -487,10 +487,10 @@ def test_a_killed_worker_ends_the_comparison_which_can_be_continued(
         return original(model, processor, method, *rest)
 
     options = Options(batch_size=3, workers=2, timing=False)
-    monkeypatch.setattr(answering, "_answer", die)
+    monkeypatch.setattr(answering, "generate", die)
     with pytest.raises(ChildProcessError, match=r"a worker was killed.*continues"):
         compare(*loaded, SETTINGS, tasks, tmp_path, options)
-    monkeypatch.setattr(answering, "_answer", original)
+    monkeypatch.setattr(answering, "generate", original)
     rows = compare(*loaded, SETTINGS, tasks, tmp_path, options)
     assert all(row["questions"] == QUESTIONS for row in rows)
 
@@ -533,7 +533,7 @@ def test_an_error_that_cannot_be_sent_is_told(loaded, tasks, tmp_path, monkeypat
     def fail(*arguments):
         raise Stubborn("no such luck")
 
-    monkeypatch.setattr(answering, "_answer", fail)
+    monkeypatch.setattr(answering, "generate", fail)
     with pytest.raises(RuntimeError, match="no such luck"):
         compare(*loaded, SETTINGS, tasks, tmp_path, Options(workers=2))
 
