@@ -9,7 +9,7 @@ NEWEST ?= .venv-newest
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
-NEWEST_TESTS := tests/engine tests/test_oracle.py
+NEWEST_TESTS := tests/test_oracle.py tests/engine/test_oracle_equality.py tests/engine/test_generation.py tests/engine/test_later_turns.py
 
 .PHONY: demo test test-oldest test-newest check format readme clean
 
