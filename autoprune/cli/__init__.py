@@ -1,4 +1,4 @@
-"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `tune`, `bench`, `methods`, `families`.
+"""The command line: `autoprune demo`, `run`, `plan`, `compare`, `eval`, `tune`, `bench`, `methods`, `families`.
 
 What is imported here is cheap; each command imports what it needs when it runs.
 """
@@ -47,6 +47,7 @@ app.command()(listing.methods)
 app.command()(listing.families)
 app.command()(measuring.bench)
 app.command()(measuring.compare)
+app.command("eval")(measuring.evaluate)
 app.command()(measuring.tune)
 
 

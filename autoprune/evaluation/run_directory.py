@@ -22,12 +22,12 @@ _SHOWN = 5
 class Answers:
     """What one setting answered, question by question; arrays of the length of `kinds`.
 
-    correct: bool. entering: mean visual tokens entering a layer. flops, kv_bytes: of the decoder's
+    correct: 0 to 1. entering: mean visual tokens entering a layer. flops, kv_bytes: of the decoder's
     prefill. mutual_information: bits, NaN where none was measured.
     """
 
     kinds: list[str]
-    correct: NDArray[np.bool_]
+    correct: NDArray[np.float64]
     entering: NDArray[np.float64]
     flops: NDArray[np.float64]
     kv_bytes: NDArray[np.float64]
@@ -103,7 +103,7 @@ class RunDirectory:
                 kinds.append(record["kind"])
                 for name, column in columns.items():
                     column.append(record[name])
-        correct = np.array(columns.pop("correct"), dtype=bool)
+        correct = np.array(columns.pop("correct"), dtype=float)
         return Answers(kinds, correct, **{k: np.array(v, float) for k, v in columns.items()})
 
     def _refusal(self, setting: Setting) -> Path:

@@ -37,9 +37,7 @@ def export_shapes(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "the export needs datasets: pip install 'autoprune[eval]'"
-        ) from error
+        raise ImportError("the export needs datasets: pip install 'autoprune[eval]'") from error
     tasks = embedded_tasks(per_kind, kinds, seed)
     path = make_folder(folder) / _PARQUET
     columns = {

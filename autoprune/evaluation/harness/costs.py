@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...errors import UnsupportedError
+from ...files import write_whole
 from ...trace import Sample
 
 Cost = dict[str, Any]
@@ -71,11 +74,22 @@ class CostFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Note beside the file why a method cannot run: the harness swallows the error."""
+        try:
+            yield
+        except (ValueError, UnsupportedError) as error:
+            if self.path is not None:
+                write_whole(self.path.with_name(f"{self.path.name}.refused"), str(error))
+            raise
+
 
 def read_costs(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The records of a run, by task and number of the question; the first where one was asked repeatedly."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for file in sorted(path.parent.glob(f"{path.name}*")):
+    ranks = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
+    for file in [path, *ranks] if path.is_file() else ranks:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             found.setdefault((record["task"], record["doc_id"]), record)

@@ -18,7 +18,7 @@ from ...trace import Sample
 from ..prompts import Conversation, can_pad, encode, prompt_text, takes_videos
 from .conversations import MAX_FRAMES, conversation_of, of_visuals
 from .costs import CostFile, cost_of, summary_of
-from .generation import Generation, generation_of, same_generation
+from .generation import Generation, generation_of
 from .likelihood import answer_tokens, likelihoods
 from .requests import Asked, in_batches
 from .settings import EMBEDDED, method_of
@@ -64,11 +64,12 @@ class AutoPruneChat(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.loaded = _load(pretrained, self._device(device), dtype)
+        self._costs = CostFile(costs, self._rank)
         # Refused now rather than after the data sets were read.
-        self.method(self.model)
+        with self._costs.refusals():
+            self.method(self.model)
         self.batch_size = _checked_batch_size(batch_size) if can_pad(self.processor) else 1
         self.max_frames, self.system_prompt = max_frames, system_prompt
-        self._costs = CostFile(costs, self._rank)
 
     @property
     def model(self) -> Any:
@@ -210,7 +211,7 @@ class AutoPruneChat(lmms):
         """The answer to each prompt of a batch, and what it cost."""
         start = time.perf_counter()
         inputs = self._inputs(conversations)
-        with self.method(self.model) as trace:
+        with self._costs.refusals(), self.method(self.model) as trace:
             ids = self.model.generate(**inputs, **generation.options)
         new = ids[:, inputs["input_ids"].shape[1] :].tolist()
         seconds = (time.perf_counter() - start) / len(conversations)
