@@ -222,16 +222,17 @@ def _show(
     output: Path,
     console: Console,
 ) -> None:
-    from ..evaluation.harness.scores import HEADINGS, cells, task_cell
+    from ..evaluation.harness.scores import columns
     from ..evaluation.report import infeasible
 
     shown = Table(show_edge=False, pad_edge=False)
-    for heading in (*HEADINGS, *tasks):
-        text = heading in HEADINGS[:2]
+    found = columns(table, tasks)
+    for heading in found:
+        text = heading in ("method", "budget")
         shown.add_column(heading, justify="left" if text else "right", overflow="fold")
-    for score in table:
-        shown.add_row(*cells(score), *(task_cell(score, task) for task in tasks))
+    for line in zip(*found.values(), strict=True):
+        shown.add_row(*line)
     console.print(shown)
-    for line in infeasible(rows):
-        console.print(f"infeasible: {as_options(line, budget='', setting='the method :')}")
+    for reason in infeasible(rows):
+        console.print(f"infeasible: {as_options(reason, budget='', setting='the method :')}")
     console.print(f"Report, answers and logs: {output}", soft_wrap=True)

@@ -13,7 +13,7 @@ from autoprune.evaluation.harness.generation import MAX_NEW_TOKENS, generation_o
 from autoprune.evaluation.harness.needs import check_needs
 from autoprune.evaluation.harness.outputs import Unfinished, correctness, read_output
 from autoprune.evaluation.harness.runs import COSTS, Failed, Harness, Job, finished, run
-from autoprune.evaluation.harness.scores import cells, scores, task_cell, to_text
+from autoprune.evaluation.harness.scores import columns, scores, to_text
 from autoprune.evaluation.harness.suites import SUITES, published, suite_of
 from autoprune.evaluation.settings import REFERENCE, Setting
 
@@ -296,6 +296,25 @@ def test_a_run_that_lacks_something_is_named_with_the_end_of_its_log(
     assert sorted(path.name for path in place.parent.iterdir()) == ["called", TASK]
 
 
+def test_the_errors_of_a_log_are_shown_with_its_end(tmp_path: Path):
+    log = tmp_path / "log.txt"
+    middle = "".join(f"  in line {n}\n" for n in range(20))
+    log.write_text(
+        f"FileNotFoundError: no gone.parquet\n{middle}FileNotFoundError: no gone.parquet\n"
+        f"{middle}\n\x1b[31mtenacity.RetryError: raised\x1b[0m\nend\n"
+    )
+    lines = Failed(TASK, REFERENCE, "", log).last_lines()
+    assert lines[0] == "FileNotFoundError: no gone.parquet"
+    assert lines[1:] == [
+        "  in line 17",
+        "  in line 18",
+        "  in line 19",
+        "tenacity.RetryError: raised",
+        "end",
+    ]
+    assert Failed(TASK, REFERENCE, "", tmp_path / "none").last_lines() == []
+
+
 def test_what_a_killed_run_left_counts_for_nothing(tmp_path: Path):
     place = tmp_path / "full__1" / TASK
     left = place.with_name(f"{TASK}.0123abcd")
@@ -360,8 +379,12 @@ def test_scores_stand_beside_the_unpruned_models_and_the_published_ones(tmp_path
     assert second["flops_share"] == 0.25
     assert second["kv_bytes_share"] == 0.25
     assert second["tasks"][TASK]["published"] == 86.5
-    assert task_cell(second, TASK) == "0.375 (75.0%), published 86.5"
-    assert cells(second)[:3] == ["autoprune", "600", "16"]
+    shown = columns(table, [TASK])
+    assert shown[TASK] == ["0.5 (100.0%), published 86.4", "0.375 (75.0%), published 86.5"]
+    assert shown["tokens"] == ["576", "16"]
+    assert "published" not in shown
+    mean = scores([REFERENCE], {REFERENCE: full}, "")[0] | {"published": 96.7}
+    assert columns([mean], [TASK])["published"] == ["96.7%"]
     text = to_text(table, [TASK], "paper-qwen2-vl")
     assert "| autoprune | 600 | 16 |" in text
     assert "AutoPrune (NeurIPS 2025), rebuttal: Qwen2-VL" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from ..settings import Setting
 from .outputs import Output, Unfinished, read_output
 
 COSTS, LOG, DONE, REFUSED = "costs.jsonl", "log.txt", "done.json", "costs.jsonl.refused"
-_LINES = 12
-"""Of a log, shown where a run failed."""
+_LINES = 5
+"""Of a log's end, and of its errors, shown where a run failed."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 _POLL = 0.5
 
 
@@ -84,11 +87,13 @@ class Failed(Exception):
         return f"{self.task}, {asked}: {self.reason}; its log is {str(self.log)!r}"
 
     def last_lines(self) -> list[str]:
-        """The end of its log."""
+        """What its log says: the errors in it, as the last one often hides the first, and its end."""
         if not self.log.is_file():
             return []
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line for line in lines if line.strip()][-_LINES:]
+        text = _COLOURS.sub("", self.log.read_text(encoding="utf-8", errors="replace"))
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = dict.fromkeys(line for line in lines[:-_LINES] if _ERROR.match(line))
+        return [*list(errors)[:_LINES], *lines[-_LINES:]]
 
 
 def finished(place: Path, task: str, fingerprint: str) -> Output | str | None:

@@ -76,24 +76,29 @@ def _mean(answers: Sequence[Mapping[str, Any]], name: str) -> float:
     return _sum(answers, name) / len(answers)
 
 
-HEADINGS = ("method", "budget", "tokens", "FLOPs", "KV", "of full", "published", "agreement")
+def columns(table: Sequence[Score], tasks: Sequence[str]) -> dict[str, list[str]]:
+    """The table for a reader, by headings: what is the same for all tasks, then a column for each."""
+    found = {
+        "method": [score["method"] for score in table],
+        "budget": [score["budget"] for score in table],
+        "tokens": [f"{score['tokens_entering']:.4g}" for score in table],
+        "FLOPs": [f"{score['flops_share']:.1%}" for score in table],
+        "KV": [f"{score['kv_bytes_share']:.1%}" for score in table],
+        "of full": [_share(score["relative"]) for score in table],
+    }
+    if any(score["published"] is not None for score in table):
+        found["published"] = [
+            "" if score["published"] is None else f"{score['published']:.1f}%" for score in table
+        ]
+    found["agreement"] = [_share(score["agreement"]) for score in table]
+    return found | {task: [_task_cell(score, task) for score in table] for task in tasks}
 
 
-def cells(score: Score) -> list[str]:
-    """A record under `HEADINGS`."""
-    return [
-        score["method"],
-        score["budget"],
-        f"{score['tokens_entering']:.4g}",
-        f"{score['flops_share']:.1%}",
-        f"{score['kv_bytes_share']:.1%}",
-        "-" if score["relative"] is None else f"{score['relative']:.1%}",
-        "" if score["published"] is None else f"{score['published']:.1f}%",
-        f"{score['agreement']:.1%}",
-    ]
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
-def task_cell(score: Score, task: str) -> str:
+def _task_cell(score: Score, task: str) -> str:
     """A task's score, its share of the unpruned model's, and what was published."""
     own = score["tasks"][task]
     text = f"{own['score']:.4g}"
@@ -104,10 +109,9 @@ def task_cell(score: Score, task: str) -> str:
 
 def to_text(table: Sequence[Score], tasks: Sequence[str], suite: str) -> str:
     """The part of the report that holds the harness's scores, as Markdown."""
-    head = (*HEADINGS, *tasks)
-    body = [[*cells(score), *(task_cell(score, task) for task in tasks)] for score in table]
-    lines = ["## Scores of lmms-eval", "", _line(head), _line(["---"] * len(head))]
-    lines += [*map(_line, body), "", _EXPLAINED, ""]
+    shown = columns(table, tasks)
+    lines = ["## Scores of lmms-eval", "", _line(list(shown)), _line(["---"] * len(shown))]
+    lines += [*map(_line, zip(*shown.values(), strict=True)), "", _EXPLAINED, ""]
     sources = dict.fromkeys(
         f"* {figure.source}: {figure.model}"
         for score in table
