@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from autoprune.evaluation.harness.scores import columns, scores, to_text
 from autoprune.evaluation.harness.suites import SUITES, published, suite_of
 from autoprune.evaluation.settings import REFERENCE, Setting
 
-from .harness_files import TASK, write_results
+from .harness_files import TASK, Pretended, write_results
 
 # Suites.
 
@@ -233,16 +232,6 @@ def test_what_lacks_something_is_not_finished(spoil: Any, said: str, tmp_path: P
 
 
 # Runs.
-
-
-class Pretended(Harness):
-    """Writes what the harness would, and counts how often it was called."""
-
-    def command(self, job: Job, task: str, folder: Path) -> list[str]:
-        body = "import sys; from pathlib import Path; folder = Path(sys.argv[1])\n"
-        body += "from tests.evaluation.harness_files import write_results\n"
-        body += f"open({str(folder.parent / 'called')!r}, 'a').write('x')\n"
-        return [sys.executable, "-c", body + job.arguments["does"], str(folder)]
 
 
 HARNESS = Pretended({}, 1, None, 0, None)

@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from ... import __version__
+from ...errors import UnsupportedError
 from ...files import write_whole
 from ..comparison import code_of
 from ..progress import progress_bar
@@ -89,6 +90,7 @@ def evaluate(
 
     Raises:
         Incomplete: a run failed.
+        UnsupportedError: the model cannot be pruned at all.
         ValueError: a folder of something else.
         ImportError: matplotlib is missing.
     """
@@ -98,6 +100,8 @@ def evaluate(
     found = _run_all(jobs, directory, wanted)
     if found.failures:
         raise Incomplete(found.failures, found.skipped)
+    if REFERENCE in found.refusals:
+        raise UnsupportedError(found.refusals[REFERENCE])
     found.refusals |= refused
     settings = [job.setting for job in jobs] + list(refused)
     ran = [setting for setting in settings if setting not in found.refusals]
@@ -205,9 +209,16 @@ def _compared(wanted: Evaluation) -> dict[str, Any]:
             "autoprune": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "lmms-eval": version("lmms-eval"),
+            "lmms-eval": _harness_version(),
         },
     }
+
+
+def _harness_version() -> str:
+    try:
+        return version("lmms-eval")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _noted(wanted: Evaluation) -> dict[str, Any]:

@@ -106,7 +106,11 @@ def finished(place: Path, task: str, fingerprint: str) -> Output | str | None:
         return None
     if done["refused"] is not None:
         return str(done["refused"])
-    return read_output(place, place / COSTS, task)
+    try:
+        return read_output(place, place / COSTS, task)
+    except Unfinished:
+        # Somebody took a file away.
+        return None
 
 
 def run(
