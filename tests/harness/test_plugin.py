@@ -11,6 +11,7 @@ import pytest
 from autoprune import AutoPrune, tiny
 from autoprune.evaluation import Options, Setting, compare, embedded_tasks
 from autoprune.evaluation.harness.costs import read_costs
+from autoprune.evaluation.harness.outputs import correctness
 
 from .conftest import BUDGET, PER_KIND, Evaluate
 from .pope import TASK
@@ -125,3 +126,18 @@ def test_shapes_load_as_a_data_set(data: Path):
     first = table[0]["image"]
     assert first.size == tasks[0].image.size
     assert first.tobytes() == tasks[0].image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "read", "right"),
+    [
+        ("multiple-choice", "B", "B", 1.0),
+        ("multiple-choice", "B", "C", 0.0),
+        ("open", "3", ["three", 3.0], 1.0),
+        ("open", "a ring", ["it is a ring"], 1.0),
+        ("open", "['2', '4']", [5.0], 0.0),
+    ],
+)
+def test_mmmu_is_judged_by_its_own_rules(kind: str, answer: str, read: object, right: float):
+    said = {"id": "x", "question_type": kind, "answer": answer, "parsed_pred": [read]}
+    assert correctness({"doc_id": 0, "mmmu_acc": said, "submission": {"x": "B"}}) == right

@@ -73,7 +73,8 @@ def alone(own: Any, images: Sequence[Image.Image], text: str, method: Any = None
 def test_answers_come_in_the_order_of_the_requests_whatever_they_show(
     pruned: AutoPruneChat, own: Any
 ):
-    shown = [SCENES[:1], SCENES[:2], SCENES[1:2], [], SCENES[2:4], SCENES[3:]]
+    # The longest texts are asked first, those with as many pictures together.
+    shown = [SCENES[:1], SCENES[1:2], SCENES[2:3], SCENES[2:4], [], SCENES[:2]]
     texts = [QUESTIONS[i % 3] for i in range(len(shown))]
     found = pruned.generate_until(
         [chat(images, text) for images, text in zip(shown, texts, strict=True)]
@@ -103,10 +104,20 @@ def test_an_answer_ends_where_the_task_ends_it(pruned: AutoPruneChat, own: Any):
 
 
 def test_beams_count_a_prompt_once(pruned: AutoPruneChat, own: Any):
-    asked = [chat([image], QUESTIONS[1], {**GREEDY, "num_beams": 2}) for image in SCENES[:3]]
-    found = pruned.generate_until(asked)
-    expected = [alone(own, [image], QUESTIONS[1], num_beams=2)[0] for image in SCENES[:3]]
-    assert [each.text for each in found] == expected
+    texts = ["is there a red ring?", "describe the picture", "how many red squares are there?"]
+    prompts = list(zip(SCENES, texts, strict=False))
+    beams, greedy = (
+        pruned.generate_until(
+            [chat([image], text, {**GREEDY, "num_beams": n}) for image, text in prompts]
+        )
+        for n in (2, 1)
+    )
+    assert [each.text for each in beams] == [
+        alone(own, [image], text, num_beams=2)[0] for image, text in prompts
+    ]
+    counts = [each.token_counts.input_tokens for each in beams]
+    assert counts == [each.token_counts.input_tokens for each in greedy]
+    assert len(set(counts)) == 3
 
 
 def test_a_likelihood_is_that_of_the_answer_behind_the_pruned_prompt(
