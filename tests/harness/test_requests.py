@@ -248,6 +248,7 @@ def test_a_video_that_cannot_be_read_is_named(pruned: AutoPruneChat, tmp_path: P
         ({"budget": "many"}, "budget 'many': expected a number of tokens"),
         ({"k0": "steep"}, "option k0 expects a number"),
         ({"batch_size": "auto"}, "batch_size must be a whole number above 0, got 'auto'"),
+        ({"costs": "/nowhere/costs.jsonl"}, "there is no folder '/nowhere'; create it first"),
         ({"pretrained": "/nowhere"}, "there is no model folder '/nowhere'"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UnsupportedError
-from ...files import write_whole
+from ...files import check_file, write_whole
 from ...trace import Sample
 
 Cost = dict[str, Any]
@@ -61,11 +61,15 @@ class CostFile:
 
     Args:
         rank: of several processes each has its own file, with its rank behind the name.
+
+    Raises:
+        ValueError: no file can be written there.
     """
 
     def __init__(self, path: str | None, rank: int = 0):
         self.path = None if path is None else Path(f"{path}.{rank}" if rank else path)
         if self.path is not None:
+            check_file(self.path)
             self.path.unlink(missing_ok=True)
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
