@@ -68,6 +68,25 @@ def encode(processor: Any, conversations: Sequence[Conversation]) -> Any:
         conversations: all with as many pictures and videos as the first, or none with any.
     """
     texts = [prompt_text(processor, conversation) for conversation in conversations]
+    images = [list(own.images) for own in conversations] if conversations[0].images else None
+    videos = None
+    if conversations[0].videos:
+        videos = [[list(frames) for frames in own.videos] for own in conversations]
+    return encode_texts(processor, texts, images, videos)
+
+
+def encode_texts(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]] | None = None,
+    videos: Sequence[Sequence[Sequence[Image.Image]]] | None = None,
+) -> Any:
+    """Inputs of a left-padded batch, on the CPU.
+
+    Args:
+        texts: the prompts, with a placeholder where a picture or video stands.
+        images, videos: those of each prompt; None where no prompt has any.
+    """
     options: dict[str, Any] = {}
     if len(texts) > 1:
         options.update(padding=True, padding_side="left")
@@ -75,10 +94,9 @@ def encode(processor: Any, conversations: Sequence[Conversation]) -> Any:
     if start and texts[0].startswith(start):
         # The template has written it already.
         options.update(add_special_tokens=False)
-    if conversations[0].images:
-        options.update(images=[list(conversation.images) for conversation in conversations])
-    if conversations[0].videos:
-        videos = [[list(frames) for frames in own.videos] for own in conversations]
+    if images is not None:
+        options.update(images=images)
+    if videos is not None:
         # The frames were chosen where the video was read.
         options.update(videos=videos, do_sample_frames=False)
-    return processor(text=texts, return_tensors="pt", **options)
+    return processor(text=list(texts), return_tensors="pt", **options)
