@@ -6,12 +6,14 @@ INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
+EVAL ?= .venv-eval
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
 NEWEST_TESTS := tests/test_oracle.py tests/engine/test_oracle_equality.py tests/engine/test_generation.py tests/engine/test_later_turns.py
+EVAL_TESTS := $(wildcard tests/harness tests/cluster)
 
-.PHONY: demo test test-oldest test-newest check format readme clean
+.PHONY: demo test test-oldest test-newest test-eval check format readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/autoprune demo
@@ -30,6 +32,10 @@ test-newest:
 	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers|numpy|peft) '
 	$(NEWEST)/bin/autoprune demo --output $(NEWEST)/demo
 	$(SETTINGS) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(NEWEST_TESTS))
+
+# The evaluation harness and Ray, which take 3 GB: an environment of their own.
+test-eval: $(EVAL)/.installed
+	$(SETTINGS) HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(EVAL)/bin/python -m pytest $(or $(ARGS),$(EVAL_TESTS))
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -52,6 +58,14 @@ $(INSTALLED) $(OLDEST)/.installed:
 	$(@D)/bin/python -m pip install --constraint $< --editable '.[dev]'
 	touch $@
 
+# The harness asks for torchvision and works without it; its build for CUDA does not import beside a torch
+# for the CPU, and then nothing of transformers does.
+$(EVAL)/.installed: constraints-eval.txt pyproject.toml
+	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --constraint constraints-eval.txt --editable '.[dev,eval,ray]'
+	$(EVAL)/bin/python -m pip uninstall --yes torchvision torchaudio
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(EVAL) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,6 +50,7 @@ app.command()(listing.methods)
 app.command()(listing.families)
 app.command()(measuring.bench)
 app.command()(measuring.compare)
+app.command("eval")(measuring.evaluate)
 app.command()(measuring.tune)
 
 

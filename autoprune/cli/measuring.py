@@ -1,4 +1,4 @@
-"""`autoprune bench`, `compare` and `tune`."""
+"""`autoprune bench`, `compare`, `eval` and `tune`."""
 
 from __future__ import annotations
 
@@ -165,6 +165,72 @@ def compare(
         as_json=as_json,
     )
     command.compare(request, console())
+
+
+def evaluate(
+    model: Model = None,
+    methods: Annotated[
+        str, typer.Option("--methods", "--method", help="By commas, as for compare.")
+    ] = "autoprune",
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", "--budget", help="By commas; default: those of the suite."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="What to run, see --list; default: shapes.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of a suite: tasks of lmms-eval by commas, or a .jsonl file."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each task at most.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which questions of shapes; sampling.")] = 0,
+    batch_size: BatchSize = 8,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("eval"),
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of your own tasks for lmms-eval.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Whom to compare with; default: autoprune, or the first.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    timing: Timing = True,
+    list_suites: Annotated[bool, typer.Option("--list", help="List the suites.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the suite shapes as a data set, and run nothing.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Benchmarks of the field, unpruned and pruned, beside published figures; interrupted runs continue."""
+    from ..commands import eval as command
+
+    if list_suites:
+        command.list_suites(console())
+        return
+    if export is not None:
+        command.export(export, limit, seed, console())
+        return
+    request = command.EvalRequest(
+        methods=methods,
+        output=output,
+        model=model,
+        budgets=budgets,
+        suite=suite,
+        tasks=tasks,
+        limit=limit,
+        seed=seed,
+        batch_size=batch_size,
+        include_path=include_path,
+        baseline=baseline,
+        device=device,
+        dtype=dtype,
+        timing=timing,
+        as_json=as_json,
+    )
+    command.evaluate(request, console())
 
 
 def tune(

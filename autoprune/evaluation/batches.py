@@ -12,6 +12,8 @@ from PIL import Image
 
 from ..images import load_image
 from .encoding import Encode
+from .prompts import Conversation, can_pad, tokenizer_of
+from .prompts import encode as encode_prompts
 from .tasks import Task
 
 PREPARED_BYTES = 4 * 2**30
@@ -77,7 +79,7 @@ def prepare(
 
 def longest_answer(processor: Any, tasks: Sequence[Task]) -> int:
     """New tokens that the longest right answer takes, and `ROOM`."""
-    tokenizer = _tokenizer(processor)
+    tokenizer = tokenizer_of(processor)
     answers = {answer for task in tasks for answer in task.answers}
     return ROOM + max(
         len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers
@@ -97,58 +99,20 @@ def _bytes(values: Any) -> int:
     return sum(map(_bytes, values)) if isinstance(values, (list, tuple)) else 0
 
 
-def _tokenizer(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", processor)
-
-
-def can_pad(processor: Any) -> bool:
-    """Whether prompts of different lengths can be put into one batch."""
-    return getattr(_tokenizer(processor), "pad_token_id", None) is not None
-
-
 def _length(processor: Any, task: Task) -> int:
-    return len(_tokenizer(processor)(task.question, add_special_tokens=False).input_ids)
+    return len(tokenizer_of(processor)(task.question, add_special_tokens=False).input_ids)
 
 
 def _encode(model: Any, processor: Any, tasks: Sequence[Task]) -> Any:
     """Inputs of a left-padded batch on the model's device."""
-    texts = [chat_prompt(processor, task.question) for task in tasks]
-    return encode_prompts(model, processor, texts, [[_picture(task)] for task in tasks])
-
-
-def encode_prompts(
-    model: Any, processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]] | None
-) -> Any:
-    """Inputs of a left-padded batch on the model's device.
-
-    Args:
-        texts: the prompts, with a placeholder where a picture stands.
-        images: the pictures of each prompt; None if no prompt has any.
-    """
-    options: dict[str, Any] = {} if images is None else {"images": images}
-    if len(texts) > 1:
-        options.update(padding=True, padding_side="left")
-    start = getattr(_tokenizer(processor), "bos_token", None)
-    if start and texts[0].startswith(start):
-        # The template has written it already.
-        options.update(add_special_tokens=False)
-    inputs = processor(text=texts, return_tensors="pt", **options)
+    inputs = encode_prompts(processor, [_conversation(task) for task in tasks])
     return inputs.to(model.device).to(model.dtype)
+
+
+def _conversation(task: Task) -> Conversation:
+    content = [{"type": "image"}, {"type": "text", "text": task.question}]
+    return Conversation([{"role": "user", "content": content}], [_picture(task)])
 
 
 def _picture(task: Task) -> Image.Image:
     return task.image if isinstance(task.image, Image.Image) else load_image(task.image)
-
-
-def chat_prompt(processor: Any, question: str, has_image: bool = True) -> str:
-    """The text of a question by the processor's chat template, or behind the picture if it has none."""
-    if not getattr(processor, "chat_template", None):
-        return (
-            f"{getattr(processor, 'image_token', '<image>')}\n{question}" if has_image else question
-        )
-    content = [{"type": "image"}] if has_image else []
-    content = [*content, {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    return text

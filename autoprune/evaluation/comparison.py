@@ -174,7 +174,7 @@ def _compared(
     return {
         **decide_answers(model, tasks, options, new_tokens),
         "setting": {f"{s.label} at {s.budget}": repr(s.method) for s in settings},
-        "code of": {s.label: _code(type(s.method)) for s in settings if s.method is not None},
+        "code of": {s.label: code_of(type(s.method)) for s in settings if s.method is not None},
     }
 
 
@@ -208,7 +208,7 @@ def decide_answers(
     }
 
 
-def _code(method: type) -> str:
+def code_of(method: type) -> str:
     """A digest of the files that a method is written in, its base classes' included."""
     files = dict.fromkeys(cls.__module__ for cls in method.__mro__ if cls is not object)
     return _digest([_source(name) for name in files])

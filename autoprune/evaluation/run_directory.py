@@ -22,13 +22,13 @@ _SHOWN = 5
 class Answers:
     """What one setting answered, question by question; all of the length of `kinds`.
 
-    predictions: the texts. correct: bool. entering: mean visual tokens entering a layer. flops, kv_bytes:
+    predictions: the texts. correct: 0 to 1. entering: mean visual tokens entering a layer. flops, kv_bytes:
     of the decoder's prefill. mutual_information: bits, NaN where none was measured.
     """
 
     kinds: list[str]
     predictions: list[str]
-    correct: NDArray[np.bool_]
+    correct: NDArray[np.float64]
     entering: NDArray[np.float64]
     flops: NDArray[np.float64]
     kv_bytes: NDArray[np.float64]
@@ -105,9 +105,8 @@ class RunDirectory:
                 predictions.append(record["prediction"])
                 for name, column in columns.items():
                     column.append(record[name])
-        correct = np.array(columns.pop("correct"), dtype=bool)
         figures = {name: np.array(column, float) for name, column in columns.items()}
-        return Answers(kinds, predictions, correct, **figures)
+        return Answers(kinds, predictions, **figures)
 
     def _refusal(self, setting: Setting) -> Path:
         return self.path / "predictions" / f"{setting.name}.infeasible"

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from autoprune import tiny
-from autoprune.evaluation.batches import encode_prompts
 from autoprune.evaluation.files.prompts import (
     conversation,
     fitting,
@@ -21,6 +20,7 @@ from autoprune.evaluation.files.prompts import (
     square,
 )
 from autoprune.evaluation.files.questions import Question
+from autoprune.evaluation.prompts import encode_texts
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -88,7 +88,7 @@ def test_a_vicuna_prompt_becomes_the_tokens_of_its_parts():
     model, processor = tiny.load()
     text = prompt(processor, "vicuna_v1", "what color is the circle?", True)
     image = Image.new("RGB", (96, 96))
-    ids = encode_prompts(model, processor, [text], [[image]])["input_ids"][0].tolist()
+    ids = encode_texts(processor, [text], [[image]])["input_ids"][0].tolist()
     before, after = text.split("<image>")
     tokens = processor.tokenizer(before).input_ids
     tokens += [model.config.image_token_id] * 144

@@ -17,7 +17,7 @@ from ...loading import load_embedded, load_model
 from ...methods.base import Method
 from ...trace import Sample
 from ..answering import generate
-from ..batches import can_pad, encode_prompts
+from ..prompts import can_pad, encode_texts
 from .journal import Entry, Failure
 from .prompts import TEMPLATE, fitting, padding_colour, picture, prompt
 from .questions import Question, QuestionFile
@@ -192,7 +192,8 @@ class Asker:
             for question, image in group
         ]
         images = [[image] for _, image in group if image is not None]
-        return encode_prompts(self._model, self._processor, texts, images or None)
+        inputs = encode_texts(self._processor, texts, images or None)
+        return inputs.to(self._model.device).to(self._model.dtype)
 
     def _record(self, question: Question, text: str, sample: Sample) -> dict[str, Any]:
         """The answer as LLaVA's scripts write it; theirs have nothing in `metadata`."""

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ...images import load_image
-from ..batches import chat_prompt
+from ..prompts import Conversation, prompt_text
 from .questions import Question
 
 TEMPLATE = "template"
@@ -45,15 +45,22 @@ def fitting(name: str, processor: Any) -> str:
     if name == TEMPLATE or not getattr(processor, "chat_template", None):
         return name
     # Written out: LLaVA's own template has `message['role'].upper()` in it.
-    return name if "USER:" in chat_prompt(processor, "?") else TEMPLATE
+    return name if "USER:" in _own_prompt(processor, "?", True) else TEMPLATE
 
 
 def prompt(processor: Any, conversation: str, question: str, has_image: bool) -> str:
     """The text of a prompt; LLaVA's are word for word those of its `conv_templates`."""
     if conversation == TEMPLATE:
-        return chat_prompt(processor, question, has_image)
+        return _own_prompt(processor, question, has_image)
     place = f"{getattr(processor, 'image_token', '<image>')}\n" if has_image else ""
     return f"{_VICUNA[conversation]} USER: {place}{question} ASSISTANT:"
+
+
+def _own_prompt(processor: Any, question: str, has_image: bool) -> str:
+    """By the processor's own template."""
+    content = [{"type": "image"}] if has_image else []
+    content.append({"type": "text", "text": question})
+    return prompt_text(processor, Conversation([{"role": "user", "content": content}]))
 
 
 def picture(question: Question, squared: tuple[int, ...] | None, plain: bool) -> Image.Image | None:
