@@ -23,7 +23,7 @@ _WHAT = {
     "attention": (
         "Where the question settles",
         "Attention of the text behind the picture on the picture, mean over heads and words, in the unpruned "
-        "model. Each map is scaled to the largest value of its layer.",
+        "model. Each map is scaled to the largest value of its layer, in shades that follow the root.",
     ),
     "retention": (
         "The retention curve",

@@ -27,7 +27,8 @@ def attention_over_depth(
 ) -> Figure:
     """Figure 1 of the AutoPrune paper for a picture of one's own: where the question settles.
 
-    Above, the attention at several depths, each map scaled to its own largest value. Below, over all layers,
+    Above, the attention at several depths, each map scaled to its own largest value, in shades that follow the
+    root. Below, over all layers,
     the share of the text's attention that the picture gets, and the share of the visual tokens that hold half
     of it: few where the question has found its place.
 
@@ -55,7 +56,8 @@ def attention_over_depth(
     shown = some(views)
     heights = [view.image.height / view.image.width * _INCHES for view in shown]
     figure = new_figure(max(_INCHES * len(chosen) + 0.6, 6.4), sum(heights) + 3.2, dark)
-    maps, lines = np.ravel(figure.subfigures(2, 1, height_ratios=[sum(heights) + 0.5, 2.7]))
+    parts: Any = figure.subfigures(2, 1, height_ratios=[sum(heights) + 0.5, 2.7])
+    maps, lines = parts
     for part in (maps, lines):
         part.set_facecolor(theme(dark).paper)
     cells = maps.subplots(len(shown), len(chosen), squeeze=False, height_ratios=heights)
@@ -85,16 +87,13 @@ def half_of_attention(attention: ArrayLike) -> NDArray[np.float64]:
 def _map(axes: Any, view: View, values: NDArray[np.float64]) -> None:
     picture = sized(view.image.convert("L"), _PIXELS)
     show_picture(axes, picture)
-    heat = view.of_tokens(values, np.nan).astype(np.float64)
+    shade = np.sqrt(values / max(values.max(), 1e-12))
+    heat = view.of_tokens(shade, np.nan).astype(np.float64)
     extent = (-0.5, picture.width - 0.5, picture.height - 0.5, -0.5)
+    # What gets little attention lets the picture through.
+    opacity = np.nan_to_num(0.3 + 0.6 * heat)
     axes.imshow(
-        heat,
-        cmap=_SHADES,
-        vmin=0,
-        vmax=max(values.max(), 1e-12),
-        alpha=0.75,
-        extent=extent,
-        interpolation="nearest",
+        heat, cmap=_SHADES, vmin=0, vmax=1, alpha=opacity, extent=extent, interpolation="nearest"
     )
 
 

@@ -95,7 +95,7 @@ def summary_over_depth(
         picture = veiled(sized(view.image, _PANEL), kept & (whole | ~place), dark, COLOURS[1])
         return picture if whole else _framed(picture, place)
 
-    title = "tinted: what the summary token stands for; framed: the place it takes"
+    title = "tinted: in the summary token; framed: its place"
     return strip(views, layers, captions, panel, f"all {sample.num_visual} patches", title, dark)
 
 

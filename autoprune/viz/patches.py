@@ -123,7 +123,10 @@ def tile(pictures: Sequence[Image.Image], columns: int = 1) -> Image.Image:
 
 def caption(sample: Sample, layer: int) -> str:
     """How many patches and merged tokens enter a layer."""
-    patches = len(sample.kept[layer])
+    kept = sample.kept[layer].tolist()
+    patches = len(kept)
+    if sample.summary_token in kept and patches < sample.num_visual:
+        return f"into layer {layer}: {patches - 1} + summary"
     merged = sample.tokens_per_layer[layer] - patches
     return f"into layer {layer}: {patches}" + (f" + {merged} merged" if merged else "")
 

@@ -123,13 +123,15 @@ def tokens_against_flat(sample: Sample, dark: bool = False) -> Figure:
         linestyle="--",
         label=mean,
     )
-    _finish(axes, dark)
+    # Areas compare what is spent, so the scale is linear.
+    _finish(axes, dark, logarithmic=False)
     return figure
 
 
-def _finish(axes: Any, dark: bool) -> None:
+def _finish(axes: Any, dark: bool, logarithmic: bool = True) -> None:
     _, formatter = matplotlib_parts()
-    axes.set_yscale("log", base=2)
+    if logarithmic:
+        axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(formatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("visual tokens entering")
