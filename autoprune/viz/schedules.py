@@ -123,6 +123,7 @@ def tokens_against_flat(sample: Sample, dark: bool = False) -> Figure:
         linestyle="--",
         label=mean,
     )
+    axes.set_xlim(-0.8, len(counts) - 0.2)
     # Areas compare what is spent, so the scale is linear.
     _finish(axes, dark, logarithmic=False)
     return figure

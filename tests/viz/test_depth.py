@@ -67,6 +67,22 @@ def test_tokens_of_several_pictures_are_drawn_in_their_own():
     assert shown(second, views[1], BLUE) == {6, 10}
 
 
+def test_frames_of_a_video_and_several_pictures_are_views_of_their_own():
+    model = zoo.build("qwen2_vl")
+    inputs = zoo.inputs("qwen2_vl", model, media="video")
+    # Two frames of 4 x 8 patches, 2 x 2 of which make a token.
+    frames = viz.views_of([plain(RED), plain(BLUE)], look(model, inputs).places.numpy())
+    assert [view.tokens.tolist() for view in frames] == [
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        [[8, 9, 10, 11], [12, 13, 14, 15]],
+    ]
+    inputs = zoo.inputs("qwen2_vl", model, "padded3", only=2)
+    # Pictures of 4 x 12 and 8 x 8 patches.
+    pictures = viz.views_of([plain(RED), plain(BLUE)], look(model, inputs).places.numpy())
+    assert pictures[0].tokens.tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert pictures[1].tokens[3].tolist() == [24, 25, 26, 27]
+
+
 def test_of_many_frames_some_are_drawn_and_the_title_says_so():
     views = [View.whole(plain(RED), (1, 1), first) for first in range(20)]
     figure = viz.kept_over_depth(views, sample([range(20)], 20), [0], title="what?")
