@@ -42,6 +42,7 @@ def common(
 
 app.command()(answering.demo)
 app.command(cls=answering.AsksQuestions)(answering.run)
+app.command(cls=answering.AsksQuestions)(answering.explain)
 app.command()(answering.plan)
 app.command()(files.score)
 app.command()(files.answer)

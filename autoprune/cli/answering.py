@@ -1,4 +1,4 @@
-"""`autoprune demo`, `run` and `plan`: one prompt, or none."""
+"""`autoprune demo`, `run`, `explain` and `plan`: one prompt, or none."""
 
 from __future__ import annotations
 
@@ -128,6 +128,73 @@ def run(
         ),
         console(),
     )
+
+
+def explain(
+    image: Annotated[str, typer.Argument(help="A picture; - reads standard input.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Mean visual tokens per layer, or a share of them (1/9, 11%)."),
+    ] = None,
+    method: MethodName = "autoprune",
+    model: Model = None,
+    settings: Settings = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to draw, by commas; default: three of them.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Least and most information of other prompts, in bits: 0.1,0.9."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("explain"),
+    report: Annotated[
+        Path | None, typer.Option(help="Write one page of all to this HTML file.")
+    ] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Pictures on dark paper.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw what pruning did to one prompt: kept patches, attention, curve, tokens per layer."""
+    from ..commands import explain as command
+    from ..commands.explanation import ExplainRequest
+    from ..commands.inputs import build_method, parse_budget
+
+    asked = None if budget is None else parse_budget(budget)
+    built = build_method(method, asked, {}, settings or [])
+    given = {
+        "--budget": budget,
+        "--method": method,
+        "--model": model,
+        "--set": settings,
+        "--layers": layers,
+        "--reference": reference,
+        "--output": output,
+        "--report": report,
+        "--dark": dark,
+        "--max-new-tokens": max_new_tokens,
+        "--device": device,
+        "--dtype": dtype,
+    }
+    request = ExplainRequest(
+        image,
+        question,
+        built,
+        model,
+        device,
+        dtype,
+        max_new_tokens,
+        as_json=as_json,
+        output=output,
+        report=report,
+        layers=command.parse_layers(layers),
+        reference=command.parse_reference(reference),
+        dark=dark,
+        command=command.command_line(given, image, question),
+    )
+    command.explain(request, console())
 
 
 def plan(

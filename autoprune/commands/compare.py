@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..evaluation import Options, Setting, Task, embedded_tasks, read_tasks
 from ..evaluation import compare as run_comparison
-from ..evaluation.report import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.results import Row
+from ..evaluation.tables import HEADINGS, by_budget, cells, infeasible
 from ..evaluation.workers import default_workers
 from ..files import check_folder
 from ..loading import load_embedded, load_model

@@ -1,4 +1,4 @@
-"""The picture as the model saw it, with the grid of its visual tokens."""
+"""The picture as the model saw it, with the places of its visual tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ..loading import Loaded
+from ..methods.looking import Looked
+from ..viz import View, join_tiles, views_of
 
 Grid = tuple[int, int]
 
@@ -33,6 +35,37 @@ def as_seen(loaded: Loaded, inputs: Any, original: Image.Image) -> tuple[Image.I
     return _denormalised(loaded, pixels), (rows, visual // rows)
 
 
+def views(loaded: Loaded, inputs: Any, original: Image.Image, looked: Looked) -> list[View]:
+    """What the decoder sees of `original`: the whole, its tiles together, and a small version of it if any.
+
+    Args:
+        inputs: as `prepare` gives them, of this one picture.
+        looked: of the same inputs.
+
+    Raises:
+        ValueError: where the visual tokens lie is not known of this family.
+    """
+    if looked.places is None:
+        image, grid = as_seen(loaded, inputs, original)
+        return [View.whole(image, grid)]
+    places = looked.places.numpy()
+    count = len(np.unique(places[~np.isnan(places[:, 0]), 0]))
+    config, pixels = loaded.model.config, inputs["pixel_values"]
+    if "image_grid_thw" in inputs:
+        # The processor resizes to whole patches; the grid is laid over the picture as it was.
+        return views_of([original] * count, places)
+    if getattr(config, "image_grid_pinpoints", None):
+        # The first tile is the small version. The others are joined and cut to the picture.
+        small = _denormalised(loaded, pixels.flatten(0, -4)[0])
+        return views_of([small, original][:count], places)[::-1]
+    if "image_sizes" in inputs:
+        return views_of([original], places)
+    tiles = [_denormalised(loaded, tile) for tile in pixels.flatten(0, -4)]
+    if len(tiles) != count:
+        raise _no_grid(config)
+    return join_tiles(views_of(tiles, places), original)
+
+
 def _resized(loaded: Loaded, inputs: Any, original: Image.Image) -> tuple[Image.Image, Grid]:
     """Models of native resolution resize to whole patches, and merge some of them to a token."""
     vision = loaded.model.config.vision_config
@@ -54,5 +87,5 @@ def _denormalised(loaded: Loaded, pixels: Any) -> Image.Image:
 def _no_grid(config: Any) -> ValueError:
     return ValueError(
         f"{config.model_type} cuts a picture into several tiles, so its visual tokens form no "
-        "single grid to draw; leave --picture out"
+        "single grid to draw; leave --picture out, or see whether `autoprune explain` knows them"
     )

@@ -65,12 +65,12 @@ def run(request: Request, console: Console) -> None:
         title = f"{request.question}  {pruned.text}"
         write_whole(request.picture, to_png(kept_patches(seen[0], sample, seen[1], title=title)))
     if request.as_json:
-        print_json(console, _record(request, loaded, image, pruned, sample, full))
+        print_json(console, record(request, loaded, image, pruned, sample, full))
     else:
-        _show(request, loaded, pruned, sample, full, console)
+        show(request, loaded, pruned, sample, full, console)
 
 
-def _record(
+def record(
     request: Request,
     loaded: Loaded,
     image: Image.Image,
@@ -78,7 +78,8 @@ def _record(
     sample: Sample,
     full: Answer | None,
 ) -> dict[str, Any]:
-    record = {
+    """What ran on what, what was answered, and what it cost, for JSON."""
+    whole = {
         "image": str(request.image),
         "image_size": list(image.size),
         "question": request.question,
@@ -98,15 +99,15 @@ def _record(
         **sample_record(sample),
     }
     if full is not None:
-        record["answer_unpruned"] = full.text
-        record["seconds_unpruned"] = full.seconds
-        record["first_token_seconds_unpruned"] = full.first_token_seconds
+        whole["answer_unpruned"] = full.text
+        whole["seconds_unpruned"] = full.seconds
+        whole["first_token_seconds_unpruned"] = full.first_token_seconds
     if request.picture is not None:
-        record["picture"] = str(request.picture)
-    return record
+        whole["picture"] = str(request.picture)
+    return whole
 
 
-def _show(
+def show(
     request: Request,
     loaded: Loaded,
     pruned: Answer,
@@ -114,6 +115,7 @@ def _show(
     full: Answer | None,
     console: Console,
 ) -> None:
+    """The same as a table."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

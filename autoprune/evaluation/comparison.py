@@ -21,6 +21,7 @@ from ..methods.autoprune import AutoPrune
 from .answering import Refused, answers
 from .batches import Batch, longest_answer, prepare
 from .encoding import encoder
+from .page import changed_answers
 from .progress import progress_bar
 from .report import check_plotting, write_report
 from .results import Row, check_kinds, results
@@ -65,7 +66,7 @@ def compare(
 ) -> list[Row]:
     """Ask every task under every setting, and once unpruned; write the report.
 
-    The folder receives config.json, predictions/, results.csv, results.json, report.md and
+    The folder receives config.json, predictions/, results.csv, results.json, report.md, report.html and
     accuracy_vs_flops.png. A call that was interrupted is continued by the same call.
 
     Args:
@@ -113,7 +114,9 @@ def compare(
     milliseconds = _timings(work, ran, options) if options.timing else []
     given = [None if setting in refusals else run_directory.read(setting) for setting in whole]
     rows = results(whole, given, list(noted["kinds"]), refusals, baseline, milliseconds)
-    write_report(directory, rows, {"compared": compared, **noted}, baseline)
+    asked = [task for batch in batches for task in batch.tasks]
+    changes = changed_answers(asked, whole, given)
+    write_report(directory, rows, {"compared": compared, **noted}, baseline, changes)
     return rows
 
 

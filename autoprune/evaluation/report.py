@@ -1,24 +1,23 @@
-"""The results as files: CSV, JSON, Markdown and a plot."""
+"""The results as files: CSV, JSON, Markdown, a page and a plot."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
 from ..viz import matplotlib_parts, to_png
+from .page import Change, to_page
 from .plot import plot
-from .results import Row, overspends
+from .results import Row
 from .settings import FULL
+from .tables import HEADINGS, by_budget, cells, infeasible, setup
 
 _OFF = 0.005
-HEADINGS = (
-    "method", "tokens", "FLOPs", "KV", "accuracy", "of full", "agreement", "difference", "prefill",
-)  # fmt: skip
 
 
 def check_plotting() -> None:
@@ -26,12 +25,23 @@ def check_plotting() -> None:
     matplotlib_parts()
 
 
-def write_report(folder: Path, rows: Sequence[Row], config: dict[str, Any], baseline: str) -> None:
-    """Write results.csv, results.json, report.md and accuracy_vs_flops.png."""
+def write_report(
+    folder: Path,
+    rows: Sequence[Row],
+    config: dict[str, Any],
+    baseline: str,
+    changes: Sequence[Change] = (),
+) -> None:
+    """Write results.csv, results.json, report.md, report.html and accuracy_vs_flops.png.
+
+    Args:
+        changes: answers that pruning changed, for the page; see `changed_answers`.
+    """
     write_whole(folder / "results.csv", to_csv(rows))
     record = {**config, "baseline": baseline, "rows": rows}
     write_whole(folder / "results.json", json.dumps(record, indent=1, allow_nan=False))
     write_whole(folder / "report.md", to_markdown(rows, config, baseline))
+    write_whole(folder / "report.html", to_page(rows, config, baseline, changes))
     write_whole(folder / "accuracy_vs_flops.png", to_png(plot(rows, baseline)))
 
 
@@ -44,44 +54,11 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def by_budget(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of each budget that ran, best first."""
-    for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] != FULL):
-        group = [row for row in rows if row["budget"] == budget and row["method"] != FULL]
-        ran = [row for row in group if row["status"] == "ok"]
-        if ran:
-            yield budget, sorted(ran, key=lambda row: -row["accuracy"])
-
-
-def infeasible(rows: Sequence[Row]) -> list[str]:
-    """Which settings could not run, one line for each reason."""
-    settings: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] != "ok":
-            settings.setdefault(row["reason"], []).append(f"{row['method']} at {row['budget']}")
-    return [f"{', '.join(names)}: {reason}" for reason, names in settings.items()]
-
-
-def cells(row: Row, brief: bool = False) -> list[str]:
-    """A row as a reader wants it, under `HEADINGS`; `brief` leaves out most intervals."""
-    return [
-        row["method"],
-        _figure(row, "tokens_entering", ".4g", brief) + (" (over)" if overspends(row) else ""),
-        _figure(row, "flops_share", ".1%", brief),
-        _figure(row, "kv_bytes_share", ".1%", brief),
-        _figure(row, "accuracy", ".3f"),
-        _figure(row, "relative", ".3f", brief),
-        _figure(row, "agreement", ".3f", brief),
-        _verdict(row, brief),
-        _figure(row, "prefill_ms", ".1f", brief, " ms"),
-    ]
-
-
 def to_markdown(rows: Sequence[Row], config: dict[str, Any], baseline: str) -> str:
     """The whole report."""
     kinds = config["kinds"]
     lines = ["# Comparison of pruning methods", ""]
-    lines += [f"`{config['command']}`", "", *(f"* {line}" for line in _setup(config)), ""]
+    lines += [f"`{config['command']}`", "", *(f"* {line}" for line in setup(config)), ""]
     lines += [
         "The agreement is the share of questions that are answered as the unpruned model answers them, right "
         f"or wrong. The difference is to `{baseline}` at the same budget; `*` where its interval leaves out 0. "
@@ -127,36 +104,6 @@ def _overview_cell(row: Row | None) -> str:
     asked, entering = row["tokens_asked"], row["tokens_entering"]
     off = asked is not None and abs(entering - asked) > _OFF * asked
     return f"{row['accuracy']:.3f}" + (f" ({entering:.4g})" if off else "")
-
-
-def _setup(config: dict[str, Any]) -> Iterator[str]:
-    yield f"{config['compared']['model']['name']}, {config['machine']}"
-    yield f"{config['questions']} questions: " + ", ".join(
-        f"{count} {kind}" for kind, count in config["kinds"].items()
-    )
-    yield ", ".join(f"{name} {version}" for name, version in config["compared"]["version"].items())
-
-
-def _figure(row: Row, name: str, form: str, brief: bool = False, suffix: str = "") -> str:
-    """The value, and its interval unless both bounds read like it."""
-    if row[name] is None:
-        return "-"
-    value, low, high = (
-        "" if bound is None else f"{bound:{form}}"
-        for bound in (row[name], row[f"{name}_low"], row[f"{name}_high"])
-    )
-    shown = not brief and low and (low, high) != (value, value)
-    return value + suffix + (f" [{low}, {high}]" if shown else "")
-
-
-def _verdict(row: Row, brief: bool) -> str:
-    if row["difference"] is None:
-        return "-"
-    low, high = row["difference_low"], row["difference_high"]
-    if low is None or low <= 0 <= high:
-        return _figure(row, "difference", "+.3f", brief)
-    bounds = "" if brief else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{row['difference']:+.3f}*{bounds}"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

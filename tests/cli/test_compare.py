@@ -91,7 +91,8 @@ def test_the_table_has_every_setting_and_what_it_spent(compare, tmp_path):
         assert words in out
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "config.json", "predictions", "results.csv", "results.json", "report.md", "accuracy_vs_flops.png",
+        "config.json", "predictions", "results.csv", "results.json", "report.md", "report.html",
+        "accuracy_vs_flops.png",
     }  # fmt: skip
 
 

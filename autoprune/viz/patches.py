@@ -1,26 +1,19 @@
-"""Pictures of what was kept: patches at several depths, and schedules over depth."""
+"""The picture with what was kept of it at several depths."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .trace import Sample
+from ..trace import Sample
+from .style import FAINT, INK, PAPER, rgb, theme
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-INK = (33, 37, 41)
-FAINT = (108, 117, 125)
-PAPER = (255, 255, 255)
 GAP = 12
-_VEIL = 0.80
-COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#495057")
+_VEIL, _TINT = 0.80, 0.55
 
 
 def kept_patches(
@@ -68,7 +61,7 @@ def kept_patches(
     for layer in layers:
         kept = np.zeros(rows * columns, dtype=bool)
         kept[sample.kept[layer].numpy()] = True
-        panels.append((_veiled(full, kept.reshape(rows, columns)), _caption(sample, layer)))
+        panels.append((veiled(full, kept.reshape(rows, columns)), caption(sample, layer)))
     return _row(panels, title)
 
 
@@ -128,80 +121,26 @@ def tile(pictures: Sequence[Image.Image], columns: int = 1) -> Image.Image:
     return sheet
 
 
-def to_png(picture: Image.Image | Figure) -> bytes:
-    """A picture of either function, encoded."""
-    buffer = io.BytesIO()
-    if isinstance(picture, Image.Image):
-        picture.save(buffer, format="PNG")
-    else:
-        picture.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
-def plot_schedule(
-    schedules: Sequence[Sequence[int]], labels: Sequence[str], budget: float | None = None
-) -> Figure:
-    """Visual tokens entering each layer, one line per schedule, on a logarithmic scale.
-
-    Args:
-        schedules: n_0..n_{L-1} of each line.
-        labels: one per schedule.
-        budget: mean tokens per layer, drawn as a dotted line.
-
-    Raises:
-        ImportError: matplotlib is missing; it comes with `pip install autoprune[demo]`.
-        ValueError: nothing to draw, or not one label per schedule.
-    """
-    if not schedules or len(schedules) != len(labels):
-        raise ValueError(
-            f"got {len(schedules)} schedules and {len(labels)} labels; give one label to each"
-        )
-    figure_class, formatter = matplotlib_parts()
-    figure = figure_class(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for index, (schedule, label) in enumerate(zip(schedules, labels, strict=True)):
-        colour = COLOURS[index % len(COLOURS)]
-        axes.step(
-            range(len(schedule)), schedule, where="mid", color=colour, linewidth=2, label=label
-        )
-    if budget is not None:
-        axes.axhline(
-            budget, color="#868e96", linewidth=1, linestyle=":", label=f"budget {budget:g}"
-        )
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(formatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("decoder layer")
-    axes.set_ylabel("visual tokens entering")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e9ecef")
-    axes.legend(frameon=False)
-    return figure
-
-
-def matplotlib_parts() -> tuple[Any, Any]:
-    """matplotlib's Figure and FuncFormatter.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib, which is not installed: pip install 'autoprune[demo]'"
-        ) from error
-    return Figure, FuncFormatter
-
-
-def _caption(sample: Sample, layer: int) -> str:
-    patches = len(sample.kept[layer])
+def caption(sample: Sample, layer: int) -> str:
+    """How many patches and merged tokens enter a layer."""
+    kept = sample.kept[layer].tolist()
+    patches = len(kept)
+    if sample.summary_token in kept and patches < sample.num_visual:
+        return f"into layer {layer}: {patches - 1} + summary"
     merged = sample.tokens_per_layer[layer] - patches
     return f"into layer {layer}: {patches}" + (f" + {merged} merged" if merged else "")
 
 
-def _veiled(full: Image.Image, kept: np.ndarray) -> Image.Image:
-    """`full` with dropped patches of `kept` [rows, columns] veiled, and the border drawn."""
+def veiled(
+    full: Image.Image, kept: np.ndarray, dark: bool = False, tint: str | None = None
+) -> Image.Image:
+    """`full` with dropped patches of `kept` [rows, columns] veiled, and the border drawn.
+
+    Args:
+        tint: a colour that the dropped patches get instead of the paper's.
+    """
+    look = theme(dark)
+    veil = np.asarray(rgb(tint or look.paper), np.float32)
     width, height = full.size
     rows, columns = kept.shape
     down = np.minimum(np.arange(height) * rows // height, rows - 1)
@@ -209,30 +148,28 @@ def _veiled(full: Image.Image, kept: np.ndarray) -> Image.Image:
     inside = kept[down[:, None], right[None, :]]
     pixels = np.asarray(full, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
-    pixels = np.where(
-        inside[..., None], pixels, grey + _VEIL * (np.asarray(PAPER, np.float32) - grey)
-    )
+    pixels = np.where(inside[..., None], pixels, grey + (_TINT if tint else _VEIL) * (veil - grey))
     picture = Image.fromarray(pixels.round().astype(np.uint8))
-    _draw_border(picture, kept)
+    _draw_border(picture, kept, rgb(look.ink))
     return picture
 
 
-def _draw_border(picture: Image.Image, kept: np.ndarray) -> None:
+def _draw_border(picture: Image.Image, kept: np.ndarray, ink: tuple[int, int, int]) -> None:
     pen = ImageDraw.Draw(picture)
     rows, columns = kept.shape
     ring = np.pad(kept, 1)
     x = [min(-(-picture.width * c // columns), picture.width - 1) for c in range(columns + 1)]
     y = [min(-(-picture.height * r // rows), picture.height - 1) for r in range(rows + 1)]
     for row, column in np.argwhere(ring[1:, 1:-1] != ring[:-1, 1:-1]):
-        pen.line([x[column], y[row], x[column + 1], y[row]], fill=INK, width=2)
+        pen.line([x[column], y[row], x[column + 1], y[row]], fill=ink, width=2)
     for row, column in np.argwhere(ring[1:-1, 1:] != ring[1:-1, :-1]):
-        pen.line([x[column], y[row], x[column], y[row + 1]], fill=INK, width=2)
+        pen.line([x[column], y[row], x[column], y[row + 1]], fill=ink, width=2)
 
 
 def _row(panels: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
     """Panels side by side, each above its caption."""
     width, height = panels[0][0].size
-    heading, caption = _font(17), _font(14)
+    heading, small = font(17), font(14)
     top = GAP + (28 if title else 0)
     total = GAP + len(panels) * (width + GAP)
     while title and heading.getlength(title) > total - 2 * GAP:
@@ -244,9 +181,9 @@ def _row(panels: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
     for index, (panel, text) in enumerate(panels):
         left = GAP + index * (width + GAP)
         sheet.paste(panel, (left, top))
-        pen.text((left, top + height + 4), text, fill=FAINT, font=caption)
+        pen.text((left, top + height + 4), text, fill=FAINT, font=small)
     return sheet
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
     return ImageFont.load_default(size=size)

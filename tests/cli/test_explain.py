@@ -1,0 +1,136 @@
+"""`autoprune explain` writes the pictures of one prompt, and a page that says what ran says."""
+
+from __future__ import annotations
+
+import html
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoprune import create
+from autoprune.commands.explanation import ExplainRequest, figures, measure
+from tests.cli.conftest import LAYERS, VISUAL
+from tests.pages import Page
+
+QUESTION = "is there a <script>alert(1)</script> ring?"
+
+
+@pytest.fixture
+def explain(call, picture, model_folder, tmp_path):
+    def run(*words, question=QUESTION):
+        fixed = ("--model", model_folder, "--max-new-tokens", 2, "--output", tmp_path / "out")
+        budget = () if "--budget" in words else ("--budget", 30)
+        return call("explain", picture, question, *fixed, *budget, *words)
+
+    return run
+
+
+def test_the_pictures_are_written_and_listed(explain, tmp_path):
+    record = explain("--set", "merger=summary", "--json").record
+    names = ["kept.png", "summary.png", "attention.png", "retention.png", "tokens.png", "kept.webp"]
+    assert record["files"] == [str(tmp_path / "out" / name) for name in names]
+    for path in record["files"]:
+        with Image.open(path) as image:
+            image.load()
+    assert np.shape(record["attention"]) == (LAYERS, VISUAL)
+    assert record["answer_unpruned"] is not None
+
+
+def test_the_page_holds_all_that_was_measured_and_nothing_of_elsewhere(explain, tmp_path):
+    path = tmp_path / "page.html"
+    record = explain("--report", path, "--json").record
+    content = path.read_text("utf-8")
+    seen = Page(content)
+    assert seen.loaded and all(source.startswith("data:image/") for source in seen.loaded)
+    assert "http" not in seen.text and "://" not in content.split("base64")[0]
+    assert seen.tags.count("script") == 1 and QUESTION in seen.text
+    answers, costs, settings = seen.tables
+    assert answers[1:] == [
+        ["pruned", record["answer"]],
+        ["all visual tokens", record["answer_unpruned"]],
+    ]
+    shown = {row[0]: row[1:] for row in costs}
+    assert shown["visual tokens, mean per layer"] == ["30", "144", "79.2%"]
+    assert shown["mutual information"][0] == f"{record['mutual_information']:.3f} bits"
+    assert shown["KV cache"][0] == f"{record['kv_bytes'] / 1e6:.4g} MB"
+    per_layer = dict(map(tuple, settings))["tokens entering each layer"]
+    assert per_layer == ", ".join(map(str, record["tokens_per_layer"]))
+
+
+def test_the_command_on_the_page_repeats_it(explain, call, tmp_path):
+    path, question = tmp_path / "page.html", "-1? it's a ring?"
+    first = explain(
+        "--report", path, "--set", "k0=0.8", "--layers", "0,3", "--json", question=question
+    ).record
+    content = path.read_text("utf-8")
+    start = content.index("<pre><code>") + len("<pre><code>")
+    words = shlex.split(html.unescape(content[start : content.index("</code>", start)]))
+    assert words[:2] == ["autoprune", "explain"]
+    separator = words.index("--")
+    again = call(*words[1:separator], "--json", *words[separator:]).record
+    assert again["kept"] == first["kept"] and again["question"] == question
+
+
+def test_the_strip_is_of_the_trace_and_the_curve_between_its_ends(picture, model_folder):
+    method = create("autoprune", budget=30)
+    request = ExplainRequest(
+        picture, "a ring?", method, str(model_folder), max_new_tokens=1, layers=range(LAYERS),
+        reference=(0.25, 0.75),
+    )  # fmt: skip
+    found = measure(request)
+    drawn = figures(found)
+    full, *panels = (np.asarray(axes.images[0].get_array()) for axes in drawn["kept"].axes)
+    whole = np.asarray(
+        Image.fromarray(full).resize((320, 320), Image.Resampling.BICUBIC), dtype=int
+    )
+    for kept, panel in zip(found.sample.kept, panels, strict=True):
+        at = [
+            (int((r + 0.5) * 320 / 12), int((c + 0.5) * 320 / 12))
+            for r in range(12)
+            for c in range(12)
+        ]
+        same = {token for token, place in enumerate(at) if (panel[place] == whole[place]).all()}
+        assert same == set(kept.tolist())
+    curves = {line.get_label(): list(line.get_ydata()) for line in drawn["retention"].axes[0].lines}
+    assert curves["least given: 0.250 bits"] == method.plan(LAYERS, VISUAL, 0.25)
+    assert curves["most given: 0.750 bits"] == method.plan(LAYERS, VISUAL, 0.75)
+    (this,) = (values for label, values in curves.items() if label.startswith("this prompt"))
+    assert this == found.sample.tokens_per_layer
+
+
+def test_a_method_without_information_has_no_curve(explain, tmp_path):
+    record = explain("--method", "random", "--json").record
+    assert "retention.png" not in " ".join(record["files"])
+
+
+def test_a_family_whose_grid_is_not_known_gets_a_sentence(explain, monkeypatch, tmp_path):
+    def unknown(*_):
+        raise ValueError("no grid")
+
+    monkeypatch.setattr("autoprune.commands.explanation.views", unknown)
+    outcome = explain("--report", tmp_path / "page.html")
+    assert outcome.code == 0
+    for text in (outcome.out, Page((tmp_path / "page.html").read_text()).text):
+        assert "the visual tokens of llava lie in the picture is not known" in " ".join(
+            text.split()
+        )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "attention.png", "retention.png", "tokens.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers", "1,x"), "--layers takes whole numbers by commas, such as 1,6,11, got '1,x'"),
+        (("--layers", "6"), "layers must be between 0 and 5, got [6]"),
+        (("--reference", "0.9,0.1"), "--reference takes the least and the most information"),
+        (("--reference", "1"), "got '1'"),
+        (("--report", "no/such/folder.html"), "there is no folder 'no/such'"),
+    ],
+)
+def test_bad_options_are_one_sentence(explain, words, message):
+    outcome = explain(*words)
+    assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
