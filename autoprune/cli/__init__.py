@@ -1,5 +1,5 @@
 """The command line: `autoprune demo`, `run`, `plan`, `compare`, `tune`, `bench`, `score`,
-`methods`, `families`.
+`methods`, `families`, `serve`.
 
 What is imported here is cheap; each command imports what it needs when it runs.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from . import answering, files, listing, measuring
+from . import answering, files, listing, measuring, serving
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +50,7 @@ app.command()(listing.families)
 app.command()(measuring.bench)
 app.command()(measuring.compare)
 app.command()(measuring.tune)
+app.command()(serving.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,75 @@
+"""Reading a request's body within limits, and noticing that its client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import Request
+
+from .errors import RequestError
+from .limits import Limits
+
+_READ_ON_SECONDS = 2.0
+
+
+class ClientGone(Exception):
+    """The client has closed the connection; nobody waits for an answer."""
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body.
+
+    Raises:
+        RequestError: it is too large, or did not come in time.
+        ClientGone: the client left.
+    """
+    refused = RequestError(
+        f"the body is larger than {limits.body_bytes} bytes; send smaller pictures", 413
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limits.body_bytes:
+        await _read_on(request, limits)
+        raise refused
+    end = time.monotonic() + limits.body_seconds
+    body = bytearray()
+    while True:
+        try:
+            left = max(0.0, end - time.monotonic())
+            message = await asyncio.wait_for(request.receive(), left)
+        except asyncio.TimeoutError:
+            raise RequestError(
+                f"the body did not come within {limits.body_seconds} seconds", 408
+            ) from None
+        body += _content(message)
+        if len(body) > limits.body_bytes:
+            await _read_on(request, limits)
+            raise refused
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def _read_on(request: Request, limits: Limits) -> None:
+    """Take in some more of a body that is refused: a client that still writes would not see the answer."""
+    end, taken = time.monotonic() + _READ_ON_SECONDS, 0
+    while taken < 4 * limits.body_bytes and (left := end - time.monotonic()) > 0:
+        try:
+            message = await asyncio.wait_for(request.receive(), left)
+        except asyncio.TimeoutError:
+            return
+        taken += len(_content(message))
+        if not message.get("more_body"):
+            return
+
+
+def _content(message: Any) -> bytes:
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return bytes(message.get("body", b""))
+
+
+async def wait_until_gone(request: Request) -> None:
+    """Returns when the client has closed the connection; for after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
