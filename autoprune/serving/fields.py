@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from typing import Any, NoReturn
 
@@ -105,20 +104,25 @@ class Fields:
     def number(self, field: str, least: float, most: float, default: Any = _MISSING) -> Any:
         """A number from `least` to `most`."""
         value = self.take(field, default)
-        if value is default:
-            return value
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not math.isfinite(value) or not least <= value <= most:
-            raise self.wrong(field, f"a number from {least:g} to {most:g}", value)
+        if value is not default:
+            self.check_number(field, value, least, most)
         return value
+
+    def check_number(self, field: str, value: Any, least: float, most: float) -> None:
+        """Raise RequestError unless this is a number in that range."""
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not least <= value <= most
+        ):
+            raise self.wrong(field, f"a number from {least:g} to {most:g}", value)
 
     def array(self, field: str, least: int, most: int, default: Any = _MISSING) -> Any:
         value = self.take(field, default)
         if value is default:
             return value
         if not isinstance(value, list) or not least <= len(value) <= most:
-            got = f"{len(value)} entries" if isinstance(value, list) else value
-            raise self.wrong(field, f"a list of {least} to {most} entries", got)
+            raise self.wrong(field, f"a list of {least} to {most} entries", value)
         return value
 
     def finish(self, unsupported: dict[str, str], known: str) -> None:

@@ -13,6 +13,7 @@ from .limits import Limits
 MOST_TEMPERATURE = 2.0
 MOST_LOGPROBS = 20
 MOST_STOPS = 4
+MOST_BUDGET = 1e18
 SEEDS = (-(2**63), 2**63 - 1)
 
 KNOWN = (
@@ -248,8 +249,7 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     stop = fields.take("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        got = stop if not isinstance(stop, list) else f"{len(stop)} entries"
-        raise fields.wrong("stop", f"a string, or a list of up to {MOST_STOPS}", got)
+        raise fields.wrong("stop", f"a string, or a list of up to {MOST_STOPS}", stop)
     for text in stops:
         if not isinstance(text, str) or not 0 < len(text) <= 200:
             raise fields.wrong("stop", "strings of 1 to 200 characters", text)
@@ -292,11 +292,10 @@ def _pruning(fields: Fields) -> Pruning:
 
 
 def _budget(fields: Fields, kind: str, amount: Any, build: Any) -> float | Budget:
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)):
-        raise fields.wrong(kind, "a number", amount)
+    fields.check_number(kind, amount, 0, MOST_BUDGET)
     try:
         made = Budget.tokens(amount) if build is None else build(amount)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         path = fields.path(kind)
         raise RequestError(f"{path} is {shown(amount)}: {error}", param=path) from None
     return amount if build is None else made
