@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from autoprune import AutoPrune
 from autoprune.loading import Loaded
+from autoprune.serving.logs import JsonLines
 from autoprune.serving.service import Options, Service
 
 from .conftest import BUDGET, LAYERS, LIMITS, VISUAL, Client, wait_until
@@ -184,10 +186,51 @@ def test_a_full_server_says_when_to_come_again(small: Client) -> None:
     wait_until(lambda: small.post(small.body(), KEY).status == 200)
 
 
-def test_an_answer_that_takes_too_long_is_given_up(small: Client) -> None:
-    engine_is_held = threading.Event()
-    reply = small.post(small.body(max_tokens=LIMITS.max_tokens), KEY)
-    assert reply.status in (200, 504)
-    if reply.status == 504:
-        assert "longer than 3 seconds" in reply.message
-    assert not engine_is_held.is_set()
+def test_an_answer_that_takes_too_long_is_given_up(
+    loaded: Loaded, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Service(
+        loaded, {"autoprune": AutoPrune(BUDGET)}, Options(limits=replace(LIMITS, seconds=1))
+    )
+    hold = threading.Event()
+    monkeypatch.setattr(slow.engine, "_answer", lambda jobs: hold.wait(30))
+    client = start(slow)
+    reply = client.ask()
+    assert reply.status == 504
+    assert "longer than 1 seconds" in reply.message
+    hold.set()
+
+
+def test_an_error_of_the_servers_own_is_told_and_the_next_request_answered(
+    loaded: Loaded, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(loaded, {"autoprune": AutoPrune(BUDGET)}, Options(limits=LIMITS))
+    client = start(service)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the words of a request")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("autoprune.serving.engine.generate", fail)
+        whole, streamed = client.ask(), client.ask(stream=True)
+    for reply in (whole, streamed):
+        assert reply.status == 500
+        assert reply.message == "the model failed on this request; the server goes on"
+    assert client.ask().status == 200
+
+
+def test_the_log_has_numbers_and_no_words(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("autoprune")
+    logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", "autoprune")
+    try:
+        client.ask("a very private question")
+        wait_until(lambda: caplog.records)
+    finally:
+        logger.removeHandler(caplog.handler)
+    line = JsonLines().format(caplog.records[-1])
+    record = json.loads(line)
+    assert record["status"] == 200 and record["tokens"] == 3
+    assert record["visual_tokens_per_layer"] == BUDGET
+    assert record["first_token_seconds"] <= record["seconds"]
+    assert "private" not in line
