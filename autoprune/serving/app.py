@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from .body import ClientGone, refuse
 from .errors import RequestError
 from .exchange import answer_request
 from .metrics import CONTENT_TYPE
@@ -38,9 +39,8 @@ def make_app(service: Service) -> FastAPI:
         key = service.options.api_key
         given = request.headers.get("authorization", "")
         if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise RequestError(
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY", 401
-            )
+            message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+            await refuse(request, RequestError(message, 401), service.limits)
 
     protected = [Depends(check_key)]
 
@@ -71,6 +71,10 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return _error_response(error)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=204)  # nobody reads it
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:

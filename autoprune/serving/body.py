@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Request
 
@@ -25,13 +25,17 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         RequestError: it is too large, or did not come in time.
         ClientGone: the client left.
     """
-    refused = RequestError(
+    too_large = RequestError(
         f"the body is larger than {limits.body_bytes} bytes; send smaller pictures", 413
     )
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Without this, pages of any site could have a browser ask a server on its own machine.
+        wanted = "the body must be JSON; send the header Content-Type: application/json"
+        await refuse(request, RequestError(wanted, 415), limits)
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limits.body_bytes:
-        await _read_on(request, limits)
-        raise refused
+        await refuse(request, too_large, limits)
     end = time.monotonic() + limits.body_seconds
     body = bytearray()
     while True:
@@ -44,23 +48,26 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             ) from None
         body += _content(message)
         if len(body) > limits.body_bytes:
-            await _read_on(request, limits)
-            raise refused
+            await refuse(request, too_large, limits)
         if not message.get("more_body"):
             return bytes(body)
 
 
-async def _read_on(request: Request, limits: Limits) -> None:
-    """Take in some more of a body that is refused: a client that still writes would not see the answer."""
+async def refuse(request: Request, error: RequestError, limits: Limits) -> NoReturn:
+    """Raise the error for a request whose body was not read to its end.
+
+    Some more of it is taken in before: a client that still writes would not see the answer.
+    """
     end, taken = time.monotonic() + _READ_ON_SECONDS, 0
     while taken < 4 * limits.body_bytes and (left := end - time.monotonic()) > 0:
         try:
             message = await asyncio.wait_for(request.receive(), left)
         except asyncio.TimeoutError:
-            return
+            break
         taken += len(_content(message))
         if not message.get("more_body"):
-            return
+            break
+    raise error
 
 
 def _content(message: Any) -> bytes:

@@ -14,10 +14,10 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from .answers import Answer
-from .body import ClientGone, read_body, wait_until_gone
+from .body import ClientGone, read_body, refuse, wait_until_gone
 from .errors import RequestError
 from .job import Event, Finished, Job, Piece
-from .service import Service
+from .service import Service, Visit
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ async def answer_request(service: Service, request: Request) -> Response:
 
     Raises:
         RequestError: it is refused, or failed before anything of the answer was sent.
+        ClientGone: the client left.
     """
+    if service.is_full:
+        await refuse(request, service.full(), service.limits)
     exchange = Exchange(service, request)
     try:
         answer = await exchange.begin()
@@ -45,7 +48,7 @@ async def answer_request(service: Service, request: Request) -> Response:
         return JSONResponse(answer.whole(pieces, event))
     except ClientGone:
         exchange.end(CLIENT_LEFT)
-        return Response(status_code=204)  # nobody reads it
+        raise
     except RequestError as error:
         exchange.end(error.status, param=error.param)
         raise
@@ -55,11 +58,7 @@ async def answer_request(service: Service, request: Request) -> Response:
 
 
 class Exchange:
-    """A request that is being answered.
-
-    Raises:
-        RequestError: the server is full.
-    """
+    """A request that is being answered."""
 
     def __init__(self, service: Service, request: Request) -> None:
         self._service, self._request = service, request
@@ -69,7 +68,7 @@ class Exchange:
         self._watching: asyncio.Task[None] | None = None
         self._job: Job | None = None
         self._ended = False
-        self._visit = service.enter()
+        self._visit = Visit(service)
 
     async def begin(self) -> Answer:
         """Read, prepare and queue the request.

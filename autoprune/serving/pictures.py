@@ -6,8 +6,7 @@ import base64
 import binascii
 import io
 import re
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -19,10 +18,9 @@ from .request import Part
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DATA = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
-_DECODED_AT_ONCE = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pictures:
     """Reads the pictures of requests within the limits.
 
@@ -32,10 +30,6 @@ class Pictures:
 
     limits: Limits
     folder: Path | None = None
-    # Decoded pictures are large: a few at a time, however many requests there are.
-    _decoding: threading.Semaphore = field(
-        default_factory=lambda: threading.Semaphore(_DECODED_AT_ONCE), repr=False
-    )
 
     def load(self, part: Part) -> Image.Image:
         """The picture of a part, as RGB.
@@ -44,13 +38,10 @@ class Pictures:
             RequestError: its address is not allowed, or it is no picture, damaged or too large.
         """
         data = self._bytes(part.picture or "", part.path)
-        with self._decoding:
-            try:
-                return decode_image(
-                    io.BytesIO(data), part.path, FORMATS, self.limits.picture_pixels
-                )
-            except ValueError as error:
-                raise RequestError(str(error), param=part.path) from error
+        try:
+            return decode_image(io.BytesIO(data), part.path, FORMATS, self.limits.picture_pixels)
+        except ValueError as error:
+            raise RequestError(str(error), param=part.path) from error
 
     def _bytes(self, address: str, path: str) -> bytes:
         """The encoded picture."""

@@ -21,6 +21,7 @@ from .prompt import Prompts
 from .pruning import Allowed
 from .request import Request, parse_request
 
+# Decoded pictures are large: a few at a time, however many requests there are.
 _PREPARED_AT_ONCE = 2
 
 
@@ -91,20 +92,19 @@ class Service:
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.engine.close(seconds)
 
-    def enter(self) -> Visit:
-        """Let a request in.
+    @property
+    def is_full(self) -> bool:
+        """Whether no further request is taken."""
+        return self.present >= self.limits.queue
 
-        Raises:
-            RequestError: too many are there already.
-        """
-        if self.present >= self.limits.queue:
-            raise RequestError(
-                f"{self.present} requests are waiting already; try again later",
-                status=429,
-                code="queue_full",
-                retry_after=self._seconds_to_wait(),
-            )
-        return Visit(self)
+    def full(self) -> RequestError:
+        """What a request is told that finds the server full."""
+        return RequestError(
+            f"{self.present} requests are waiting already; try again later",
+            status=429,
+            code="queue_full",
+            retry_after=self._seconds_to_wait(),
+        )
 
     def _seconds_to_wait(self) -> int:
         """How long the queue takes, by what a batch took lately."""

@@ -82,6 +82,9 @@ def service(loaded: Loaded) -> Service:
     return Service(loaded, methods, Options(limits=LIMITS, default_tokens=4))
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 @dataclass
 class Reply:
     status: int
@@ -125,7 +128,7 @@ class Client:
     ) -> Reply:
         connection = self.connection()
         try:
-            connection.request(verb, path, data, headers or {})
+            connection.request(verb, path, data, {**JSON, **(headers or {})})
             answer = connection.getresponse()
             return Reply(answer.status, dict(answer.getheaders()), answer.read())
         finally:

@@ -238,12 +238,22 @@ def test_a_body_without_length_is_cut_off(client: Client) -> None:
 def test_a_body_that_does_not_come_is_given_up(client: Client) -> None:
     connection = client.connection()
     connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b"{")
     answer = connection.getresponse()
     assert answer.status == 408
     assert "within 2 seconds" in json.loads(answer.read())["error"]["message"]
     connection.close()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_that_is_not_announced_as_json_is_refused(client: Client, kind: str) -> None:
+    reply = client.post(client.body(), {"Content-Type": kind})
+    assert reply.status == 415
+    assert "Content-Type: application/json" in reply.message
+    good = client.post(client.body(), {"Content-Type": "application/json; charset=utf-8"})
+    assert good.status == 200
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from autoprune.loading import Loaded
 from autoprune.serving.logs import JsonLines
 from autoprune.serving.service import Options, Service
 
-from .conftest import BUDGET, LAYERS, LIMITS, VISUAL, Client, wait_until
+from .conftest import BUDGET, JSON, LAYERS, LIMITS, VISUAL, Client, wait_until
 
 Start = Callable[[Service], Client]
 
@@ -120,7 +120,7 @@ def test_a_client_that_leaves_frees_the_model(client: Client, stream: bool) -> N
     left = client.metric("autoprune_cancelled_total")
     connection = client.connection()
     body = client.body(max_tokens=LIMITS.max_tokens, stream=stream)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
     wait_until(lambda: client.metric("autoprune_running") == 1)
     connection.sock.close()
     connection.close()
@@ -173,6 +173,7 @@ def test_a_full_server_says_when_to_come_again(small: Client) -> None:
         connection = small.connection()
         connection.putrequest("POST", "/v1/chat/completions")
         connection.putheader("Authorization", "Bearer secret")
+        connection.putheader("Content-Type", "application/json")
         connection.putheader("Content-Length", "100")
         connection.endheaders(b"{")
         waiting.append(connection)

@@ -1,0 +1,228 @@
+"""What batching brings to a server, and what the server costs beside a bare loop of `generate`.
+
+    python benchmarks/serving.py
+    python benchmarks/serving.py --rounds 5 --budget 1/9 --model FOLDER
+
+* `batch 1` and `batch 8`: requests per second of 8 clients, answered one by one and up to 8 together. Every
+  round asks both servers, one after the other. Budgets are mixed: half, one, two and four times `--budget`.
+* `bare loop` and `one client`: the same requests, one after the other, by `model.generate` in this process and
+  through the server. In turns, request by request; the median of the pairs is the overhead.
+
+The default model is of the embedded one's architecture with random weights, which does not end its answers
+early. Writes benchmarks/results/serving.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+import autoprune
+from autoprune import AutoPrune, tiny
+from autoprune.commands.inputs import parse_budget
+from autoprune.files import write_whole
+from autoprune.loading import load_model, prepare
+from autoprune.tiny.recipe.architecture import build_model
+from autoprune.tiny.recipe.chat import make_processor
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+QUESTION = "is there an orange ring?"
+SHARES = (0.5, 1.0, 2.0, 4.0)
+"""Budgets of the mixed load, as multiples of the one that was asked for."""
+
+
+class Server:
+    """`autoprune serve` in a process of its own."""
+
+    def __init__(self, model: Path, batch_size: int) -> None:
+        self.batch_size = batch_size
+        command = [sys.executable, "-m", "autoprune", "serve", "--model", str(model), "--port", "0"]
+        command += ["--batch-size", str(batch_size), "--set", "first_cut=peek"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if '"listening"' in line:
+                break
+        else:
+            raise RuntimeError("the server did not start")
+        self.port = int(json.loads(line)["url"].split(":")[2].split("/")[0])
+        # Its log must be read, or it waits for somebody to do so.
+        threading.Thread(target=self._process.stderr.read, daemon=True).start()
+
+    def ask(self, connection: HTTPConnection, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        answer = connection.getresponse()
+        record: dict[str, Any] = json.loads(answer.read())
+        if answer.status != 200:
+            raise RuntimeError(record["error"]["message"])
+        return record
+
+    def connect(self) -> HTTPConnection:
+        return HTTPConnection("127.0.0.1", self.port, timeout=600)
+
+    def cpu_seconds(self) -> float:
+        connection = self.connect()
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        (line,) = [x for x in text.splitlines() if x.startswith("process_cpu_seconds_total ")]
+        return float(line.split()[1])
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+@contextmanager
+def checkpoint(folder: Path | None) -> Iterator[Path]:
+    """The folder, or one with a model that answers at length."""
+    if folder is not None:
+        yield folder
+        return
+    torch.manual_seed(0)
+    processor = make_processor()
+    model = build_model(processor.tokenizer)
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made)
+        processor.save_pretrained(made)
+        yield Path(made)
+
+
+def request(seed: int, budget: float, tokens: int) -> dict[str, Any]:
+    """A question about a picture of its own."""
+    file = io.BytesIO()
+    tiny.draw_scene(seed).image.save(file, "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "text", "text": QUESTION},
+    ]
+    messages = [{"role": "user", "content": content}]
+    return {"messages": messages, "max_tokens": tokens, "autoprune": {"ratio": budget}}
+
+
+def load(server: Server, bodies: list[dict[str, Any]], clients: int) -> dict[str, float]:
+    """All requests by so many clients at a time."""
+
+    def one_client(own: list[dict[str, Any]]) -> list[int]:
+        connection = server.connect()
+        tokens = [server.ask(connection, b)["usage"]["completion_tokens"] for b in own]
+        connection.close()
+        return tokens
+
+    spent, begun = server.cpu_seconds(), time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        counts = list(pool.map(one_client, [bodies[i::clients] for i in range(clients)]))
+    seconds = time.perf_counter() - begun
+    tokens = [count for own in counts for count in own]
+    return {
+        "requests per second": len(bodies) / seconds,
+        "CPU seconds per request": (server.cpu_seconds() - spent) / len(bodies),
+        "tokens per answer": statistics.mean(tokens),
+    }
+
+
+def overhead(
+    server: Server, folder: Path, share: float, tokens: int, requests: int
+) -> dict[str, float]:
+    """Seconds of a request by the server and by a bare loop, in turns."""
+    loaded = load_model(str(folder))
+    budget = autoprune.Budget.ratio(share)
+    method = AutoPrune(budget, first_cut="peek")
+    connection, pairs = server.connect(), []
+    served_cpu, bare_cpu = [], []
+    for seed in range(requests + 1):
+        body, image = request(seed, share, tokens), tiny.draw_scene(seed).image
+        cpu, begun = server.cpu_seconds(), time.perf_counter()
+        server.ask(connection, body)
+        served = time.perf_counter()
+        served_cpu.append(server.cpu_seconds() - cpu)
+        own, bare = time.process_time(), time.perf_counter()
+        inputs = prepare(loaded, image, QUESTION)
+        with torch.inference_mode(), method(loaded.model):
+            ids = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        loaded.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
+        pairs.append((served - begun, time.perf_counter() - bare))
+        bare_cpu.append(time.process_time() - own)
+    # The first one loads what the others find ready.
+    shares = [server_seconds / bare for server_seconds, bare in pairs[1:]]
+    return {
+        "server seconds": statistics.median(pair[0] for pair in pairs[1:]),
+        "bare seconds": statistics.median(pair[1] for pair in pairs[1:]),
+        "median of server / bare": statistics.median(shares),
+        "CPU of server / bare": sum(served_cpu[1:]) / sum(bare_cpu[1:]),
+    }
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint.")] = None,
+    budget: Annotated[str, typer.Option(help="Share of the visual tokens.")] = "1/9",
+    rounds: int = 3,
+    clients: int = 8,
+    requests: Annotated[int, typer.Option(help="In each round, at each server.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    output: Path = RESULTS,
+) -> None:
+    """Measure, print and write the table."""
+    share = parse_budget(budget).value
+    bodies = [
+        request(i, min(1.0, share * SHARES[i % len(SHARES)]), tokens) for i in range(requests)
+    ]
+    record: dict[str, Any] = {
+        "versions": {
+            "autoprune": autoprune.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clients": clients,
+        "requests": requests,
+        "max_tokens": tokens,
+        "budget": budget,
+    }
+    with checkpoint(model) as folder:
+        servers = [Server(folder, size) for size in (1, clients)]
+        try:
+            for server in servers:  # warm
+                load(server, bodies[: 2 * clients], clients)
+            record["rounds"] = [
+                {f"batch {s.batch_size}": load(s, bodies, clients) for s in servers}
+                for _ in range(rounds)
+            ]
+            record["one client"] = overhead(servers[1], folder, share, tokens, requests)
+        finally:
+            for server in servers:
+                server.end()
+    alone, together = f"batch {1}", f"batch {clients}"
+    speeds = [
+        r[together]["requests per second"] / r[alone]["requests per second"]
+        for r in record["rounds"]
+    ]
+    record["requests per second, batched over batch 1"] = statistics.median(speeds)
+    print(json.dumps(record, indent=1))
+    write_whole(output, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
