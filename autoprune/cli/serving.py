@@ -73,6 +73,7 @@ def serve(
     command.serve(
         command.ServeRequest(
             command.methods_of(method, budget, settings or [], allowed),
+            "all" in allowed,
             model,
             device,
             dtype,

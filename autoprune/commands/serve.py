@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import UnsupportedError
 from ..loading import load_embedded, load_model
 from ..methods import list_methods
 from ..methods.base import Method
@@ -20,10 +21,12 @@ class ServeRequest:
     """What to serve, and where.
 
     methods: those that requests may choose from, the default first.
+    all_methods: of them, leave out those that the model cannot take.
     options: of `serving.service.Options`.
     """
 
     methods: Mapping[str, Method]
+    all_methods: bool = False
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -51,7 +54,7 @@ def methods_of(
     Args:
         budget, settings: of the default method; the budget is the others', too, where it is one of tokens or
             a share.
-        allowed: further names; "all" allows every method.
+        allowed: further names; "all" stands for every method (`fitting` leaves out what the model cannot take).
 
     Raises:
         ValueError: there is no such method, or a setting or budget cannot be right.
@@ -65,9 +68,27 @@ def methods_of(
     default = build_method(method, asked, {}, settings)
     methods = {default.name: default}
     for name in list_methods() if "all" in allowed else allowed:
-        if name not in methods:
+        if name in methods:
+            continue
+        try:
             methods[name] = build_method(name, asked, {}, [])
+        except ValueError:
+            # Some have no budgets of this kind.
+            if "all" not in allowed:
+                raise
     return methods
+
+
+def fitting(methods: Mapping[str, Method], model: Any) -> dict[str, Method]:
+    """The methods that can prune this model, in their order."""
+    fit = {}
+    for name, method in methods.items():
+        try:
+            method(model)
+        except (ValueError, UnsupportedError):
+            continue
+        fit[name] = method
+    return fit
 
 
 def serve(request: ServeRequest) -> None:
@@ -86,4 +107,8 @@ def serve(request: ServeRequest) -> None:
     options = Options(limits=Limits(**request.limits), **request.options)
     where = (request.device, request.dtype)
     loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
-    run(Service(loaded, request.methods, options), request.host, request.port, request.grace)
+    methods = request.methods
+    if request.all_methods:
+        default = next(iter(methods))
+        methods = {default: methods[default], **fitting(methods, loaded.model)}
+    run(Service(loaded, methods, options), request.host, request.port, request.grace)

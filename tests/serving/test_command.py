@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import Budget, cli
-from autoprune.commands.serve import methods_of
+from autoprune import AutoPrune, Budget, cli
+from autoprune.commands.serve import fitting, methods_of
 from autoprune.loading import Loaded
 from autoprune.methods import list_methods
 
-from .conftest import Client, wait_until
+from .conftest import LAYERS, Client, wait_until
 
 
 def test_the_default_method_comes_first_and_others_share_its_budget():
@@ -26,9 +26,14 @@ def test_the_default_method_comes_first_and_others_share_its_budget():
     assert list(methods) == ["fastv", "divprune"]
     assert methods["fastv"].layer == 3
     assert {method.budget for method in methods.values()} == {Budget.ratio(0.25)}
-    assert set(methods_of("autoprune", None, [], ["all"])) >= set(list_methods()) - {
-        "autoprune_reference"
-    }
+
+
+def test_all_methods_are_those_that_the_budget_and_the_model_allow(loaded: Loaded) -> None:
+    assert list(methods_of("autoprune", "30", [], ["all"])) == list_methods()
+    shares = methods_of("autoprune", "1/4", [], ["all"])
+    assert set(list_methods()) - set(shares) == {"autoprune_reference"}
+    impossible = {"a": AutoPrune(30, mi_layer=LAYERS), "b": AutoPrune(30)}
+    assert list(fitting(impossible, loaded.model)) == ["b"]
 
 
 @pytest.mark.parametrize(

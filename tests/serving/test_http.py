@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from autoprune import AutoPrune
 from autoprune.loading import Loaded
@@ -75,6 +78,18 @@ def test_openai_streams_what_it_answers_whole(api: openai.OpenAI, client: Client
     told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
     assert sum(len(part.content or ()) for part in told if part is not None) == 6
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+
+
+def test_the_example_of_the_page_runs(
+    client: Client, scene: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scene.save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    code = code.replace(":8000/", f":{client.port}/").replace("max_tokens=64", "max_tokens=4")
+    exec(compile(code, "serving.md", "exec"), {})
+    assert "'visual_tokens_per_layer': 36.0" in capsys.readouterr().out
 
 
 def test_openai_raises_its_own_errors(api: openai.OpenAI, client: Client) -> None:
