@@ -81,11 +81,15 @@ class Server:
         return HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def cpu_seconds(self) -> float:
+        return self.metric("process_cpu_seconds_total")
+
+    def metric(self, name: str) -> float:
         connection = self.connect()
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
-        (line,) = [x for x in text.splitlines() if x.startswith("process_cpu_seconds_total ")]
-        return float(line.split()[1])
+        connection.close()
+        lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def end(self) -> None:
         self._process.terminate()
