@@ -62,6 +62,9 @@ def serve(
     allow_folder: Annotated[
         Path | None, typer.Option(help="Folder whose pictures requests may name as file:NAME.")
     ] = None,
+    allow_urls: Annotated[
+        str | None, typer.Option(help="Hosts whose pictures may be fetched, by commas.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -86,6 +89,7 @@ def serve(
                 "default_tokens": default_tokens,
                 "window": window / 1000,
                 "folder": allow_folder,
+                "hosts": tuple(by_commas(allow_urls) or ()),
             },
             limits={
                 "body_bytes": max_body * 2**20,

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..images import decode_image
 from .errors import RequestError
+from .fetch import Fetcher
 from .limits import Limits
 from .request import Part
 
@@ -26,10 +27,12 @@ class Pictures:
 
     Args:
         folder: a folder whose files may be named by `file:` addresses; None allows none.
+        fetcher: fetches `http:` addresses; None allows none.
     """
 
     limits: Limits
     folder: Path | None = None
+    fetcher: Fetcher | None = None
 
     def load(self, part: Part) -> Image.Image:
         """The picture of a part, as RGB.
@@ -50,6 +53,8 @@ class Pictures:
             return self._decoded(address[start.end() :], path)
         if address[:5].lower() == "file:" and self.folder is not None:
             return self._read(self.folder, address, path)
+        if address[:4].lower() == "http" and self.fetcher is not None:
+            return self.fetcher.fetch(address, path)
         raise RequestError(self._what_is_taken(path, address), param=path)
 
     def _what_is_taken(self, path: str, address: str) -> str:

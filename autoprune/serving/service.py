@@ -12,6 +12,7 @@ from ..loading import Loaded
 from ..methods.base import Method
 from .engine import Engine
 from .errors import RequestError
+from .fetch import Fetcher
 from .fields import parse_json, shown
 from .job import Event, Job
 from .limits import Limits
@@ -35,6 +36,7 @@ class Options:
         default_tokens: of an answer, where a request says nothing.
         window: seconds to wait for further requests of a batch.
         folder: whose pictures requests may name; None allows none.
+        hosts: whose pictures may be fetched.
         limits: how large a request may be.
     """
 
@@ -43,6 +45,7 @@ class Options:
     default_tokens: int = 256
     window: float = 0.005
     folder: Path | None = None
+    hosts: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -72,7 +75,8 @@ class Service:
         self.name = options.name or loaded.name.replace(" ", "-")
         self.allowed = Allowed(methods, attachments[0].shape)
         self.prompts = Prompts(loaded, attachments[0].located.visual_ids)
-        self.pictures = Pictures(options.limits, options.folder)
+        fetcher = Fetcher(options.hosts, self.limits.picture_bytes) if options.hosts else None
+        self.pictures = Pictures(self.limits, options.folder, fetcher)
         self.engine = Engine(
             loaded,
             options.limits.batch_size,
