@@ -54,6 +54,12 @@ class Job:
         tell: called with each event, in the engine's thread; it must not wait.
         method_name: as the request names it.
         arrived, started, first_token: seconds of the monotonic clock; None until it happens.
+        cancelled: the client has left.
+
+    Attributes:
+        seed: of its own draws.
+        kind: jobs of one kind have methods that can share a batch.
+        pictures_kind: likewise their pictures; () for a prompt without one, which fits all.
     """
 
     request: Request
@@ -66,9 +72,13 @@ class Job:
     started: float | None = None
     first_token: float | None = None
     cancelled: bool = False
-    seed: int = 0
+    seed: int = field(init=False)
+    kind: tuple[Hashable, ...] = field(init=False)
+    pictures_kind: Hashable = field(init=False)
 
     def __post_init__(self) -> None:
+        self.kind = _shares_with(self.method_name, self.method)
+        self.pictures_kind = batch_kind(self.prompt)
         given = self.request.sampling.seed
         self.seed = random.getrandbits(63) if given is None else given
 
@@ -76,15 +86,9 @@ class Job:
         """The client has left: the job leaves the queue, or its row of the batch ends with the next token."""
         self.cancelled = True
 
-    @property
-    def kind(self) -> tuple[Hashable, ...]:
-        """Jobs whose methods can share a batch."""
-        tower = self.method.tower()
-        # Patches are merged in the tower only if all prompts of a batch are of one method.
-        merging = self.method_name if tower.merge else None
-        return (self.method.positions, self.method.summary, tower.middle, merging)
 
-    @property
-    def pictures_kind(self) -> Hashable:
-        """Prompts that can share a batch; () for one without a picture, which fits all."""
-        return batch_kind(self.prompt)
+def _shares_with(method_name: str, method: Method) -> tuple[Hashable, ...]:
+    tower = method.tower()
+    # Patches are merged in the tower only if all prompts of a batch are of one method.
+    merging = method_name if tower.merge else None
+    return (method.positions, method.summary, tower.middle, merging)

@@ -55,15 +55,15 @@ class Pictures:
             return self._read(self.folder, address, path)
         if address[:4].lower() == "http" and self.fetcher is not None:
             return self.fetcher.fetch(address, path)
-        raise RequestError(self._what_is_taken(path, address), param=path)
+        raise RequestError(self._what_is_taken(address, path), param=path)
 
-    def _what_is_taken(self, path: str, address: str) -> str:
-        kind = address.partition(":")[0][:20] if ":" in address[:20] else "no scheme"
+    def _what_is_taken(self, address: str, path: str) -> str:
+        scheme, colon, _ = address[:20].partition(":")
+        got = f"{scheme}: addresses are not read" if colon else "this is no address"
+        if scheme.lower() == "data":
+            got = "this is data of another kind"
         also = "" if self.folder is None else ", or file:NAME of a file in the server's folder"
-        return (
-            f"{path} must be a picture in base64 (data:image/png;base64,...){also}; this address has "
-            f"{kind!r}, which is not fetched"
-        )
+        return f"{path} must be data:image/png;base64,... or of another picture{also}; {got}"
 
     def _decoded(self, text: str, path: str) -> bytes:
         if len(text) > self.limits.picture_bytes * 4 // 3 + 4:

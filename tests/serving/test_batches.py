@@ -161,8 +161,9 @@ def test_an_answer_that_cannot_be_written_fails_alone(
 
 def test_batches_take_only_what_goes_together(service: Service, make_job: MakeJob) -> None:
     engine = service.engine
-    compacted = make_job()[0]
-    compacted.method = AutoPrune(36, positions="compacted")
+    plain = make_job()[0]
+    method = AutoPrune(36, positions="compacted")
+    compacted = Job(plain.request, plain.prompt, "autoprune", method, 3, plain.tell)
     two = make_job(pictures=2, autoprune={"ratio": 0.5})[0]
     jobs = [make_job()[0], compacted, make_job(pictures=0)[0], two]
     engine._waiting.extend(jobs)

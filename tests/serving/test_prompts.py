@@ -118,5 +118,5 @@ def test_files_come_from_the_allowed_folder_alone(tmp_path: Path, scene: Image.I
     ):
         with pytest.raises(RequestError, match="names no file in the server's folder"):
             pictures.load(Part("p", picture=address))
-    with pytest.raises(RequestError, match="not fetched"):
+    with pytest.raises(RequestError, match="are not read"):
         Pictures(LIMITS).load(Part("p", picture="file:a.png"))
