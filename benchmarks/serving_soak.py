@@ -49,7 +49,10 @@ def send(connection: HTTPConnection, body: Any) -> None:
 
 
 def whole(server: Server, body: dict[str, Any]) -> str:
-    return str(server.ask(server.connect(), body)["choices"][0]["message"]["content"])
+    connection = server.connect()
+    answer = server.ask(connection, body)
+    connection.close()
+    return str(answer["choices"][0]["message"]["content"])
 
 
 def streamed(server: Server, body: dict[str, Any]) -> str:

@@ -10,6 +10,9 @@ from .errors import RequestError
 
 _MISSING = object()
 
+LEAVE_OUT = "leave it out"
+"""What to do about most of what is not supported."""
+
 
 def parse_json(body: bytes) -> Any:
     """The JSON in a body.
@@ -70,6 +73,11 @@ class Fields:
         if default is _MISSING:
             raise RequestError(f"{self.path(field)} is missing", param=self.path(field))
         return default
+
+    def drop(self, field: str, value: Any) -> None:
+        """Take the field out if it has this value."""
+        if self._left.get(field) == value:
+            del self._left[field]
 
     def wrong(self, field: str, expected: str, value: Any) -> RequestError:
         """The refusal of a value."""

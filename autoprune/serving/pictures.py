@@ -15,7 +15,7 @@ from ..images import decode_image
 from .errors import RequestError
 from .fetch import Fetcher
 from .limits import Limits
-from .request import Part
+from .messages import Part
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DATA = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)

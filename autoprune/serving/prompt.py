@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..loading import Loaded
 from .errors import RequestError
-from .request import Message
+from .messages import Message
 
 _ANY_TEXT = "a"
 

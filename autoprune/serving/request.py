@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ..policy.budget import Budget
 from .errors import RequestError
-from .fields import Fields, shown, whole_text
+from .fields import LEAVE_OUT, Fields, shown, whole_text
 from .limits import Limits
+from .messages import Message, Part, parse_messages
 
 MOST_TEMPERATURE = 2.0
 MOST_LOGPROBS = 20
@@ -20,54 +21,41 @@ KNOWN = (
     "model, messages, stream, stream_options, max_tokens, max_completion_tokens, temperature, top_p, seed, "
     "stop, logprobs, top_logprobs, n, user and autoprune"
 )
-_LEAVE_OUT = "leave it out"
 UNSUPPORTED = {
-    "tools": _LEAVE_OUT,
-    "tool_choice": _LEAVE_OUT,
-    "parallel_tool_calls": _LEAVE_OUT,
-    "functions": _LEAVE_OUT,
-    "function_call": _LEAVE_OUT,
+    "tools": LEAVE_OUT,
+    "tool_choice": LEAVE_OUT,
+    "parallel_tool_calls": LEAVE_OUT,
+    "functions": LEAVE_OUT,
+    "function_call": LEAVE_OUT,
     "response_format": "answers are plain text; leave it out",
-    "logit_bias": _LEAVE_OUT,
-    "presence_penalty": _LEAVE_OUT,
-    "frequency_penalty": _LEAVE_OUT,
+    "logit_bias": LEAVE_OUT,
+    "presence_penalty": LEAVE_OUT,
+    "frequency_penalty": LEAVE_OUT,
     "modalities": "answers are text; leave it out",
     "audio": "answers are text; leave it out",
-    "prediction": _LEAVE_OUT,
-    "reasoning_effort": _LEAVE_OUT,
+    "prediction": LEAVE_OUT,
+    "reasoning_effort": LEAVE_OUT,
     "store": "nothing is stored; leave it out",
     "metadata": "nothing is stored; leave it out",
-    "service_tier": _LEAVE_OUT,
-    "web_search_options": _LEAVE_OUT,
+    "service_tier": LEAVE_OUT,
+    "web_search_options": LEAVE_OUT,
     "top_k": "use temperature and top_p",
     "min_p": "use temperature and top_p",
     "best_of": "send several requests",
-    "echo": _LEAVE_OUT,
-    "suffix": _LEAVE_OUT,
+    "echo": LEAVE_OUT,
+    "suffix": LEAVE_OUT,
     "autoprune_budget": 'write "autoprune": {"budget": 36}',
 }
 
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a message: a text, or the address of a picture.
-
-    path: its name in the request.
-    """
-
-    path: str
-    text: str | None = None
-    picture: str | None = None
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of the conversation."""
-
-    role: Role
-    parts: tuple[Part, ...]
+# Values of theirs that ask for nothing, which some clients always send.
+ASKS_NOTHING = {
+    "tools": [],
+    "response_format": {"type": "text"},
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "store": False,
+}
 
 
 @dataclass(frozen=True)
@@ -118,10 +106,12 @@ def parse_request(value: Any, limits: Limits) -> Request:
         RequestError: a field is missing, unknown, or cannot be right.
     """
     fields = Fields(value)
-    messages = _messages(fields, limits)
+    messages = parse_messages(fields, limits)
     stream = fields.boolean("stream", False)
     fields.integer("n", 1, 1, 1)
     fields.text("user", None)
+    for name, nothing in ASKS_NOTHING.items():
+        fields.drop(name, nothing)
     request = Request(
         messages=messages,
         model=fields.text("model", None),
@@ -141,83 +131,13 @@ def parse_request(value: Any, limits: Limits) -> Request:
     return request
 
 
-def _messages(fields: Fields, limits: Limits) -> tuple[Message, ...]:
-    entries = fields.array("messages", 1, limits.messages)
-    messages = tuple(_message(entry, f"messages[{i}]") for i, entry in enumerate(entries))
-    parts = [part for message in messages for part in message.parts]
-    pictures = sum(part.picture is not None for part in parts)
-    if pictures > limits.pictures:
-        raise RequestError(
-            f"the messages hold {pictures} pictures, and at most {limits.pictures} are taken",
-            param="messages",
-        )
-    characters = sum(len(part.text or "") for part in parts)
-    if characters > limits.text_characters:
-        raise RequestError(
-            f"the messages hold {characters} characters, and at most {limits.text_characters} are taken",
-            param="messages",
-        )
-    if messages[-1].role != "user":
-        raise RequestError(
-            f"the last message must be the user's, got one of {messages[-1].role!r}",
-            param="messages",
-        )
-    return messages
-
-
-def _message(value: Any, name: str) -> Message:
-    fields = Fields(value, name)
-    role = fields.text("role")
-    if role == "developer":  # OpenAI's newer word
-        role = "system"
-    if role not in ("system", "user", "assistant"):
-        raise fields.wrong("role", "system, user or assistant", role)
-    content = fields.take("content")
-    if isinstance(content, str):
-        parts = [Part(f"{name}.content", text=whole_text(content, f"{name}.content"))]
-    elif isinstance(content, list) and content:
-        parts = [_part(entry, f"{name}.content[{i}]") for i, entry in enumerate(content)]
-    else:
-        raise fields.wrong("content", "a string, or a list of text and image_url parts", content)
-    fields.finish(
-        {"name": _LEAVE_OUT, "refusal": _LEAVE_OUT, "tool_calls": _LEAVE_OUT}, "role and content"
-    )
-    if not any(part.picture or (part.text or "").strip() for part in parts):
-        raise RequestError(f"{name}.content is empty", param=f"{name}.content")
-    for part in parts:
-        if part.picture is not None and role != "user":
-            raise RequestError(
-                f"{part.path} is a picture in a message of {role!r}; pictures belong to the user's",
-                param=part.path,
-            )
-    return Message(role, tuple(parts))
-
-
-def _part(value: Any, name: str) -> Part:
-    fields = Fields(value, name)
-    kind = fields.text("type")
-    if kind == "text":
-        part = Part(name, text=fields.text("text"))
-        fields.finish({}, "type and text")
-        return part
-    if kind == "image_url":
-        address = Fields(fields.take("image_url"), fields.path("image_url"))
-        part = Part(address.path("url"), picture=address.text("url"))
-        if address.text("detail", "auto") not in ("auto", "low", "high"):
-            raise RequestError(f"{name}.image_url.detail must be auto, low or high", param=name)
-        address.finish({}, "url and detail")
-        fields.finish({}, "type and image_url")
-        return part
-    raise fields.wrong("type", "text or image_url", kind)
-
-
 def _usage_in_stream(fields: Fields, stream: bool) -> bool:
     options = fields.take("stream_options", None)
     if options is None:
         return False
     inner = Fields(options, "stream_options")
     wanted = inner.boolean("include_usage", False)
-    inner.finish({"include_obfuscation": _LEAVE_OUT}, "include_usage")
+    inner.finish({"include_obfuscation": LEAVE_OUT}, "include_usage")
     if not stream:
         raise RequestError(
             "stream_options is for streamed answers; set stream to true", param="stream_options"

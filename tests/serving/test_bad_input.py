@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "too many messages": (field("messages", [MESSAGE] * 9), 400, "got a list of 9"),
     "unknown field": (field("budget", 36), 400, "budget is not known here"),
     "unknown field null": (field("budgett", None), 400, "budgett is not known here"),
-    "tools": (field("tools", []), 400, "tools is not supported"),
+    "tools": (field("tools", [{"type": "function"}]), 400, "tools is not supported"),
     "two answers": (field("n", 2), 400, "n must be"),
     "hundred answers": (field("n", 100), 400, "n must be"),
     "other model": (field("model", "gpt-4o"), 404, "no model 'gpt-4o'"),
@@ -191,6 +191,12 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "unknown pruning field": (pruning(budgets=3), 400, "autoprune.budgets is not known"),
     "details text": (pruning(details="yes"), 400, "true or false"),
 }  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: Client, good: str) -> None:
+    nothing = {"tools": [], "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}}
+    reply = client.ask(**nothing, n=1, response_format={"type": "text"}, user="me", stop=None)
+    assert reply.content == good
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from PIL import Image
 from autoprune.serving import fetch
 from autoprune.serving.errors import RequestError
 from autoprune.serving.fetch import Fetcher
+from autoprune.serving.messages import Part
 from autoprune.serving.pictures import Pictures
-from autoprune.serving.request import Part
 
 from .conftest import LIMITS
 

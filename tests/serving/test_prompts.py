@@ -13,9 +13,9 @@ from PIL import Image
 from autoprune.loading import Loaded
 from autoprune.serving.collate import batch_kind, collate
 from autoprune.serving.errors import RequestError
+from autoprune.serving.messages import Message, Part
 from autoprune.serving.pictures import Pictures
 from autoprune.serving.prompt import Prompt, Prompts
-from autoprune.serving.request import Message, Part
 from tests.processors import processor
 from tests.zoo import build
 
