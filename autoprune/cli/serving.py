@@ -65,6 +65,9 @@ def serve(
     allow_urls: Annotated[
         str | None, typer.Option(help="Hosts whose pictures may be fetched, by commas.")
     ] = None,
+    conversations: Annotated[
+        int, typer.Option(min=0, help="Caches that are kept for further questions.")
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -89,6 +92,7 @@ def serve(
                 "default_tokens": default_tokens,
                 "window": window / 1000,
                 "folder": allow_folder,
+                "conversations": conversations,
                 "hosts": tuple(by_commas(allow_urls) or ()),
             },
             limits={

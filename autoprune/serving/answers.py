@@ -59,6 +59,7 @@ class Answer:
             "prompt_tokens": prompt,
             "completion_tokens": finished.tokens,
             "total_tokens": prompt + finished.tokens,
+            "prompt_tokens_details": {"cached_tokens": self.job.cached_tokens},
             "autoprune": self._pruning(finished),
         }
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from ..errors import UnsupportedError
 from ..loading import Loaded
 from ..policy.budget import InfeasibleBudget
+from .conversations import Conversations
 from .errors import RequestError
 from .generation import Row, generate
 from .job import Job
@@ -36,12 +38,14 @@ class Engine:
         batch_size: jobs in a batch at most.
         window: seconds.
         on_batch: called with the number of jobs of each batch.
+        conversations: caches to go on with; None keeps none.
     """
 
     loaded: Loaded
     batch_size: int = 8
     window: float = 0.005
     on_batch: Callable[[int], None] = lambda size: None
+    conversations: Conversations | None = None
     # Requests that have come and are not in the queue yet.
     arriving: int = 0
     running: int = 0
@@ -154,7 +158,7 @@ class Engine:
         tokenizer = getattr(self.loaded.processor, "tokenizer", self.loaded.processor)
         rows = [Row(job, tokenizer, len(jobs)) for job in jobs]
         try:
-            generate(self.loaded, rows)
+            self._generate(rows)
         except Exception as error:
             self._free_memory()
             again = [row for row in rows if len(rows) > 1 and not row.sent]
@@ -164,6 +168,21 @@ class Engine:
             for row in again:
                 if not row.job.cancelled:
                     self._answer([row.job])
+
+    def _generate(self, rows: Sequence[Row]) -> None:
+        """Answer a batch. A job that is alone may go on with a cache, and leaves its own."""
+        if self.conversations is None or len(rows) > 1:
+            generate(self.loaded, rows)
+            return
+        job = rows[0].job
+        kept = self.conversations.take(job)
+        if kept is not None:
+            job.cached_tokens = len(kept.ids)
+        config = self.loaded.model.config.get_text_config(decoder=True)
+        cache = DynamicCache(config=config) if kept is None else kept.cache
+        ids, samples = generate(self.loaded, rows, cache, kept)
+        if not job.cancelled:
+            self.conversations.keep(job, ids[0], cache, samples[0])
 
     def _told(self, error: Exception) -> RequestError:
         """What a client is told of an error in its batch."""

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
+from ..engine.cache.argument import as_argument
 from ..loading import Loaded
 from ..methods.per_prompt import per_prompt
 from ..trace import Sample
 from .collate import collate, to_device
+from .conversations import Kept
 from .errors import RequestError
 from .job import Finished, Job, Piece
 from .text_stream import TextStream
@@ -168,23 +170,43 @@ def pad_token(loaded: Loaded) -> int:
 
 
 @torch.inference_mode()
-def generate(loaded: Loaded, rows: Sequence[Row]) -> None:
+def generate(
+    loaded: Loaded, rows: Sequence[Row], cache: Any = None, kept: Kept | None = None
+) -> tuple[torch.Tensor, Sequence[Sample]]:
     """Answer a batch; every job is told its answer as it grows.
+
+    Args:
+        cache: to use instead of a new one; of `kept`, if there is one.
+        kept: what the only job goes on with.
+
+    Returns:
+        Prompts and answers, LongTensor [batch, length], and what each prompt cost.
 
     Raises:
         Exception: whatever the model, or a method, raises. Rows that are not done were told no end.
     """
     model, jobs = loaded.model, [row.job for row in rows]
-    inputs = to_device(collate([job.prompt for job in jobs], pad_token(loaded)), model)
+    inputs: dict[str, Any] = collate([job.prompt for job in jobs], pad_token(loaded))
+    if kept is not None:
+        # The cache has the pictures.
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    inputs = to_device(inputs, model)
+    if cache is not None:
+        inputs |= as_argument(model, cache)
     chooses = any(
         job.request.sampling.temperature > 0 or job.request.logprobs is not None for job in jobs
     )
     with per_prompt([job.method for job in jobs])(model) as trace:
-        model.generate(
+
+        def samples() -> Sequence[Sample]:
+            return trace.samples if kept is None else [kept.sample]
+
+        ids = model.generate(
             **inputs,
             do_sample=False,
             num_beams=1,
             max_new_tokens=max(job.max_tokens for job in jobs),
             logits_processor=[ChooseTokens(rows)] if chooses else None,
-            stopping_criteria=[EndRows(rows, end_tokens(model), lambda: trace.samples)],
+            stopping_criteria=[EndRows(rows, end_tokens(model), samples)],
         )
+        return ids, samples()

@@ -55,6 +55,7 @@ class Job:
         method_name: as the request names it.
         arrived, started, first_token: seconds of the monotonic clock; None until it happens.
         cancelled: the client has left.
+        cached_tokens: of the prompt, were in the cache of an earlier answer.
 
     Attributes:
         seed: of its own draws.
@@ -72,6 +73,7 @@ class Job:
     started: float | None = None
     first_token: float | None = None
     cancelled: bool = False
+    cached_tokens: int = 0
     seed: int = field(init=False)
     kind: tuple[Hashable, ...] = field(init=False)
     pictures_kind: Hashable = field(init=False)

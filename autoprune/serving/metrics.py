@@ -14,6 +14,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from ..trace import Sample
 from .job import Finished, Job
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,6 +40,7 @@ class Metrics:
         self.methods = counter("answers", "Finished answers, by pruning method.", ("method",))
         self.generated = counter("generated_tokens", "Tokens of answers.")
         self.prompt = counter("prompt_tokens", "Tokens of prompts, visual ones included.")
+        self.cached = counter("cached_tokens", "Of them, those in the cache of an earlier answer.")
         self.visual = counter("visual_tokens", "Visual tokens of prompts.")
         self.spent = counter(
             "layer_tokens_spent", "Visual tokens that entered decoder layers, summed over layers."
@@ -71,10 +73,19 @@ class Metrics:
 
     def finished(self, job: Job, finished: Finished) -> None:
         """Count an answer."""
-        sample, now = finished.sample, time.monotonic()
+        now = time.monotonic()
         self.methods.labels(job.method_name).inc()
         self.generated.inc(finished.tokens)
         self.prompt.inc(job.prompt.length)
+        self.cached.inc(job.cached_tokens)
+        if not job.cached_tokens:
+            self._pruned(finished.sample)
+        self.queued.observe((job.started or now) - job.arrived)
+        self.first.observe((job.first_token or now) - job.arrived)
+        self.whole.observe(now - job.arrived)
+
+    def _pruned(self, sample: Sample) -> None:
+        """Count what a prefill spent and saved."""
         self.visual.inc(sample.num_visual)
         spent = sum(sample.tokens_per_layer)
         self.spent.inc(spent)
@@ -84,6 +95,3 @@ class Metrics:
         self.kv_saved.inc(max(0, sample.kv_bytes_full - sample.kv_bytes))
         if sample.num_visual:
             self.budgets.observe(sample.mean_tokens)
-        self.queued.observe((job.started or now) - job.arrived)
-        self.first.observe((job.first_token or now) - job.arrived)
-        self.whole.observe(now - job.arrived)

@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..loading import Loaded
 from ..methods.base import Method
+from .conversations import Conversations, check_model
 from .engine import Engine
 from .errors import RequestError
 from .fetch import Fetcher
@@ -37,6 +40,7 @@ class Options:
         window: seconds to wait for further requests of a batch.
         folder: whose pictures requests may name; None allows none.
         hosts: whose pictures may be fetched.
+        conversations: caches of answers that are kept, to go on with.
         limits: how large a request may be.
     """
 
@@ -46,6 +50,7 @@ class Options:
     window: float = 0.005
     folder: Path | None = None
     hosts: tuple[str, ...] = ()
+    conversations: int = 0
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -83,6 +88,10 @@ class Service:
             options.window,
             lambda n: self.metrics.batches.observe(n),
         )
+        if options.conversations:
+            check_model(loaded.model)
+            visual_ids = torch.tensor(attachments[0].located.visual_ids)
+            self.engine.conversations = Conversations(options.conversations, visual_ids)
         self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.running)
         self.pool = ThreadPoolExecutor(_PREPARED_AT_ONCE, thread_name_prefix="autoprune-prepare")
         self.present = 0
