@@ -160,7 +160,32 @@ def load(server: Server, bodies: list[dict[str, Any]], clients: int) -> dict[str
     }
 
 
-def prefill(share: float, requests: int, clients: int, rounds: int) -> list[dict[str, float]]:
+def batches(
+    servers: list[Server], share: float, requests: int, clients: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Requests per second of servers with different batch sizes, in turns."""
+    bodies = [
+        request(i, min(1.0, share * SHARES[i % len(SHARES)]), tokens) for i in range(requests)
+    ]
+    for server in servers:  # warm
+        load(server, bodies[: 2 * clients], clients)
+    rows = [
+        {f"batch {server.batch_size}": load(server, bodies, clients) for server in servers}
+        for _ in range(rounds)
+    ]
+    alone, together = rows[0]
+    return {"rounds": rows, f"{together} over {alone}": ratios(rows, together, alone)}
+
+
+def ratios(rows: list[dict[str, Any]], more: str, less: str) -> dict[str, float]:
+    """The median over rounds of what one does of the other."""
+    return {
+        key: statistics.median(row[more][key] / row[less][key] for row in rows)
+        for key in ("requests per second", "CPU seconds per request")
+    }
+
+
+def prefill(share: float, requests: int, clients: int, rounds: int) -> dict[str, Any]:
     """Requests per second with answers of one token, pruned and whole, by one server in turns."""
     loads = {
         name: [request(i, budget, 1) for i in range(requests)]
@@ -171,16 +196,13 @@ def prefill(share: float, requests: int, clients: int, rounds: int) -> list[dict
         try:
             for bodies in loads.values():  # warm
                 load(server, bodies[:clients], clients)
-            measured = [
+            rows = [
                 {name: load(server, bodies, clients) for name, bodies in loads.items()}
                 for _ in range(rounds)
             ]
         finally:
             server.end()
-    return [
-        {f"{name}: {key}": value for name, row in each.items() for key, value in row.items()}
-        for each in measured
-    ]
+    return {"rounds": rows, "pruned over whole": ratios(rows, "pruned", "whole")}
 
 
 def overhead(
@@ -226,9 +248,6 @@ def main(
 ) -> None:
     """Measure, print and write the table."""
     share = parse_budget(budget).value
-    bodies = [
-        request(i, min(1.0, share * SHARES[i % len(SHARES)]), tokens) for i in range(requests)
-    ]
     record: dict[str, Any] = {
         "versions": {
             "autoprune": autoprune.__version__,
@@ -243,31 +262,22 @@ def main(
         "max_tokens": tokens,
         "budget": budget,
     }
+
+    def note(**rows: Any) -> None:
+        """Write down what is known; the next part may take long."""
+        record.update(rows)
+        write_whole(output, json.dumps(record, indent=1) + "\n")
+
     with checkpoint(model) as folder:
         servers = [Server(folder, size) for size in (1, clients)]
         try:
-            for server in servers:  # warm
-                load(server, bodies[: 2 * clients], clients)
-            record["rounds"] = [
-                {f"batch {s.batch_size}": load(s, bodies, clients) for s in servers}
-                for _ in range(rounds)
-            ]
-            record["one client"] = overhead(servers[1], folder, share, tokens, requests)
+            note(batches=batches(servers, share, requests, clients, tokens, rounds))
+            note(one_client=overhead(servers[1], folder, share, tokens, requests))
         finally:
             for server in servers:
                 server.end()
-    record["prefill of 576 visual tokens, 36 M"] = rows = prefill(share, requests, clients, rounds)
-    batched = [
-        r[f"batch {clients}"]["requests per second"] / r["batch 1"]["requests per second"]
-        for r in record["rounds"]
-    ]
-    record["batched over batch 1"] = statistics.median(batched)
-    key = "requests per second"
-    record["pruned over whole"] = statistics.median(
-        r[f"pruned: {key}"] / r[f"whole: {key}"] for r in rows
-    )
+    note(prefill_of_576_visual_tokens=prefill(share, requests, clients, rounds))
     print(json.dumps(record, indent=1))
-    write_whole(output, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
