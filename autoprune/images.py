@@ -22,6 +22,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _SHOWN = 100
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 """Formats whose whole numbers end at 65535, as Pillow reads them."""
+_BOMB_WARNING = Image.DecompressionBombWarning
 _TIFF_BITS, _TIFF_MEANING, _WHITE_IS_ZERO = 258, 262, 0
 
 
@@ -43,22 +44,48 @@ def load_image(source: str | Path | bytes, plain: bool = False) -> Image.Image:
     name = _shown(source)
     check_source(source)
     try:
-        with warnings.catch_warnings(), _opened(source) as file:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS or 0
-        raise ValueError(
-            f"image {name} is too large: more than "
-            f"{limit / 1e6:.0f} million pixels; resize it first"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is not an image that can be read; give a PNG or JPEG file"
-        ) from error
+        file = _opened(source)
     except PermissionError as error:
         raise ValueError(f"no permission to read {name}") from error
+    except OSError as error:
+        raise ValueError(f"image {name} cannot be opened: {error}") from error
+    with file:
+        return decode_image(file, name)
+
+
+def decode_image(
+    file: BinaryIO,
+    name: str,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """The picture in an open file, as `load_image` gives it.
+
+    Args:
+        name: how messages call it.
+        formats: Pillow's names of those that are tried, as "PNG"; None tries all.
+        max_pixels: width times height at most, as the header states them: nothing is decoded before. None is
+            Pillow's own limit.
+
+    Raises:
+        ValueError: it is no picture, damaged, or too large, or its values cannot be told from black and white.
+    """
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS or 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if max_pixels is None else "ignore", _BOMB_WARNING)
+            with Image.open(file, formats=formats) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError
+                image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"image {name} is too large: more than "
+            f"{limit / 1e6:.4g} million pixels; resize it first"
+        ) from error
+    except UnidentifiedImageError as error:
+        expected = "a PNG or JPEG file" if formats is None else " or ".join(formats)
+        raise ValueError(f"{name} is not an image that can be read; give {expected}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(f"image {name} is damaged or truncated: {error}") from error
     _check_shape(image, name)

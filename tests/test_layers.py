@@ -23,7 +23,7 @@ ROOMS = (
     {"methods"},
     {"tiny", "viz"},
     {"loading"},
-    {"bench", "evaluation"},
+    {"bench", "evaluation", "serving"},
     {"tuning"},
     {"commands"},
     {"cli"},
@@ -32,7 +32,16 @@ ROOMS = (
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
 # Who may import transformers: the engine, what loads models, and what measures them.
-KNOW_TRANSFORMERS = {"engine", "tiny", "loading", "bench", "evaluation", "tuning", "commands"}
+KNOW_TRANSFORMERS = {
+    "engine",
+    "tiny",
+    "loading",
+    "bench",
+    "evaluation",
+    "serving",
+    "tuning",
+    "commands",
+}
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:

@@ -58,4 +58,11 @@ def test_loggers_get_back_the_level_that_was_theirs():
 def test_every_extra_brings_what_something_needs():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
-    assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == ["demo", "tune", "eval", "ray", "dev"]
+    assert re.findall(r"^(\w+) = ", section, re.MULTILINE) == [
+        "demo",
+        "tune",
+        "eval",
+        "ray",
+        "serve",
+        "dev",
+    ]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import answering, files, listing, measuring
+from . import answering, files, listing, measuring, serving
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +53,7 @@ app.command()(measuring.bench)
 app.command()(measuring.compare)
 app.command("eval")(measuring.evaluate)
 app.command()(measuring.tune)
+app.command()(serving.serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

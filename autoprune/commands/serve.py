@@ -1,0 +1,114 @@
+"""`autoprune serve`: an OpenAI server that prunes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..loading import load_embedded, load_model
+from ..methods import list_methods
+from ..methods.base import Method
+from .inputs import build_method, parse_budget
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What to serve, and where.
+
+    methods: those that requests may choose from, the default first.
+    all_methods: of them, leave out those that the model cannot take.
+    options: of `serving.service.Options`.
+    """
+
+    methods: Mapping[str, Method]
+    all_methods: bool = False
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace: int = 30
+    options: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+def check_installed() -> None:
+    """Raise ImportError unless the extra is there."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"autoprune serve needs {', '.join(missing)}: pip install 'autoprune[serve]'"
+        )
+
+
+def methods_of(
+    method: str, budget: str | None, settings: Sequence[str], allowed: Sequence[str]
+) -> dict[str, Method]:
+    """The methods that requests may choose from, the default first.
+
+    Args:
+        budget, settings: of the default method; the budget is the others', too, where it is one of tokens or
+            a share.
+        allowed: further names; "all" stands for every method (`fitting` leaves out what the model cannot take).
+
+    Raises:
+        ValueError: there is no such method, or a setting or budget cannot be right.
+    """
+    asked = None if budget is None else parse_budget(budget)
+    if asked is not None and asked.over != "prompt":
+        raise ValueError(
+            f"budget {budget!r}: requests of a batch have nothing to do with each other, so each has a budget "
+            "of its own; leave out what stands behind the amount"
+        )
+    default = build_method(method, asked, {}, settings)
+    methods = {default.name: default}
+    for name in list_methods() if "all" in allowed else allowed:
+        if name in methods:
+            continue
+        try:
+            methods[name] = build_method(name, asked, {}, [])
+        except ValueError:
+            # Some have no budgets of this kind.
+            if "all" not in allowed:
+                raise
+    return methods
+
+
+def fitting(methods: Mapping[str, Method], model: Any) -> dict[str, Method]:
+    """The methods that can prune this model, in their order."""
+    fit = {}
+    for name, method in methods.items():
+        try:
+            method(model)
+        except (ValueError, UnsupportedError):
+            continue
+        fit[name] = method
+    return fit
+
+
+def serve(request: ServeRequest) -> None:
+    """Load the model and answer requests until the process is told to end.
+
+    Raises:
+        ImportError: the extra `serve` is not installed.
+        ValueError: bad input; see `load_model`.
+        UnsupportedError: a model that cannot be pruned, or not by one of the methods.
+    """
+    check_installed()
+    from ..serving.limits import Limits
+    from ..serving.server import serve as run
+    from ..serving.service import Options, Service
+
+    options = Options(limits=Limits(**request.limits), **request.options)
+    where = (request.device, request.dtype)
+    loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
+    methods = request.methods
+    if request.all_methods:
+        default = next(iter(methods))
+        methods = {default: methods[default], **fitting(methods, loaded.model)}
+    run(Service(loaded, methods, options), request.host, request.port, request.grace)

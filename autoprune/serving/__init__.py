@@ -1,0 +1,1 @@
+"""The OpenAI server: `autoprune serve`. Needs the extra `serve`."""
