@@ -50,7 +50,7 @@ def load_image(source: str | Path | bytes, plain: bool = False) -> Image.Image:
     except OSError as error:
         raise ValueError(f"image {name} cannot be opened: {error}") from error
     with file:
-        return decode_image(file, name)
+        return decode_image(file, name, plain=plain)
 
 
 def decode_image(
@@ -58,6 +58,7 @@ def decode_image(
     name: str,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    plain: bool = False,
 ) -> Image.Image:
     """The picture in an open file, as `load_image` gives it.
 
@@ -66,6 +67,7 @@ def decode_image(
         formats: Pillow's names of those that are tried, as "PNG"; None tries all.
         max_pixels: width times height at most, as the header states them: nothing is decoded before. None is
             Pillow's own limit.
+        plain: as for `load_image`.
 
     Raises:
         ValueError: it is no picture, damaged, or too large, or its values cannot be told from black and white.
