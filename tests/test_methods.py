@@ -88,7 +88,7 @@ def test_unknown_names_and_options_are_errors_that_help():
     ],
 )
 def test_settings_out_of_range_are_refused_and_named(options):
-    (name,) = options
+    name = next(iter(options))
     with pytest.raises(ValueError, match=name if name != "budget" else "Budget"):
         AutoPrune(**options)
 
