@@ -31,6 +31,7 @@ from autoprune.evaluation import (
     compare,
     embedded_tasks,
     report,
+    tables,
     timing,
 )
 from autoprune.evaluation.batches import prepare
@@ -286,9 +287,9 @@ def test_what_reads_like_the_figure_is_left_out_and_what_is_off_the_budget_is_no
     for bounds, shown in (((0.4999, 0.5001), "0.500"), ((0.48, 0.52), "0.500 [0.480, 0.520]")):
         low, high = bounds
         same = {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high}
-        assert report._figure(same, "accuracy", ".3f") == shown
+        assert tables._figure(same, "accuracy", ".3f") == shown
     clear = {"difference": 0.0003, "difference_low": 0.0001, "difference_high": 0.0004}
-    assert report._verdict(clear, brief=False) == "+0.000* [+0.000, +0.000]"
+    assert tables._verdict(clear, brief=False) == "+0.000* [+0.000, +0.000]"
 
 
 def test_a_finished_run_is_not_asked_again(finished, loaded, tasks, asked):

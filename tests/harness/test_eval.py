@@ -19,7 +19,7 @@ from autoprune.evaluation.harness import runs
 from .conftest import BUDGET, Evaluate
 from .pope import TASK
 
-PATIENCE = 300
+PATIENCE = 900
 
 
 def words(data: Path, folder: Path, *more: str) -> list[str]:
