@@ -121,14 +121,14 @@ def _run_harness(
 ) -> None:
     check_harness()
     # Only now: the harness is an extra.
-    from ..evaluation.harness.evaluation import Evaluation, Incomplete
+    from ..evaluation.harness.evaluation import Evaluation, Incomplete, fingerprint_of
     from ..evaluation.harness.evaluation import evaluate as run_evaluation
     from ..evaluation.harness.runs import Harness, Job
 
     pairs = list(_settings(request, budgets))
     settings = with_reference([setting for setting, _ in pairs])
-    jobs = [Job(REFERENCE, {"method": FULL})]
-    jobs += [Job(own, words) for own, words in pairs if own.method is not None]
+    jobs = [Job(REFERENCE, {"method": FULL}, fingerprint_of(REFERENCE))]
+    jobs += [Job(own, words, fingerprint_of(own)) for own, words in pairs if own.method is not None]
     labels = [setting.label for setting in settings[1:]]
     wanted = Evaluation(
         harness=Harness(

@@ -60,12 +60,12 @@ def methods_of(
         ValueError: there is no such method, or a setting or budget cannot be right.
     """
     asked = None if budget is None else parse_budget(budget)
-    if asked is not None and asked.over != "prompt":
-        raise ValueError(
-            f"budget {budget!r}: requests of a batch have nothing to do with each other, so each has a budget "
-            "of its own; leave out what stands behind the amount"
-        )
     default = build_method(method, asked, {}, settings)
+    if default.budget.over != "prompt":
+        raise ValueError(
+            f"{default.budget.expression} is shared by the prompts of a batch, and requests of a batch have "
+            "nothing to do with each other; give --budget an amount for each request"
+        )
     methods = {default.name: default}
     for name in list_methods() if "all" in allowed else allowed:
         if name in methods:

@@ -40,7 +40,7 @@ async def answer_request(service: Service, request: Request) -> Response:
         if answer.job.request.stream:
             # An error before the first token still gets a status of its own.
             first = await exchange.next_event()
-            return EventStream(_streamed(exchange, answer, first))
+            return EventStream(_streamed(exchange, answer, first), exchange)
         pieces: list[Piece] = []
         while isinstance(event := await exchange.next_event(), Piece):
             pieces.append(event)
@@ -86,6 +86,11 @@ class Exchange:
         self._service.engine.submit(job)
         self._visit.queued()
         return Answer(job, self._service.name)
+
+    @property
+    def seconds(self) -> float:
+        """How long an answer may take, and a client may not read."""
+        return self._service.limits.seconds
 
     async def next_event(self) -> Piece | Finished:
         """The next event of the job.
@@ -171,18 +176,28 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes, None], exchange: Exchange) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._lines = lines
+        self._lines, self._exchange = lines, exchange
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        async with aclosing(self._lines) as lines:
-            await send(start)
-            async for line in lines:
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def give(message: dict[str, Any]) -> None:
+            # A client that reads nothing must not hold its place for ever.
+            await asyncio.wait_for(send(message), self._exchange.seconds)
+
+        try:
+            async with aclosing(self._lines) as lines:
+                headers = self.raw_headers
+                await give({"type": "http.response.start", "status": 200, "headers": headers})
+                async for line in lines:
+                    await give({"type": "http.response.body", "body": line, "more_body": True})
+            await give({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.TimeoutError:
+            log.info("a client did not read its answer")
+        finally:
+            # Lines that never began do not end the exchange themselves.
+            self._exchange.end(CLIENT_LEFT)
 
 
 async def _streamed(

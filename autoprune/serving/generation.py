@@ -50,7 +50,9 @@ class Row:
         known = None if logprobs is None else scores.log_softmax(-1)
         sampling = self.job.request.sampling
         if sampling.temperature > 0:
-            token = self._drawn(scores / sampling.temperature, sampling.top_p)
+            # Below the best one, so that no division overflows; float32 has nothing much smaller.
+            below = (scores - scores.max()) / max(sampling.temperature, 1e-30)
+            token = self._drawn(below, sampling.top_p)
             scores = torch.full_like(scores, -torch.inf)
             scores[token] = 0
         if known is not None:

@@ -83,6 +83,25 @@ def test_methods_and_options_are_checked_before_a_harness_starts(call, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_with_other_settings_or_code_is_another_run(call, tmp_path: Path, monkeypatch):
+    seen: list[dict[str, str]] = []
+
+    def remember(jobs, refused, folder, wanted):
+        seen.append({job.setting.label: job.fingerprint for job in jobs})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoprune.commands.eval.check_harness", lambda: None)
+    monkeypatch.setattr("autoprune.evaluation.harness.evaluation.evaluate", remember)
+    for layer in (2, 3):
+        methods = f"own@fastv:layer={layer}"
+        call(
+            "eval", "--tasks", "gqa", "--methods", methods, "--budgets", "64", "--output", tmp_path
+        )
+    first, second = seen
+    assert first["full"] == second["full"] != ""
+    assert first["own"] != second["own"]
+
+
 def test_an_export_without_its_package_names_the_extra(call, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     out = call("eval", "--export", tmp_path / "shapes")

@@ -114,8 +114,12 @@ def test_tasks_that_judge_only_the_whole_have_scores_and_no_rows(tmp_path: Path)
         job(own, does.replace("task", "task, judged=False", 1))
         for own, does in ((REFERENCE, RIGHT), (FASTV, WORSE))
     ]
+    evaluate([job(REFERENCE, RIGHT), job(FASTV, WORSE)], {}, folder, wanted("pope"))
+    assert (folder / "report.html").exists()
     rows, table = evaluate(jobs, {}, folder, wanted("coco_val"))
     assert rows == []
+    # What an earlier call has written of other tasks is gone.
+    assert not [path for path in folder.iterdir() if path.suffix in (".html", ".csv", ".png")]
     assert [score["tasks"]["coco_val"]["score"] for score in table] == pytest.approx([1, 2 / 3])
     text = (folder / "report.md").read_text()
     assert text.startswith("## Scores of lmms-eval")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from autoprune.evaluation.harness.costs import cost_of_rounds
 from autoprune.evaluation.harness.generation import MAX_NEW_TOKENS, generation_of
 from autoprune.evaluation.harness.needs import check_needs
 from autoprune.evaluation.harness.outputs import Unfinished, correctness, read_output
@@ -17,6 +18,19 @@ from autoprune.evaluation.harness.suites import SUITES, published, suite_of
 from autoprune.evaluation.settings import REFERENCE, Setting
 
 from .harness_files import TASK, Pretended, write_results
+
+# Costs.
+
+
+def test_a_dialogue_costs_what_its_rounds_cost_together():
+    first = {"text": 5, "visual": 100, "entering": 10, "flops": 3, "flops_full": 9, "kv_bytes": 2}
+    first |= {"kv_bytes_full": 8, "mutual_information": 0.5, "seconds": 1.0, "new_tokens": 4}
+    second = first | {"text": 7, "entering": 30, "flops": 5, "new_tokens": 1, "seconds": 0.5}
+    assert cost_of_rounds([first, second]) == {
+        **{"text": 7, "visual": 100, "entering": 20, "flops": 8, "flops_full": 18, "kv_bytes": 4},
+        **{"kv_bytes_full": 16, "mutual_information": 0.5, "seconds": 1.5, "new_tokens": 5},
+    }
+
 
 # Suites.
 

@@ -108,6 +108,9 @@ def test_sampling_draws_from_the_likeliest_tokens(loaded: Loaded, make_job: Make
         job.seed = seed
         drawn.append(int(Row(job, loaded.processor.tokenizer, 1).choose(scores).argmax()))
     assert set(drawn) == {1, 3}
+    # However near to 0: the likeliest, and no overflow.
+    cold, _ = make_job("a", 0, temperature=5e-324)
+    assert int(Row(cold, loaded.processor.tokenizer, 1).choose(scores).argmax()) == 1
     assert drawn.count(1) / 400 == pytest.approx(0.5 / 0.8, abs=0.08)
 
 

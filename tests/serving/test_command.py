@@ -36,10 +36,17 @@ def test_all_methods_are_those_that_the_budget_and_the_model_allow(loaded: Loade
     assert list(fitting(impossible, loaded.model)) == ["b"]
 
 
+def test_a_tuned_file_cannot_let_strangers_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = AutoPrune(Budget.tokens(40, over="batch"))
+    monkeypatch.setattr("autoprune.commands.serve.build_method", lambda *given: shared)
+    with pytest.raises(ValueError, match="nothing to do with each other"):
+        methods_of("tuned.json", None, [], [])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--budget", "16 over batch"], "a budget of its own"),
+        (["--budget", "16 over batch"], "an amount for each request"),
         (["--budget", "x"], "expected a number of tokens"),
         (["--method", "fastw"], "fastv"),
         (["--allow-methods", "fastw"], "fastv"),

@@ -36,6 +36,15 @@ def cost_of(sample: Sample, seconds: float, new_tokens: int) -> Cost:
     }
 
 
+def cost_of_rounds(rounds: Sequence[Cost]) -> Cost:
+    """The figures of a dialogue: sums of what its rounds cost, means of their visual tokens."""
+    summed = ("flops", "flops_full", "kv_bytes", "kv_bytes_full", "seconds", "new_tokens")
+    whole = {**rounds[-1], "mutual_information": rounds[0]["mutual_information"]}
+    whole |= {name: sum(own[name] for own in rounds) for name in summed}
+    means = ("visual", "entering")
+    return whole | {name: sum(own[name] for own in rounds) / len(rounds) for name in means}
+
+
 def summary_of(costs: Sequence[Cost]) -> dict[str, float]:
     """Means over the answers, and shares of the unpruned model's cost; for the harness's results."""
     if not costs:

@@ -112,9 +112,17 @@ def evaluate(
     if rows:
         write_report(directory, rows, config, wanted.baseline)
         text = f"{to_markdown(rows, config, wanted.baseline)}\n{text}"
+    else:
+        # Those of an earlier call in this folder tell of other tasks.
+        for name in OF_ANSWERS:
+            (directory / name).unlink(missing_ok=True)
     write_whole(directory / "report.md", text)
     write_whole(directory / "scores.json", json.dumps(table, indent=1, allow_nan=False))
     return rows, table
+
+
+OF_ANSWERS = ("results.csv", "results.json", "report.html", "accuracy_vs_flops.png")
+"""What a report holds only where a task judges each answer by itself."""
 
 
 def _run_all(jobs: Sequence[Job], directory: Path, wanted: Evaluation) -> Found:

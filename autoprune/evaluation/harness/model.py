@@ -17,7 +17,7 @@ from ...loading import Loaded, load_embedded, load_model
 from ...trace import Sample
 from ..prompts import Conversation, can_pad, encode, prompt_text, takes_videos
 from .conversations import MAX_FRAMES, conversation_of, of_visuals
-from .costs import CostFile, cost_of, summary_of
+from .costs import CostFile, cost_of, cost_of_rounds, summary_of
 from .generation import Generation, generation_of
 from .likelihood import answer_tokens, likelihoods
 from .requests import Asked, in_batches
@@ -108,11 +108,13 @@ class AutoPruneChat(lmms):
         """The answers of each round; the task makes a round's question of the answers before it."""
         found = []
         for request in requests:
-            asked, said = self._asked(request), list[str]()
+            asked, said, costs = self._asked(request), list[str](), []
             for conversation in self._rounds(asked, said):
-                (answer,) = self._answer([conversation], generation_of(asked.options))
-                self._keep([asked], [answer])
-                said.append(answer[0])
+                ((text, cost),) = self._answer([conversation], generation_of(asked.options))
+                said.append(text)
+                costs.append(cost)
+            if costs:
+                self._keep([asked], [("\n".join(said), cost_of_rounds(costs))])
             found.append(said)
         return found
 
