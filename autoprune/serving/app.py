@@ -19,9 +19,16 @@ from .exchange import answer_request
 from .metrics import CONTENT_TYPE
 from .service import Service
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine reaches."""
 
-def make_app(service: Service) -> FastAPI:
-    """The application; it starts the service, and closes it at its end."""
+
+def make_app(service: Service, host: str = LOCAL[0]) -> FastAPI:
+    """The application; it starts the service, and closes it at its end.
+
+    Args:
+        host: what it listens on.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +45,10 @@ def make_app(service: Service) -> FastAPI:
     async def check_key(request: Request) -> None:
         key = service.options.api_key
         given = request.headers.get("authorization", "")
+        if key is None and host in LOCAL and request.url.hostname not in LOCAL:
+            # The name of a web page's own site can be made to lead here.
+            message = "this server is asked as localhost or 127.0.0.1; other names need an API key"
+            await refuse(request, RequestError(message, 403), service.limits)
         if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
             await refuse(request, RequestError(message, 401), service.limits)

@@ -120,6 +120,9 @@ def _connection(scheme: str, host: str, number: str, port: int) -> HTTPConnectio
     return connection
 
 
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
 def _number_of(host: str, port: int) -> str | None:
     """The numeric address of a host; None if it is not one of the public internet."""
     try:
@@ -127,8 +130,18 @@ def _number_of(host: str, port: int) -> str | None:
     except ValueError:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     numbers = [str(entry[4][0]) for entry in found]
-    public = all(ipaddress.ip_address(number.partition("%")[0]).is_global for number in numbers)
+    public = all(_is_public(number.partition("%")[0]) for number in numbers)
     return numbers[0] if public else None
+
+
+def _is_public(number: str) -> bool:
+    """Whether it is of the public internet, and no way into a private network by translation or tunnel."""
+    address = ipaddress.ip_address(number)
+    if isinstance(address, ipaddress.IPv6Address) and (
+        address.sixtofour is not None or address in _TRANSLATED or int(address) < 2**32
+    ):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def _refused(path: str, why: str) -> RequestError:

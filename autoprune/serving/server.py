@@ -7,13 +7,11 @@ import socket
 
 import uvicorn
 
-from .app import make_app
+from .app import LOCAL, make_app
 from .logs import set_up
 from .service import Service
 
 log = logging.getLogger(__name__)
-
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(service: Service, host: str, port: int, grace: int) -> None:
@@ -27,7 +25,7 @@ def serve(service: Service, host: str, port: int, grace: int) -> None:
         if host not in LOCAL and service.options.api_key is None:
             log.warning("anybody who reaches %s can use this server: there is no API key", host)
         config = uvicorn.Config(
-            make_app(service),
+            make_app(service, host),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from autoprune.serving import fetch
 from autoprune.serving.errors import RequestError
-from autoprune.serving.fetch import Fetcher
+from autoprune.serving.fetch import Fetcher, _is_public
 from autoprune.serving.messages import Part
 from autoprune.serving.pictures import Pictures
 
@@ -129,3 +129,22 @@ def test_a_host_that_has_no_address_or_no_certificate_is_one_sentence(site: str)
         load(site, f"https://{site}/a.png")
     with pytest.raises(ValueError, match="a host is written as"):
         Fetcher(["http://a.org/"], 5)
+
+
+@pytest.mark.parametrize(
+    ("number", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2001:4860:4860::8888", True),
+        ("10.0.0.1", False),
+        ("127.0.0.1", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::a00:1", False),  # 10.0.0.1, by three old and new ways
+        ("2002:a00:1::", False),
+        ("64:ff9b::a00:1", False),
+        ("ff02::1", False),
+    ],
+)
+def test_what_leads_into_a_private_network_is_not_public(number: str, public: bool) -> None:
+    assert _is_public(number) is public

@@ -250,3 +250,10 @@ def test_the_log_has_numbers_and_no_words(client: Client, caplog: pytest.LogCapt
     assert record["visual_tokens_per_layer"] == BUDGET
     assert record["first_token_seconds"] <= record["seconds"]
     assert "private" not in line
+
+
+def test_another_name_than_this_machines_own_needs_a_key(client: Client) -> None:
+    """A site whose name is led to 127.0.0.1 gets nothing."""
+    for name, status in (("evil.example", 403), ("localhost", 200), ("127.0.0.1", 200)):
+        answer = client.send("GET", "/v1/models", headers={"Host": f"{name}:{client.port}"})
+        assert answer.status == status
