@@ -18,6 +18,7 @@ from .options import (
     Gamma,
     Json,
     MethodName,
+    MethodOrFile,
     Model,
     Settings,
     by_commas,
@@ -96,9 +97,7 @@ def run(
             "what was tuned for.",
         ),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="See `autoprune methods`; or a tuned.json of `autoprune tune`.")
-    ] = "autoprune",
+    method: MethodOrFile = "autoprune",
     model: Model = None,
     x0: X0 = None,
     k0: K0 = None,

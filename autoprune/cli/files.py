@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Json, Model, Settings, console
+from .options import Device, Dtype, Json, MethodOrFile, Model, Settings, console
 
 
 class Engine(str, Enum):
@@ -41,9 +41,7 @@ def answer(
     answers_file: AnswersFile,
     image_folder: ImageFolder = Path("."),
     model: Model = None,
-    method: Annotated[
-        str, typer.Option(help="See `autoprune methods`; or a tuned.json of `autoprune tune`.")
-    ] = "autoprune",
+    method: MethodOrFile = "autoprune",
     budget: Annotated[
         str | None,
         typer.Option(

@@ -16,6 +16,9 @@ Budget = Annotated[
     ),
 ]
 MethodName = Annotated[str, typer.Option(help="See `autoprune methods`.")]
+MethodOrFile = Annotated[
+    str, typer.Option(help="See `autoprune methods`; or a tuned.json of `autoprune tune`.")
+]
 X0 = Annotated[float | None, typer.Option("--x0", help="Midpoint of the curve, in layers (of 32).")]
 K0 = Annotated[float | None, typer.Option("--k0", help="Slope of the curve without information.")]
 Gamma = Annotated[float | None, typer.Option(help="How much one bit of information flattens it.")]

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Model, Settings, by_commas
+from .options import Device, Dtype, MethodOrFile, Model, Settings, by_commas
 
 
 def serve(
     model: Model = None,
-    method: Annotated[
-        str, typer.Option(help="See `autoprune methods`; or a tuned.json of `autoprune tune`.")
-    ] = "autoprune",
+    method: MethodOrFile = "autoprune",
     budget: Annotated[
         str | None,
         typer.Option(
