@@ -53,6 +53,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
+    from . import models
+
+    models.register()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if dtype not in DTYPES:

@@ -21,7 +21,7 @@ ROOMS = (
     {"parts"},
     {"engine"},
     {"methods"},
-    {"tiny", "viz"},
+    {"models", "tiny", "viz"},
     {"loading"},
     {"bench", "evaluation", "serving"},
     {"tuning"},
@@ -34,6 +34,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # Who may import transformers: the engine, what loads models, and what measures them.
 KNOW_TRANSFORMERS = {
     "engine",
+    "models",
     "tiny",
     "loading",
     "bench",
