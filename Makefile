@@ -53,9 +53,11 @@ readme: $(INSTALLED)
 
 $(INSTALLED): constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
+$(INSTALLED): EXTRAS := dev,web
+$(OLDEST)/.installed: EXTRAS := dev
 $(INSTALLED) $(OLDEST)/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --constraint $< --editable '.[dev]'
+	$(@D)/bin/python -m pip install --constraint $< --editable '.[$(EXTRAS)]'
 	touch $@
 
 # The harness asks for torchvision and works without it; its build for CUDA does not import beside a torch

@@ -26,6 +26,7 @@ ROOMS = (
     {"bench", "evaluation", "serving"},
     {"tuning"},
     {"commands"},
+    {"web"},
     {"cli"},
     {"__main__", "llava_eval"},
 )
@@ -42,6 +43,7 @@ KNOW_TRANSFORMERS = {
     "serving",
     "tuning",
     "commands",
+    "web",
 }
 
 

@@ -64,5 +64,6 @@ def test_every_extra_brings_what_something_needs():
         "eval",
         "ray",
         "serve",
+        "web",
         "dev",
     ]

@@ -40,11 +40,28 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo"),
     settings: Settings = None,
     as_json: Json = False,
+    web: Annotated[bool, typer.Option("--web", help="Ask in a browser.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --web: folder or hub name of a checkpoint; default: embedded model."
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(help="With --web: address; others than this machine's own open it to all."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="With --web: port.")] = 7860,
 ) -> None:
     """Draw a picture, ask about it with all and with pruned visual tokens, show what was saved."""
     from ..commands import demo as command
     from ..commands.inputs import build_method, parse_budget
 
+    if web:
+        from ..web import serve_page
+
+        serve_page(model, method, parse_budget(budget), host, port, console())
+        return
     built = build_method(method, parse_budget(budget), {}, settings or [])
     wanted = by_commas(kinds)
     seed = command.DEFAULT_SEED if seed is None else seed

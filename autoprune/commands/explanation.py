@@ -133,16 +133,27 @@ def _ends(
         bits = _built_in(loaded, method)
         of = f"least of {REFERENCE_QUESTIONS} questions, most of {REFERENCE_QUESTIONS} questions"
     else:
-        # From this much on the slope is 0.
-        flat = method.k0 / method.gamma if method.gamma > 0 else 0.0
-        bits, of = (0.0, max(flat, sample.mutual_information)), "no information, flat curve"
+        bits, of = (0.0, information_of_flat(method, sample)), "no information, flat curve"
+    ends = schedules_at(bits, loaded, method, sample)
+    least, _, most = of.partition(", ")
+    return ends, (least, most)
+
+
+def information_of_flat(method: AutoPrune, sample: Sample) -> float:
+    """The information, in bits, from which on the curve is flat; that of the prompt if it has more."""
+    flat = method.k0 / method.gamma if method.gamma > 0 else 0.0
+    return max(flat, sample.mutual_information or 0.0)
+
+
+def schedules_at(
+    bits: Bits, loaded: Loaded, method: AutoPrune, sample: Sample
+) -> list[tuple[float, list[int]]]:
+    """Two amounts of information, and what the prompt's schedule would be with each."""
     cost, layers = locate(loaded.model).present_cost(), len(sample.tokens_per_layer)
-    ends = [
+    return [
         (value, method.plan(layers, sample.num_visual, value, sample.num_text, cost))
         for value in bits
     ]
-    least, _, most = of.partition(", ")
-    return ends, (least, most)
 
 
 def _built_in(loaded: Loaded, method: AutoPrune) -> Bits:

@@ -116,16 +116,7 @@ def animate_kept(
     Raises:
         ValueError: the views hold other tokens than the prompt.
     """
-    check_tokens(views, sample.num_visual)
-    shown = some(views)
-    images = [sized(view.image, size) for view in shown]
-    frames = []
-    for layer in range(len(sample.kept)):
-        panels = [
-            veiled(image, _kept_of(view, sample, layer), dark)
-            for view, image in zip(shown, images, strict=True)
-        ]
-        frames.append(_side_by_side(panels, caption(sample, layer), dark))
+    frames = [kept_at_layer(views, sample, layer, size, dark) for layer in range(len(sample.kept))]
     buffer = io.BytesIO()
     frames[0].save(
         buffer,
@@ -137,6 +128,27 @@ def animate_kept(
         quality=85,
     )
     return buffer.getvalue()
+
+
+def kept_at_layer(
+    views: Sequence[View], sample: Sample, layer: int, size: int = 320, dark: bool = False
+) -> Image.Image:
+    """The pictures with what enters one layer, side by side above a line of words.
+
+    Args:
+        views, sample, dark: as for `kept_over_depth`.
+        layer: which one, from 0.
+        size: longer side of one view, in pixels.
+
+    Raises:
+        ValueError: there is no such layer, or the views hold other tokens than the prompt.
+    """
+    check_layers([layer], len(sample.kept))
+    check_tokens(views, sample.num_visual)
+    panels = [
+        veiled(sized(view.image, size), _kept_of(view, sample, layer), dark) for view in some(views)
+    ]
+    return _side_by_side(panels, caption(sample, layer), dark)
 
 
 def strip(
