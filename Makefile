@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 NEWEST ?= .venv-newest
 EVAL ?= .venv-eval
+DOCS ?= .venv-docs
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
 NEWEST_TESTS := tests/test_oracle.py tests/engine/test_oracle_equality.py tests/engine/test_generation.py tests/engine/test_later_turns.py
 EVAL_TESTS := $(wildcard tests/harness tests/cluster)
 
-.PHONY: demo test test-oldest test-newest test-eval check format readme clean
+.PHONY: demo test test-oldest test-newest test-eval check format readme docs gallery notebook clean
 
 demo: $(INSTALLED)
 	$(BIN)/autoprune demo
@@ -51,6 +52,19 @@ format: $(INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/python tools/readme.py README.md
 
+# The documentation as a site in site/; a broken link fails.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# The pictures of the documentation; that of the page needs chromium.
+gallery: $(INSTALLED)
+	$(BIN)/python tools/gallery.py docs/images/gallery
+	$(BIN)/python tools/web_picture.py docs/images/web.png
+
+# The notebook with what its cells print.
+notebook: $(INSTALLED)
+	$(BIN)/jupyter execute --inplace examples/tour.ipynb
+
 $(INSTALLED): constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml
 $(INSTALLED): EXTRAS := dev,web
@@ -58,6 +72,11 @@ $(OLDEST)/.installed: EXTRAS := dev
 $(INSTALLED) $(OLDEST)/.installed:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --constraint $< --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(DOCS)/.installed: constraints-docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --constraint $< mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # The harness asks for torchvision and works without it; its build for CUDA does not import beside a torch
@@ -69,5 +88,5 @@ $(EVAL)/.installed: constraints-eval.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(EVAL) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(EVAL) $(DOCS) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
