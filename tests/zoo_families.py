@@ -361,7 +361,5 @@ FAMILIES: dict[str, Family] = {
     ),
     "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
     "mistral3": Family(mistral3, "Mistral3ForConditionalGeneration", rows_image),
-    "cogvlm": Family(
-        _cogvlm, "CogVLMForConditionalGeneration", square(16), several_images=False
-    ),
+    "cogvlm": Family(_cogvlm, "CogVLMForConditionalGeneration", square(16), several_images=False),
 }

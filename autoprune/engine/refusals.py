@@ -28,13 +28,13 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
 
 
 def refuse_positions(method: MethodContract, located: Located) -> None:
-    """Compacted positions where patches share one, or rotary positions are not one-dimensional for all layers."""
+    """Compacted positions where patches share one, where they have several dimensions, or differ by layer."""
     if method.positions == "original":
         return
     if getattr(located.base.config, "patches_share_position", False):
         raise UnsupportedError(
-            f"all patches of a picture have one position in {type(located.base).__name__}, so a cut leaves no gap "
-            "that positions='compacted' could close; use positions='original'"
+            f"all patches of a picture have one position in {type(located.base).__name__}, so a cut leaves no "
+            "gap that positions='compacted' could close; use positions='original'"
         )
     rope = getattr(located.text.config, "rope_parameters", None) or {}
     rotary = getattr(located.text, "rotary_emb", None)

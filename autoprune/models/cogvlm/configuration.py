@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -43,7 +43,10 @@ class CogVLMConfig(PreTrainedConfig):
     """
 
     model_type = "cogvlm"
-    sub_configs = {"text_config": LlamaConfig, "vision_config": CogVLMVisionConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "text_config": LlamaConfig,
+        "vision_config": CogVLMVisionConfig,
+    }
     # Pruning asks for it: see `refuse_positions` in the engine.
     patches_share_position = True
     # The tower's first token is CLS, which the decoder does not see.

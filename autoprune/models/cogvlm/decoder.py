@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,10 @@ class CogVLMTextModel(CogVLMPreTrainedModel):
 
     config_class = LlamaConfig
     input_modalities = ("text",)
-    _can_record_outputs = {"hidden_states": CogVLMDecoderLayer, "attentions": CogVLMAttention}
+    _can_record_outputs: ClassVar[Any] = {
+        "hidden_states": CogVLMDecoderLayer,
+        "attentions": CogVLMAttention,
+    }
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)

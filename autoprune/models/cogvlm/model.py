@@ -176,8 +176,6 @@ def _shared(cache: Any, batch: int, device: torch.device) -> Tensor:
 class CogVLMForConditionalGeneration(CogVLMPreTrainedModel, GenerationMixin):
     """CogVLM with its language head."""
 
-    _tied_weights_keys: Any = {}
-
     def __init__(self, config: CogVLMConfig):
         super().__init__(config)
         text = config.text_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import Cache
@@ -34,10 +34,9 @@ class CogVLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CogVLMDecoderLayer", "CogVLMVisionLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _no_split_modules: ClassVar[Any] = ["CogVLMDecoderLayer", "CogVLMVisionLayer"]
+    _skip_keys_device_placement: ClassVar[Any] = ["cache", "past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = True
     _supports_attention_backend = True
 
     @torch.no_grad()

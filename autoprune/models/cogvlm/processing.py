@@ -21,7 +21,8 @@ _TEXT = """\
 _TURNS = """\
 {% for message in messages %}{% if message['role'] == 'user' %}Question: {{ text(message) }} ANSWER:\
 {% elif message['role'] == 'assistant' %} {{ text(message) + '\\n' }}\
-{% else %}{{ raise_exception('CogVLM knows no messages of the role ' + message['role']) }}{% endif %}{% endfor %}"""
+{% else %}{{ raise_exception('CogVLM knows no messages of the role ' + message['role']) }}{% endif %}\
+{% endfor %}"""
 _BARE = "{% for message in messages %}{{ text(message) }}{% endfor %}"
 
 # For `chat_template`: conversations, short answers (as in VQAv2), and the text as it is.

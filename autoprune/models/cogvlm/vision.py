@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class CogVLMVisionModel(CogVLMPreTrainedModel):
     config_class = CogVLMVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _can_record_outputs = {
+    _can_record_outputs: ClassVar[Any] = {
         "hidden_states": CogVLMVisionLayer,
         "attentions": CogVLMVisionAttention,
     }
