@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune import AutoPrune, Budget
+from autoprune import AutoPrune, Budget, create
 from autoprune.engine.attention.arguments import LayerArguments
 from autoprune.errors import UnsupportedError
 from autoprune.models.cogvlm import CogVLMConfig
 from autoprune.models.cogvlm.convert import published_name
-from autoprune.models.cogvlm.decoder import CogVLMRMSNorm
+from autoprune.models.cogvlm.decoder import CogVLMRMSNorm, Route
 from autoprune.models.cogvlm.prompt_tokens import PictureTokens
 from tests import oracle, zoo
 from tests.models.cogvlm_by_hand import TEXT, VISUAL, ByHand, Sizes, expert_of, positions_of
@@ -208,6 +208,24 @@ def test_a_routing_that_is_not_cut_shows(monkeypatch):
 
     monkeypatch.setattr(LayerArguments, "_rotary", uncut)
     assert oracle.compare(model, inputs, Scattered(DEEP)).worst > 0.1
+
+
+@pytest.mark.parametrize("method", ["fastv", "tome", "visionzip", "pooling"])
+def test_patches_that_stay_or_merge_go_to_the_vision_experts_with_boi(method, monkeypatch):
+    model, right, routed = model_of("sdpa"), Route.of.__func__, []
+
+    def spy(cls, embeddings, length):
+        route = right(cls, embeddings, length)
+        routed.append(0 if route is None else len(route.vision))
+        return route
+
+    monkeypatch.setattr(Route, "of", classmethod(spy))
+    inputs = zoo.inputs("cogvlm", model, "single")
+    with create(method, Budget.ratio(0.5))(model) as trace, torch.no_grad():
+        model(**inputs)
+    levels = trace.samples[0].tokens_per_layer
+    assert levels[-1] < 16
+    assert routed == [kept + 1 for kept in levels]
 
 
 def test_boi_and_eoi_are_never_cut_and_the_patches_can_all_be():
