@@ -35,6 +35,10 @@ WORDS = [
 
 CONFIG = {
     "architectures": ["CogVLMForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+        "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+    },
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,

@@ -131,3 +131,11 @@ def test_the_command_converts_and_says_in_a_sentence_what_it_cannot(
         main()
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_published_checkpoint_itself_is_refused_with_the_way_out(tmp_path):
+    folder = published.write(tmp_path / "cogvlm-chat-hf", published.tensors())
+    with pytest.raises(
+        ValueError, match=r"convert it once by `python -m autoprune\.models\.cogvlm"
+    ):
+        load_model(str(folder), "cpu")
