@@ -148,6 +148,38 @@ def test_other_ways_of_generating_equal_those_without_a_cache(options):
     assert torch.equal(said(**options), said(**plain, use_cache=False))
 
 
+def test_compiled_steps_on_a_pruned_static_cache_equal_the_oracle():
+    model = model_of("sdpa")
+    inputs = zoo.inputs("cogvlm", model, "single")
+    handle = Scattered(DEEP).attach(model)
+    text = inputs["input_ids"].shape[1] - 16
+    cache = handle.static_cache(num_visual=16, num_text=text, max_new_tokens=4)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+    tokens = torch.tensor([[7, 8, 9]])
+    for _ in range(2):
+        with torch.inference_mode():
+            cache.reset()
+            rows = [model(**inputs, past_key_values=cache).logits[:, -1]]
+            for token in tokens[0]:
+                new = token.view(1, 1).clone()
+                rows.append(step(input_ids=new, past_key_values=cache).logits[:, -1])
+    handle.detach()
+    columns = oracle.columns_from_trace(
+        handle.trace.samples[-1:], inputs["attention_mask"], zoo.LAYERS
+    )
+    expected = oracle.oracle_logits(model, inputs, columns, tokens)
+    torch.testing.assert_close(torch.stack(rows, dim=1), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_compiled_prefills_are_refused_as_their_routing_depends_on_the_prompt():
+    model = model_of("sdpa")
+    handle = Scattered(DEEP).attach(model)
+    handle.compile_prefill("eager")
+    with pytest.raises(UnsupportedError, match="one graph of CogVLMDecoderLayer"), torch.no_grad():
+        model(**zoo.inputs("cogvlm", model, "single"))
+    handle.detach()
+
+
 def test_a_second_turn_goes_on_where_the_cache_ends():
     model = model_of("sdpa")
     inputs = zoo.inputs("cogvlm", model, "single")

@@ -152,8 +152,9 @@ def _positions(
     if position_ids is not None and length == 1:
         return position_ids, None
     past = 0 if cache is None else cache.get_seq_length()
-    before = _shared(cache, batch, embeds.device) if past else embeds.new_zeros(batch).long()
-    shared = before[:, None]
+    # A compiled step continues a prompt, and must not look at the length.
+    is_first = cache is None or not (torch.compiler.is_compiling() or past)
+    shared = _shared(None if is_first else cache, batch, embeds.device)[:, None]
     if pictures is not None:
         shared = shared + pictures.shares.long().cumsum(dim=1)
     if position_ids is None:
@@ -162,7 +163,7 @@ def _positions(
         else:
             order = past + torch.arange(length, device=embeds.device)[None]
         position_ids = (order - shared).clamp(min=0)
-    return position_ids, shared[:, -1]
+    return position_ids, shared[:, -1] if is_first or length > 1 else None
 
 
 def _shared(cache: Any, batch: int, device: torch.device) -> Tensor:
