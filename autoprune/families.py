@@ -128,6 +128,13 @@ FAMILIES = (
         note=f"{SLIDING}; no sdpa in transformers",
         type_name="paligemma",
     ),
+    Family(
+        "cogvlm",
+        "CogVLM",
+        "zai-org/cogvlm-chat-hf",
+        "cls",
+        note="converted first (docs/cogvlm.md); no compacted positions",
+    ),
 )
 
 MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)

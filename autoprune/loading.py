@@ -108,6 +108,11 @@ def _unreadable(name: str, action: str, error: Exception) -> str:
     if reason is not None:
         return reason
     if "trust_remote_code" in str(error):
+        if "cogvlm-" in name.lower():
+            return (
+                f"{name!r} is a checkpoint in the format of CogVLM's own code; convert it once by `python -m "
+                "autoprune.models.cogvlm FOLDER OUTPUT` (docs/cogvlm.md), and give OUTPUT as the model"
+            )
         return (
             f"the model {name!r} brings code of its own, which is not run; take a version of it for "
             "transformers, whose name often ends in -hf"

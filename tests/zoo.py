@@ -19,6 +19,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+from autoprune.models import cogvlm
 from tests.zoo_families import FAMILIES, Family
 from tests.zoo_pictures import (
     BOS,
@@ -71,7 +72,7 @@ def build_family(family: Family, attn_implementation: str = "sdpa", seed: int = 
     """`build` for a family that is none of `FAMILIES`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cls = getattr(transformers, family.model)
+        cls = getattr(transformers, family.model, None) or getattr(cogvlm, family.model)
         model = cls._from_config(family.config(), attn_implementation=attn_implementation)
     randomise(model, seed)
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)

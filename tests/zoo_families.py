@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from autoprune.models.cogvlm import CogVLMConfig
 from tests.zoo_pictures import (
     BOS,
     CROP,
@@ -259,6 +260,16 @@ def _aya_vision() -> transformers.PretrainedConfig:
     )
 
 
+def _cogvlm() -> transformers.PretrainedConfig:
+    return CogVLMConfig(
+        text_config=_text("llama", num_key_value_heads=HEADS),
+        vision_config=_tower("cogvlm_vision"),
+        image_token_id=IMAGE,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(llava, "LlavaForConditionalGeneration", bare(16)),
     "llava_sliding": Family(
@@ -350,4 +361,5 @@ FAMILIES: dict[str, Family] = {
     ),
     "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
     "mistral3": Family(mistral3, "Mistral3ForConditionalGeneration", rows_image),
+    "cogvlm": Family(_cogvlm, "CogVLMForConditionalGeneration", square(16), several_images=False),
 }

@@ -28,9 +28,14 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
 
 
 def refuse_positions(method: MethodContract, located: Located) -> None:
-    """Compacted positions where rotary positions have more than one dimension, or layers their own."""
+    """Compacted positions where patches share one, where they have several dimensions, or differ by layer."""
     if method.positions == "original":
         return
+    if getattr(located.base.config, "patches_share_position", False):
+        raise UnsupportedError(
+            f"all patches of a picture have one position in {type(located.base).__name__}, so a cut leaves no "
+            "gap that positions='compacted' could close; use positions='original'"
+        )
     rope = getattr(located.text.config, "rope_parameters", None) or {}
     rotary = getattr(located.text, "rotary_emb", None)
     by_layer = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters

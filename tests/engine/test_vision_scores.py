@@ -29,7 +29,7 @@ SETTINGS = [
 ]
 # These decode from the output of the last block but one.
 SECOND_TO_LAST = {"llava", "llava_next", "llava_next_video"}
-WITH_CLS = SECOND_TO_LAST | {"internvl"}
+WITH_CLS = SECOND_TO_LAST | {"internvl", "cogvlm"}
 EVERY_PATCH = slice(None)
 PATCHES_TRIED = 10
 

@@ -292,4 +292,5 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "paligemma": PatchLayout(_each_patch, squares=True, merges=True),
     "mistral3": PatchLayout(_merge_grids),
     "aya_vision": PatchLayout(_shuffle_aya),
+    "cogvlm": PatchLayout(_each_patch, squares=True),
 }
