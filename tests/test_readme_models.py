@@ -13,26 +13,30 @@ from autoprune import tiny
 from tests import processors, zoo
 from tests.test_examples import OWN_MODEL
 
-NAME = '"llava-hf/llava-1.5-7b-hf"'
+NAME = "llava-hf/llava-1.5-7b-hf"
 
 
-@pytest.mark.parametrize("family", processors.TOKENS)
-def test_the_blocks_for_ones_own_model(family, tmp_path, monkeypatch, capsys):
+def run_block(code, name, family, tmp_path, monkeypatch) -> dict:
+    """Run code for a model of the hub on a tiny one of the family; returns what it defined."""
     folder = tmp_path / "model"
     zoo.build(family).save_pretrained(folder)
     tiny.draw_scene(3).image.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
 
-    def load(name):
-        assert name == str(folder)
+    def load(asked):
+        assert asked == str(folder)
         return processors.processor(family)
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
-    code = "\n".join(OWN_MODEL)
-    assert code.count(NAME) == code.count('"cuda"') == 1
+    assert code.count(f'"{name}"') == code.count('"cuda"') == 1
     names: dict = {}
-    capsys.readouterr()
-    exec(code.replace(NAME, repr(str(folder))).replace('"cuda"', '"cpu"'), names)
+    exec(code.replace(f'"{name}"', repr(str(folder))).replace('"cuda"', '"cpu"'), names)
+    return names
+
+
+@pytest.mark.parametrize("family", processors.TOKENS)
+def test_the_blocks_for_ones_own_model(family, tmp_path, monkeypatch, capsys):
+    names = run_block("\n".join(OWN_MODEL), NAME, family, tmp_path, monkeypatch)
     (sample,) = names["trace"].samples
     assert sum(sample.tokens_per_layer) == round(zoo.LAYERS * sample.num_visual / 4)
     answer, summary, again = capsys.readouterr().out.splitlines()
