@@ -15,7 +15,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _LLAVAS_OWN = (
     "is a checkpoint in the format of LLaVA's own code, which transformers does not read; take its version "
-    "for transformers, such as llava-hf/llava-1.5-7b-hf"
+    "for transformers, such as llava-hf/llava-1.5-7b-hf; one of Senna is converted by `python -m "
+    "autoprune.models.senna`"
 )
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

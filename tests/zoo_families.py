@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from autoprune.models.senna import SennaConfig, SennaForConditionalGeneration
 from tests.zoo_pictures import (
     BOS,
     CROP,
@@ -44,7 +45,7 @@ class Family:
     """How to build one family.
 
     config: the tiny configuration.
-    model: name of the transformers class.
+    model: name of the transformers class, or a class of the library's own.
     image, video: (which, generator) -> Visual; `which` varies the shape where the family can.
     token_types: name of the token type argument, if there is one.
     type_of: token id -> its type.
@@ -53,7 +54,7 @@ class Family:
     """
 
     config: Callable[[], transformers.PretrainedConfig]
-    model: str
+    model: str | type
     image: Callable[[int, torch.Generator], Visual]
     video: Callable[[int, torch.Generator], Visual] | None = None
     token_types: str | None = None
@@ -259,6 +260,17 @@ def _aya_vision() -> transformers.PretrainedConfig:
     )
 
 
+def senna(**changes: Any) -> transformers.PretrainedConfig:
+    """Views of 16 patches, of which an adapter makes 8 tokens."""
+    return SennaConfig(
+        text_config=_text("llama"),
+        vision_config=_tower("clip_vision_model"),
+        image_token_index=IMAGE,
+        image_seq_length=8,
+        **changes,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(llava, "LlavaForConditionalGeneration", bare(16)),
     "llava_sliding": Family(
@@ -350,4 +362,5 @@ FAMILIES: dict[str, Family] = {
     ),
     "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
     "mistral3": Family(mistral3, "Mistral3ForConditionalGeneration", rows_image),
+    "senna": Family(senna, SennaForConditionalGeneration, bare(8)),
 }

@@ -290,7 +290,7 @@ class AutoPrune(Method):
         if self.first_cut == "pre_llm" and not shape.has_vision_scores:
             raise ValueError(
                 "first_cut='pre_llm' ranks tokens by the vision tower, which gives no scores for this "
-                "model; use first_cut='peek' or 'after_layer_0', or pass vision_scores"
+                "model (`autoprune families` says why); use first_cut='peek' or 'after_layer_0', or pass vision_scores"
             )
 
     def begin(self, state: PromptState) -> None:

@@ -5,3 +5,6 @@ from __future__ import annotations
 
 def register() -> None:
     """Make transformers' Auto classes know these architectures. Calling it again does nothing."""
+    from . import senna
+
+    senna.register()
