@@ -72,9 +72,9 @@ def required_vision(seen: Observation, name: str) -> torch.Tensor:
     values = getattr(seen, name)
     if values is None:
         raise ValueError(
-            f"this method needs {name.replace('_', ' ')}, but the tower gave none: the model's family is "
-            "not in the table, or its picture features were not computed inside the context; let the "
-            "model see the pixels, or use a method without them, such as divprune or random"
+            f"this method needs {name.replace('_', ' ')}, but the tower gave none: the model's family has "
+            "none (`autoprune families` says why), or its picture features were not computed inside the "
+            "context; let the model see the pixels, or use a method without them, such as divprune or random"
         )
     return values
 
