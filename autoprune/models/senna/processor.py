@@ -80,6 +80,13 @@ class SennaProcessor(LlavaProcessor):
             image_processor, tokenizer, chat_template=chat_template or TEMPLATE, **kwargs
         )
 
+    def conversation(self, images: Sequence[Image.Image], question: str) -> list[dict[str, Any]]:
+        """One question about six views, or about a picture or several without names of views."""
+        if len(images) == len(CAMERAS):
+            return driving_messages(images, question)
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What stands in the prompt for one picture."""
         tokens: str = self.image_token * self.view_tokens
