@@ -130,7 +130,12 @@ def run(
 
 
 def explain(
-    image: Annotated[str, typer.Argument(help="A picture; - reads standard input.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="A picture, or several in their order; - reads standard input."
+        ),
+    ],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     budget: Annotated[
         str | None,
@@ -178,7 +183,7 @@ def explain(
         "--dtype": dtype,
     }
     request = ExplainRequest(
-        image,
+        images[0],
         question,
         built,
         model,
@@ -191,7 +196,8 @@ def explain(
         layers=command.parse_layers(layers),
         reference=command.parse_reference(reference),
         dark=dark,
-        command=command.command_line(given, image, question),
+        command=command.command_line(given, images, question),
+        others=tuple(images[1:]),
     )
     command.explain(request, console())
 

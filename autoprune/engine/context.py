@@ -251,7 +251,7 @@ class Context:
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, shape, layout)
         required = [int(ends) for ends in layout.ends_visual]
-        pictures = picture_sizes(layout, inputs.ids, self.located.base.config.model_type)
+        pictures = picture_sizes(layout, inputs.ids, self.located.base.config)
         prompts = Prompts(layout.num_visual, layout.num_text, required, copies, pictures)
         state = PromptState(shape, prompts)
         if not any(prompts.num_visual):

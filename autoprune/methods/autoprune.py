@@ -116,7 +116,7 @@ class AutoPrune(Method):
             together. "equal" keeps equally many of each; "attention" as the text attends to them, at each
             ranking; numbers are the pictures' shares, in their order. A picture with fewer tokens than its
             quota leaves the rest to the others, and the sum stays exact. A picture is what stands between
-            other tokens in the prompt, its tiles together.
+            other tokens in the prompt, its tiles together (`engine/tokens/pictures.py`).
 
     gamma=0 and beta=0 make it a fixed schedule of that curve: I is still measured and recorded, and
     nothing follows from it.

@@ -54,5 +54,7 @@ def kept_by_view(
         bars.set_axis_on()
         bars.bar(layers, counts, width=0.8, color=COLOURS[0])
         bars.set_ylim(0, max(sample.pictures))
+        if row + 1 == rows:
+            bars.set_xlabel("decoder layer")
         style_axes(bars, dark)
     return figure

@@ -22,10 +22,11 @@ model_of = functools.cache(zoo.build)
 SEVERAL = [name for name, family in zoo.FAMILIES.items() if family.several_images]
 
 
-def sizes_of(rows: list[list[int]], model_type: str = "llava", with_ids: bool = True):
+def sizes_of(rows: list[list[int]], name: str = "llava_next", with_ids: bool = True):
+    config = zoo.FAMILIES[name].config()
     ids = torch.tensor(rows)
     layout = Layout((ids > 0).numpy(), (ids == IMAGE).numpy())
-    return picture_sizes(layout, ids if with_ids else None, model_type)
+    return picture_sizes(layout, ids if with_ids else None, config)
 
 
 def test_a_picture_is_a_run_of_visual_tokens():
@@ -41,7 +42,7 @@ def test_rows_of_one_picture_are_one_picture():
     assert sizes_of([[1, *picture, *other, 2]], "mistral3") == [[6, 6]]
     assert sizes_of([[1, *picture, 3, 4, *other, 2]], "mistral3") == [[6, 6]]
     assert sizes_of([[1, *picture]], "mistral3") == [[6]]
-    assert sizes_of([[1, *picture, 2]], "llava") == [[2, 2, 2]]
+    assert sizes_of([[1, *picture, 2]], "llava_next") == [[2, 2, 2]]
 
 
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
@@ -52,6 +53,18 @@ def test_tiles_of_one_picture_are_one_picture(model_type):
     assert sizes_of([[1, *tiles, *single, 1]], model_type) == [[6, 2]]
     assert sizes_of([[1, *single, 1, 1, *tiles, 1]], model_type) == [[2, 6]]
     assert sizes_of([[1, *single, 1, 1, *single, 1]], model_type) == [[2, 2]]
+
+
+def test_pictures_of_one_size_need_nothing_between_them():
+    for name, number in (("llava", 16), ("paligemma", 16), ("senna", 8)):
+        whole = [1, *[9] * (3 * number), 2, *[9] * number, 2]
+        assert sizes_of([whole], name) == [[number] * 4]
+        assert sizes_of([[1, *[9] * (number + 1), 2]], name) == [[number + 1]]
+    assert sizes_of([[1, *[9] * 48, 2]], "llava_next") == [[48]]
+    full = zoo.FAMILIES["llava"].config()
+    full.vision_feature_select_strategy = "full"
+    visual = np.array([[False, *[True] * 34, False]])
+    assert picture_sizes(Layout(np.ones_like(visual), visual), None, full) == [[17, 17]]
 
 
 def slow_order(scores: list[float], picture: list[int], shares: list[float]) -> list[int]:
