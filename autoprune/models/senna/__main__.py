@@ -16,7 +16,7 @@ def main() -> int:
     try:
         convert(given.checkpoint, given.output)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(f"wrote {given.output}")
     return 0
