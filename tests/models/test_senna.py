@@ -208,6 +208,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         convert(tmp_path, tmp_path / "out")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    tiny.write_checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("nothing")
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read"):
+        convert(tmp_path, tmp_path / "out")
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    monkeypatch.setattr("autoprune.models.senna.convert.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install sentencepiece protobuf"):
+        convert(tmp_path, tmp_path / "out")
+
+
 def test_an_unconverted_checkpoint_says_how_to_convert_it(upstream):
     with pytest.raises(ValueError, match=r"python -m autoprune\.models\.senna"):
         load_model(str(upstream[0]))

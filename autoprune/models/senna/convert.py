@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def _check_names(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 
 def _tokenizer(folder: Path, words: int) -> Any:
     """Llama's tokenizer as Senna's code uses it, and behind all words the placeholder of a picture."""
+    if not (folder / "tokenizer.json").exists() and find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"the tokenizer.model in {str(folder)!r} is read by a package that is not installed: pip install "
+            "sentencepiece protobuf"
+        )
     try:
         # Each piece of text between pictures begins with Llama's mark of a word, which is the old way.
         llama = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True)
