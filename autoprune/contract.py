@@ -54,12 +54,15 @@ class Prompts:
         picture (`Observation.required`), else 0.
     repeats: how often each prompt stands there, one copy behind the other, as `generate` repeats them for
         beams and several answers.
+    pictures: of each prompt, how many visual tokens each of its pictures has, in their order; empty where
+        that is not known.
     """
 
     num_visual: Sequence[int]
     num_text: Sequence[int]
     required: Sequence[int] = ()
     repeats: int = 1
+    pictures: Sequence[Sequence[int]] = ()
 
     def __len__(self) -> int:
         return len(self.num_visual)
@@ -68,7 +71,8 @@ class Prompts:
         """Some of the prompts."""
         numbers = (self.num_visual, self.num_text, self.required or [0] * len(self))
         visual, text, required = ([values[row] for row in rows] for values in numbers)
-        return Prompts(visual, text, required, self.repeats)
+        pictures = [self.pictures[row] for row in rows] if self.pictures else ()
+        return Prompts(visual, text, required, self.repeats, pictures)
 
 
 @dataclass(frozen=True)

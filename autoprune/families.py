@@ -59,6 +59,7 @@ class Check:
 
 
 NEWLINES = "a picture's line breaks have no vision score"
+ADAPTER = "to be converted; an adapter mixes the patches of a picture, so these have no tokens"
 SLIDING = "no static cache, because of sliding layers"
 
 FAMILIES = (
@@ -135,6 +136,7 @@ FAMILIES = (
         "cls",
         note="converted first (docs/cogvlm.md); no compacted positions",
     ),
+    Family("senna", "Senna", "rb93dett/Senna", None, note=ADAPTER),
 )
 
 MODEL_TYPES = frozenset(family.model_type for family in FAMILIES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _LLAVAS_OWN = (
     "is a checkpoint in the format of LLaVA's own code, which transformers does not read; take its version "
-    "for transformers, such as llava-hf/llava-1.5-7b-hf"
+    "for transformers, such as llava-hf/llava-1.5-7b-hf; one of Senna is converted by `python -m "
+    "autoprune.models.senna`"
 )
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -124,22 +125,32 @@ def _unreadable(name: str, action: str, error: Exception) -> str:
     return f"cannot {action} the model {name!r}: {error}"
 
 
-def prepare(loaded: Loaded, image: Image.Image, question: str) -> Any:
-    """Inputs of one picture and one question, by the processor's chat template if it has one."""
+def prepare(loaded: Loaded, image: Image.Image | Sequence[Image.Image], question: str) -> Any:
+    """Inputs of a picture, or of several in their order, and one question.
+
+    The prompt is made by the processor: by a `conversation` of its own, or its chat template, if it has them.
+    """
     processor = loaded.processor
+    images = [image] if isinstance(image, Image.Image) else list(image)
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        own = getattr(processor, "conversation", _conversation)
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            own(images, question),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
     else:
-        text = f"{getattr(processor, 'image_token', '<image>')}\n{question}"
-        inputs = processor(images=[image], text=[text], return_tensors="pt")
+        places = f"{getattr(processor, 'image_token', '<image>')}\n" * len(images)
+        inputs = processor(images=images, text=[f"{places}{question}"], return_tensors="pt")
     return inputs.to(loaded.model.device).to(loaded.model.dtype)
+
+
+def _conversation(images: Sequence[Image.Image], question: str) -> list[dict[str, Any]]:
+    """Pictures, then the question."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
 def pick_device(device: str) -> torch.device:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import reduce
 from numbers import Integral
@@ -75,6 +75,7 @@ class Sample:
             sliding windows; draft tokens that came with a prompt count.
         peak_bytes, peak_bytes_full: most memory that the prefill takes at one time for this prompt
             (`DecoderCost.peak_bytes`), what the method keeps to decide and its batch's padding included.
+        pictures: visual tokens of each picture of the prompt, in their order.
     """
 
     num_visual: int
@@ -94,6 +95,14 @@ class Sample:
     flops_ahead: float = 0.0
     decision: str | None = None
     summary_token: int | None = None
+    pictures: list[int] = field(default_factory=list)
+
+    def kept_by_picture(self, layer: int) -> list[int]:
+        """How many tokens of each picture enter a layer; merged ones are of none."""
+        ends = torch.tensor(self.pictures, dtype=torch.long).cumsum(0)
+        number = torch.searchsorted(ends, self.kept[layer], right=True)
+        counts: list[int] = number.bincount(minlength=len(self.pictures)).tolist()
+        return counts
 
     @property
     def total_flops(self) -> float:

@@ -19,7 +19,6 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from autoprune.models import cogvlm
 from tests.zoo_families import FAMILIES, Family
 from tests.zoo_pictures import (
     BOS,
@@ -72,7 +71,9 @@ def build_family(family: Family, attn_implementation: str = "sdpa", seed: int = 
     """`build` for a family that is none of `FAMILIES`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cls = getattr(transformers, family.model, None) or getattr(cogvlm, family.model)
+        cls = family.model
+        if isinstance(cls, str):
+            cls = getattr(transformers, cls)
         model = cls._from_config(family.config(), attn_implementation=attn_implementation)
     randomise(model, seed)
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from autoprune.models.cogvlm import CogVLMConfig
+from autoprune.models.cogvlm import CogVLMConfig, CogVLMForConditionalGeneration
+from autoprune.models.senna import SennaConfig, SennaForConditionalGeneration
 from tests.zoo_pictures import (
     BOS,
     CROP,
@@ -45,7 +46,7 @@ class Family:
     """How to build one family.
 
     config: the tiny configuration.
-    model: name of the transformers class.
+    model: name of the transformers class, or a class of the library's own.
     image, video: (which, generator) -> Visual; `which` varies the shape where the family can.
     token_types: name of the token type argument, if there is one.
     type_of: token id -> its type.
@@ -54,7 +55,7 @@ class Family:
     """
 
     config: Callable[[], transformers.PretrainedConfig]
-    model: str
+    model: str | type
     image: Callable[[int, torch.Generator], Visual]
     video: Callable[[int, torch.Generator], Visual] | None = None
     token_types: str | None = None
@@ -270,6 +271,17 @@ def _cogvlm() -> transformers.PretrainedConfig:
     )
 
 
+def senna(**changes: Any) -> transformers.PretrainedConfig:
+    """Views of 16 patches, of which an adapter makes 8 tokens."""
+    return SennaConfig(
+        text_config=_text("llama"),
+        vision_config=_tower("clip_vision_model"),
+        image_token_index=IMAGE,
+        image_seq_length=8,
+        **changes,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llava": Family(llava, "LlavaForConditionalGeneration", bare(16)),
     "llava_sliding": Family(
@@ -361,5 +373,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "aya_vision": Family(_aya_vision, "AyaVisionForConditionalGeneration", square(16)),
     "mistral3": Family(mistral3, "Mistral3ForConditionalGeneration", rows_image),
-    "cogvlm": Family(_cogvlm, "CogVLMForConditionalGeneration", square(16), several_images=False),
+    "cogvlm": Family(_cogvlm, CogVLMForConditionalGeneration, square(16), several_images=False),
+    "senna": Family(senna, SennaForConditionalGeneration, bare(8)),
 }

@@ -135,4 +135,4 @@ def rows_image(which: int, generator: torch.Generator) -> Visual:
         "image_sizes": torch.tensor([[height, width]]),
     }
     row = [*[IMAGE] * (width // 14), START]
-    return Visual(row * (height // 14), payload)
+    return Visual([*(row * (height // 14))[:-1], END], payload)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import answering, files, listing, measuring, serving
+from . import answering, driving, files, listing, measuring, serving
 
 app = typer.Typer(
     add_completion=False,
@@ -44,6 +44,7 @@ app.command()(answering.demo)
 app.command(cls=answering.AsksQuestions)(answering.run)
 app.command(cls=answering.AsksQuestions)(answering.explain)
 app.command()(answering.plan)
+app.command()(driving.drive)
 app.command()(files.score)
 app.command()(files.answer)
 app.command(hidden=True)(files.llava_eval)

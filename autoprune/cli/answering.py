@@ -147,7 +147,12 @@ def run(
 
 
 def explain(
-    image: Annotated[str, typer.Argument(help="A picture; - reads standard input.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="A picture, or several in their order; - reads standard input."
+        ),
+    ],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     budget: Annotated[
         str | None,
@@ -195,7 +200,7 @@ def explain(
         "--dtype": dtype,
     }
     request = ExplainRequest(
-        image,
+        images[0],
         question,
         built,
         model,
@@ -208,7 +213,8 @@ def explain(
         layers=command.parse_layers(layers),
         reference=command.parse_reference(reference),
         dark=dark,
-        command=command.command_line(given, image, question),
+        command=command.command_line(given, images, question),
+        others=tuple(images[1:]),
     )
     command.explain(request, console())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +42,8 @@ def explain(request: ExplainRequest, console: Console) -> None:
     paths = [str(folder / name) for name in files]
     if request.as_json:
         written = record(request, found.loaded, found.image, found.pruned, found.sample, found.full)
+        if request.others:
+            written["images"] = [str(request.image), *request.others]
         written |= {"files": paths, "attention": found.looked.attention.tolist()}
         written |= {} if request.report is None else {"report": str(request.report)}
         print_json(console, written)
@@ -89,7 +91,7 @@ def parse_reference(text: str | None) -> Bits | None:
     return least, most
 
 
-def command_line(options: Mapping[str, Any], image: str, question: str) -> str:
+def command_line(options: Mapping[str, Any], images: Sequence[str], question: str) -> str:
     """The call as one would type it.
 
     Args:
@@ -102,4 +104,4 @@ def command_line(options: Mapping[str, Any], image: str, question: str) -> str:
         elif value is not None and value is not False:
             for one in value if isinstance(value, (list, tuple)) else [value]:
                 words += [option, str(one)]
-    return shlex.join([*words, "--", image, question])
+    return shlex.join([*words, "--", *images, question])

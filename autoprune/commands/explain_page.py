@@ -16,6 +16,11 @@ _WHAT = {
         "What was kept",
         "The picture, and the patches that enter a layer. Dropped patches are veiled.",
     ),
+    "views": (
+        "What was kept of each picture",
+        "How many tokens of each picture enter each layer. A token of this model is no patch, so counts are "
+        "drawn in the place of patches.",
+    ),
     "summary": (
         "What the summary token stands for",
         "One token stands for all tokens that were dropped; they are tinted. It takes the place in the frame.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -14,14 +14,17 @@ from ..images import load_image
 from ..loading import Loaded, load_embedded, load_model, prepare
 from ..methods.autoprune import AutoPrune
 from ..methods.looking import Looked, look
+from ..models.senna import CAMERAS
 from ..trace import Sample
 from ..viz import (
     View,
     attention_over_depth,
+    kept_by_view,
     kept_over_depth,
     retention_curves,
     summary_over_depth,
     tokens_against_flat,
+    views_of,
 )
 from .answers import Answer, answer, answer_pruned
 from .pictures import views
@@ -43,7 +46,7 @@ class ExplainRequest(Request):
     output: folder of the pictures. report: a page of all, or None. layers: depths that are drawn; None chooses.
     reference: the least and the most information of other prompts, in bits; None takes those of built-in
     questions on the embedded model, and elsewhere the whole range of curves. dark: pictures on dark paper.
-    command: the call as it was typed, for the page.
+    command: the call as it was typed, for the page. others: the pictures behind the first one.
     """
 
     output: Path = Path("explain")
@@ -52,18 +55,20 @@ class ExplainRequest(Request):
     reference: Bits | None = None
     dark: bool = False
     command: str = "autoprune explain"
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Explanation:
     """All that was measured of one prompt.
 
+    images: all of the prompt's pictures; image: the first.
     views: empty where the family's grid is not known, and then `no_views` says so. ends: information and
     schedule of the two ends of the reference, least first; None if the method knows no information.
     """
 
     request: ExplainRequest
-    image: Image.Image
+    images: list[Image.Image]
     loaded: Loaded
     pruned: Answer
     full: Answer
@@ -74,20 +79,24 @@ class Explanation:
     ends: list[tuple[float, list[int]]] | None
     names: tuple[str, str]
 
+    @property
+    def image(self) -> Image.Image:
+        return self.images[0]
+
 
 def measure(request: ExplainRequest) -> Explanation:
     """Run the model: pruned, plain, and once to look at the attention of every layer."""
-    image = load_image(request.image)
+    images = [load_image(path) for path in (request.image, *request.others)]
     where = (request.device, request.dtype)
     loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
-    inputs = prepare(loaded, image, request.question)
+    inputs = prepare(loaded, images, request.question)
     # The first run loads and compiles what the others find ready, so it is not timed.
     answer_pruned(loaded, inputs, request.method, 1)
     pruned, sample = answer_pruned(loaded, inputs, request.method, request.max_new_tokens)
     full = answer(loaded, inputs, request.max_new_tokens)
     looked = look(loaded.model, inputs)
     try:
-        seen, no_views = views(loaded, inputs, image, looked), ""
+        seen, no_views = _views(loaded, inputs, images, looked), ""
     except ValueError:
         seen, no_views = (
             [],
@@ -96,8 +105,17 @@ def measure(request: ExplainRequest) -> Explanation:
         )
     ends, names = _ends(request, loaded, sample)
     return Explanation(
-        request, image, loaded, pruned, full, sample, looked, seen, no_views, ends, names
+        request, images, loaded, pruned, full, sample, looked, seen, no_views, ends, names
     )
+
+
+def _views(loaded: Loaded, inputs: Any, images: list[Image.Image], looked: Looked) -> list[View]:
+    if len(images) == 1:
+        return views(loaded, inputs, images[0], looked)
+    if looked.places is None:
+        raise ValueError("where tokens lie is not known")
+    # Raises if a picture is shown in several tiles.
+    return views_of(images, looked.places.numpy())
 
 
 def figures(found: Explanation, dark: bool = False) -> dict[str, Figure]:
@@ -107,6 +125,8 @@ def figures(found: Explanation, dark: bool = False) -> dict[str, Figure]:
     if found.views:
         title = f"{request.question}  {found.pruned.text}"
         drawn["kept"] = kept_over_depth(found.views, sample, request.layers, title, dark)
+    if not found.views and found.request.others and len(sample.pictures) == len(found.images):
+        drawn["views"] = kept_by_view(found.images, sample, _names(found), dark)
     if found.views and sample.summary_token is not None:
         drawn["summary"] = summary_over_depth(found.views, sample, request.layers, dark)
     drawn["attention"] = attention_over_depth(
@@ -118,6 +138,14 @@ def figures(found: Explanation, dark: bool = False) -> dict[str, Figure]:
         drawn["retention"] = retention_curves(least, this, most, found.names, dark)
     drawn["tokens"] = tokens_against_flat(sample, dark)
     return drawn
+
+
+def _names(found: Explanation) -> list[str]:
+    """What the pictures are called: a car's by their cameras, others by their numbers."""
+    number = len(found.images)
+    if found.loaded.model.config.model_type == "senna" and number == len(CAMERAS):
+        return list(CAMERAS)
+    return [f"picture {place}" for place in range(1, number + 1)]
 
 
 def _ends(

@@ -31,6 +31,7 @@ from .refusals import (
 )
 from .speed import device_speed
 from .tokens.layout import Layout, on_host, read_layout
+from .tokens.pictures import picture_sizes
 from .tokens.placeholders import visual_ids
 from .vision.observer import TowerObserver, TowerState, has_pixels
 from .vision.view import VisionView
@@ -250,7 +251,8 @@ class Context:
         if isinstance(cache, PrunedStaticCache):
             cache.admit(self.method, shape, layout)
         required = [int(ends) for ends in layout.ends_visual]
-        prompts = Prompts(layout.num_visual, layout.num_text, required, copies)
+        pictures = picture_sizes(layout, inputs.ids, self.located.base.config)
+        prompts = Prompts(layout.num_visual, layout.num_text, required, copies, pictures)
         state = PromptState(shape, prompts)
         if not any(prompts.num_visual):
             state.schedule = [[0] * shape.num_layers for _ in prompts.num_visual]

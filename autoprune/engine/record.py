@@ -95,7 +95,7 @@ class Record:
         self.columns = layout.real.shape[1]
         self.cost, self.layers = state.shape.cost, state.shape.num_layers
         self.schedule, self.information = state.schedule, state.mutual_information
-        self.decision = state.decision
+        self.decision, self.pictures = state.decision, state.prompts.pictures
         self.observed, self.looked = dict(observed or {}), dict(looked or {})
         self.sharing, cuts = sharing, stages[1:]
         self.ahead = np.zeros(len(layout.real), dtype=np.int64) if ahead is None else ahead
@@ -248,6 +248,7 @@ class Record:
                     peak_bytes=int(peaks[prompt]),
                     peak_bytes_full=peak_full,
                     summary_token=summaries[prompt],
+                    pictures=list(self.pictures[prompt]) if self.pictures else [],
                 )
             )
         return samples

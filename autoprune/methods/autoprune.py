@@ -34,6 +34,7 @@ from ..policy.schedules import at_depth, check_information, check_size
 from ..policy.time_model import Decision, DeviceSpeed
 from .any_budget import AnyBudget
 from .base import Method, check_settings
+from .per_picture import check_number_of_shares, checked_shares, ranked_by_picture
 from .per_prompt import PerPrompt, per_prompt
 from .sharing import check_fleet, end_booking, other_signals, plan_shared
 
@@ -111,6 +112,11 @@ class AutoPrune(Method):
             shared, and for a stream its state. None shares a batch by information; a stream needs one. The
             layers up to `mi_layer` follow each prompt's own allowance: none with mi_layer="peek". Copies of a
             prompt, as for beams, get the same schedule and spend as often as they run.
+        per_picture: how the tokens of every layer are shared by the pictures of a prompt. None ranks all
+            together. "equal" keeps equally many of each; "attention" as the text attends to them, at each
+            ranking; numbers are the pictures' shares, in their order. A picture with fewer tokens than its
+            quota leaves the rest to the others, and the sum stays exact. A picture is what stands between
+            other tokens in the prompt, its tiles together (`engine/tokens/pictures.py`).
 
     gamma=0 and beta=0 make it a fixed schedule of that curve: I is still measured and recorded, and
     nothing follows from it.
@@ -141,9 +147,16 @@ class AutoPrune(Method):
     noise: float = 0.0
     seed: int = 0
     fleet: Fleet | None = None
+    per_picture: Literal["equal", "attention"] | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
+        object.__setattr__(self, "per_picture", checked_shares(self.per_picture))
+        if self.per_picture is not None and self._recycles:
+            raise ValueError(
+                "merger='dpc_knn' makes tokens of several pictures, so per_picture cannot share them; "
+                "leave one of the two out"
+            )
         get_curve(self.curve)
         as_summary(self.merger, others=list(MERGERS))
         for name in ("k0", "text_weight"):
@@ -290,10 +303,12 @@ class AutoPrune(Method):
         if self.first_cut == "pre_llm" and not shape.has_vision_scores:
             raise ValueError(
                 "first_cut='pre_llm' ranks tokens by the vision tower, which gives no scores for this "
-                "model; use first_cut='peek' or 'after_layer_0', or pass vision_scores"
+                "model (`autoprune families` says why); use first_cut='peek' or 'after_layer_0', or pass "
+                "vision_scores"
             )
 
     def begin(self, state: PromptState) -> None:
+        check_number_of_shares(self.per_picture, state)
         sizes, schedule = _sizes(state), self._schedule()
         if self.cut_every == "auto":
             decision = self._decide(schedule, sizes, state.shape.speed)
@@ -385,7 +400,10 @@ class AutoPrune(Method):
                 return None
             return dpc_knn(seen, self._scores(seen, state), counts)
         _, until = self._window(seen.cut, state.shape.num_layers)
-        return Ranking(self._scores(seen, state), until)
+        scores = self._scores(seen, state)
+        if self.per_picture is not None:
+            scores = ranked_by_picture(scores, self.per_picture, seen, state)
+        return Ranking(scores, until)
 
     def _measure(self, seen: Observation) -> tuple[list[float], list[list[float]]]:
         """Each prompt's mutual information in bits, and where a budget is shared its `other_signals`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Make transformers' Auto classes know these architectures. Calling it again does nothing."""
-    from . import cogvlm
+    from . import cogvlm, senna
 
     cogvlm.register()
+    senna.register()

@@ -46,7 +46,8 @@ def required_vision_attention(seen: Observation) -> torch.Tensor:
     if scores is None:
         raise ValueError(
             "this method ranks by the vision tower's attention, but the tower gave none: the model's "
-            "family is not in the table, or its picture features were not computed inside the context; "
+            "family has none (`autoprune families` says why), or its picture features were not computed "
+            "inside the context; "
             "pass vision_scores, or let the model see the pixels"
         )
     return scores
@@ -71,9 +72,9 @@ def required_vision(seen: Observation, name: str) -> torch.Tensor:
     values = getattr(seen, name)
     if values is None:
         raise ValueError(
-            f"this method needs {name.replace('_', ' ')}, but the tower gave none: the model's family is "
-            "not in the table, or its picture features were not computed inside the context; let the "
-            "model see the pixels, or use a method without them, such as divprune or random"
+            f"this method needs {name.replace('_', ' ')}, but the tower gave none: the model's family has "
+            "none (`autoprune families` says why), or its picture features were not computed inside the "
+            "context; let the model see the pixels, or use a method without them, such as divprune or random"
         )
     return values
 

@@ -4,6 +4,7 @@ Functions return matplotlib figures (`kept_patches` a PIL image); `to_png` encod
 """
 
 from .attention import attention_over_depth, half_of_attention
+from .counts import kept_by_view
 from .depth import animate_kept, kept_at_layer, kept_over_depth, summary_over_depth
 from .information import information_by_kind, information_of_kinds
 from .patches import GAP, default_layers, kept_patches, square_grid, tile
@@ -26,6 +27,7 @@ __all__ = [
     "information_of_kinds",
     "join_tiles",
     "kept_at_layer",
+    "kept_by_view",
     "kept_over_depth",
     "kept_patches",
     "matplotlib_parts",

@@ -11,7 +11,10 @@ from PIL import Image
 
 from autoprune import create
 from autoprune.commands.explanation import ExplainRequest, figures, measure
+from autoprune.models.senna.convert import convert
+from autoprune.tiny import draw_scene
 from tests.cli.conftest import LAYERS, VISUAL
+from tests.models import senna_checkpoint
 from tests.pages import Page
 
 QUESTION = "is there a <script>alert(1)</script> ring?"
@@ -134,3 +137,35 @@ def test_a_family_whose_grid_is_not_known_gets_a_sentence(explain, monkeypatch, 
 def test_bad_options_are_one_sentence(explain, words, message):
     outcome = explain(*words)
     assert outcome.code == 2 and message in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_several_pictures_are_drawn_each_with_its_patches(call, picture, model_folder, tmp_path):
+    other = tmp_path / "other.png"
+    draw_scene(4).image.save(other)
+    fixed = ("--model", model_folder, "--max-new-tokens", 2, "--output", tmp_path / "out")
+    page = tmp_path / "page.html"
+    words = (picture, other, QUESTION, *fixed, "--budget", 100, "--set", "per_picture=equal")
+    record = call("explain", *words, "--report", page, "--json").record
+    assert record["images"] == [str(picture), str(other)]
+    assert record["num_visual"] == 2 * VISUAL and record["pictures"] == [VISUAL, VISUAL]
+    with Image.open(tmp_path / "out" / "kept.png") as drawn:
+        assert drawn.height > drawn.width / 3  # two rows of four panels
+    for kept in record["kept"][1:]:
+        first = sum(token < VISUAL for token in kept)
+        assert abs(2 * first - len(kept)) <= 1
+    assert f"{picture} {other} " in html.unescape(page.read_text("utf-8"))
+
+
+def test_six_views_of_senna_are_drawn_with_counts(call, tmp_path):
+    senna_checkpoint.write_checkpoint(tmp_path / "upstream")
+    convert(tmp_path / "upstream", tmp_path / "model")
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for path, view in zip(paths, senna_checkpoint.views(), strict=True):
+        view.save(path)
+    fixed = ("--model", tmp_path / "model", "--budget", 12, "--output", tmp_path / "out")
+    words = (*paths, "plan?", *fixed, "--max-new-tokens", 2)
+    record = call("explain", *words, "--report", tmp_path / "page.html", "--json").record
+    assert record["files"][0].endswith("views.png")
+    assert record["pictures"] == [senna_checkpoint.VIEW_TOKENS] * 6
+    content = " ".join(Page((tmp_path / "page.html").read_text("utf-8")).text.split())
+    assert "A token of this model is no patch, so counts are drawn" in content
