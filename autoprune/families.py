@@ -64,6 +64,7 @@ NEWLINES = "a picture's line breaks have no vision score"
 DEEPSTACK = "deepstack features are cut too"
 THINKER = "give the part that answers: model.thinker"
 LATENT = "caches latents instead of keys and values"
+HYBRID = "ranked before the decoder and behind layers that attend (docs/models.md)"
 RESAMPLED = "a resampler mixes all patches"
 SLIDING = "no static cache, because of sliding layers"
 
@@ -187,6 +188,16 @@ CORE_FAMILIES = tuple(
             note=LATENT,
             type_name="mistral3",
         ),
+        Family("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-27B", "received", video=True, note=HYBRID),
+        Family(
+            "qwen3_5_moe",
+            "Qwen3.5-MoE",
+            "Qwen/Qwen3.5-35B-A3B",
+            "received",
+            video=True,
+            note=HYBRID,
+        ),
+        Family("lfm2_vl", "LFM2-VL", "LiquidAI/LFM2-VL-1.6B", "received", note=HYBRID),
         Family("idefics2", "Idefics2", "HuggingFaceM4/idefics2-8b", None, note=RESAMPLED),
         Family(
             "vipllava",

@@ -144,6 +144,8 @@ def randomise(model: nn.Module, seed: int) -> None:
             leaf = name.split(".")[-2]
             if parameter.ndim < 2:
                 lift = 0.5 if leaf in ("q_norm", "k_norm") else 0.0
+                # Linear attention that remembers for some ten tokens, not for one.
+                lift = -4.0 if name.endswith("A_log") else lift
                 parameter.add_(lift + normal(parameter, 0.1))
             elif "embed" in name and "patch" not in name:
                 # Gemma multiplies its word embeddings by the root of the hidden size.

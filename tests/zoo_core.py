@@ -27,6 +27,7 @@ from tests.zoo_pictures import (
     images_per_prompt,
     join_pooled,
     paced_video,
+    padded_patches,
     patch_image,
     pooled_image,
     rows_image,
@@ -276,6 +277,33 @@ def _molmo2() -> Any:
     )
 
 
+# Layers 1 and 4 attend.
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+UNSTACKED = QWEN_TOWER | {"num_position_embeddings": 64}
+
+
+def _lfm2_vl() -> Any:
+    return config(
+        "Lfm2VlConfig",
+        text_config=text(
+            "lfm2",
+            layer_types=["conv", "full_attention", "conv"] * 2,
+            block_auto_adjust_ff_dim=False,
+        ),
+        vision_config=tower(
+            "siglip2_vision_model", patch_size=GRID_PATCH, num_patches=64, **SIGLIP
+        ),
+        image_token_id=IMAGE,
+        projector_hidden_size=48,
+    )
+
+
 def _made(cls: str, make: Any, image: Any, video: Any = None, **more: Any) -> Family:
     return Family(make, f"{cls}ForConditionalGeneration", image, video, **more)
 
@@ -345,6 +373,19 @@ CORE: dict[str, Family] = {
     "janus": _made("Janus", _janus, bare(16)),
     "aria": _made("Aria", _aria, bare(12)),
     "got_ocr2": _made("GotOcr2", _got_ocr2, square(16, 64), attentions=("eager",)),
+    "qwen3_5": _with_types(
+        "Qwen3_5",
+        lambda: qwen("Qwen3_5Config", "qwen3_5_text", [2, 3, 3], UNSTACKED, text_changes=LINEAR),
+        timed_video(VIDEO),
+    ),
+    "qwen3_5_moe": _with_types(
+        "Qwen3_5Moe",
+        lambda: qwen(
+            "Qwen3_5MoeConfig", "qwen3_5_moe_text", [2, 3, 3], UNSTACKED, text_changes=LINEAR | MOE
+        ),
+        timed_video(VIDEO),
+    ),
+    "lfm2_vl": _made("Lfm2Vl", _lfm2_vl, padded_patches),
     "molmo2": _made(
         "Molmo2",
         _molmo2,

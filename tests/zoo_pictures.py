@@ -12,6 +12,7 @@ IMAGE, VIDEO, START, END = 130, 131, 132, 133
 SPECIAL = (PAD, BOS, 2, 3, IMAGE, VIDEO, START, END)
 VOCABULARY = 140
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 6, 64, 4, 16
+GRID_PATCH = 4
 Payload = dict[str, torch.Tensor]
 
 
@@ -61,6 +62,19 @@ def bare(tokens: int, argument: str = "pixel_values") -> Callable[[int, torch.Ge
     return image
 
 
+def padded_patches(which: int, generator: torch.Generator) -> Visual:
+    """Flat patches of pictures of any shape, padded to the most; four of them make one token."""
+    height, width = [(8, 8), (4, 12), (6, 8)][which]
+    pixels = torch.zeros(1, 64, 3 * GRID_PATCH**2)
+    pixels[:, : height * width] = _pixels(1, height * width, 3 * GRID_PATCH**2)(generator)
+    payload = {
+        "pixel_values": pixels,
+        "spatial_shapes": torch.tensor([[height, width]]),
+        "pixel_attention_mask": (torch.arange(64) < height * width).long()[None],
+    }
+    return Visual([START, *[IMAGE] * (height * width // 4), END], payload)
+
+
 # Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
 CROP, PATCH = 56, 14
 PINPOINTS = [[CROP, CROP], [CROP, 2 * CROP], [2 * CROP, CROP]]
@@ -89,7 +103,6 @@ def anyres_video(tokens: int) -> Callable[[int, torch.Generator], Visual]:
 # Grids (frames, height, width) in patches; four patches make one token.
 _GRIDS = [(1, 8, 8), (1, 8, 12), (1, 4, 12)]
 _VIDEO_GRIDS = [(2, 4, 8), (2, 4, 6), (3, 4, 6)]
-GRID_PATCH = 4
 
 
 def _patches(grid: tuple[int, int, int], prefix: str, generator: torch.Generator) -> Payload:

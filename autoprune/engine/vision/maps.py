@@ -25,10 +25,12 @@ from .packed_maps import (
     frame_grids,
     merge_grids,
     merge_neighbours,
+    merge_padded,
     merge_pooled,
     merge_rows,
     merge_sized,
     merge_windows,
+    padded_grids,
     picture_grids,
     pooled_grids,
 )
@@ -222,6 +224,7 @@ _GRIDS: dict[Map, Callable[[Model, Tensor, Arguments], Grids]] = {
     merge_rows: frame_grids,
     merge_sized: frame_grids,
     merge_pooled: pooled_grids,
+    merge_padded: padded_grids,
     merge_grids: picture_grids,
 }
 
@@ -257,6 +260,8 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "mistral3": PatchLayout(merge_grids),
     "aya_vision": PatchLayout(_shuffle_projected),
     "qwen3_vl_moe": _neighbours,
+    "qwen3_5": _neighbours,
+    "qwen3_5_moe": _neighbours,
     "glm4v_moe": _neighbours,
     "glm46v": _neighbours,
     "glm_ocr": _neighbours,
@@ -266,6 +271,7 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "kimi_k25": PatchLayout(merge_rows),
     "video_llama_3": PatchLayout(merge_sized),
     "cosmos3_edge": PatchLayout(merge_neighbours),
+    "lfm2_vl": PatchLayout(merge_padded),
     "cohere2_vision": PatchLayout(_shuffle_projected),
     "ovis2": PatchLayout(_stride_ovis),
     "lighton_ocr": PatchLayout(merge_grids),

@@ -99,6 +99,28 @@ def merge_pooled(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
     return (chosen * there).sum(dim=1) / there.sum(dim=1)
 
 
+def merge_padded(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
+    """As `merge_rows`, of pictures that are padded to one number of patches."""
+    merge = base.config.downsample_factor
+    merged = [
+        picture[: rows * columns]
+        .view(rows // merge, merge, columns // merge, merge, -1)
+        .mean(dim=(1, 3))
+        .flatten(0, 1)
+        for picture, (rows, columns) in zip(
+            patches, arguments["spatial_shapes"].tolist(), strict=True
+        )
+    ]
+    return torch.cat(merged)
+
+
+def padded_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
+    merge = base.config.downsample_factor
+    return [
+        (rows // merge, columns // merge) for rows, columns in arguments["spatial_shapes"].tolist()
+    ]
+
+
 def pooled_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
     """Of each picture the small version, then its tiles."""
     return [
