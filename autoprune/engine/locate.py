@@ -39,6 +39,14 @@ LAYER_ARGUMENTS = {
 }
 
 
+# Why layers that take these cannot be cut, where that is known (Gemma 3n and Gemma 4).
+REASONS = {
+    "per_layer_input": "each layer has an input of its own for every token",
+    "shared_kv_states": "layers read the keys and values of earlier ones, from which a token that is dropped "
+    "later would have to go as well",
+}
+
+
 # A model of transformers, or its decoder: what else they have differs by family.
 Model = Any
 
@@ -223,8 +231,10 @@ def _check_arguments(layer: nn.Module) -> None:
         missing.append("a cache")
     if unknown or missing:
         differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        reasons = "; ".join(f"{name}: {REASONS[name]}" for name in unknown if name in REASONS)
         raise UnsupportedError(
-            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; {NOT_SUPPORTED}"
+            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut"
+            f"{f' ({reasons})' if reasons else ''}; {NOT_SUPPORTED}"
         )
 
 

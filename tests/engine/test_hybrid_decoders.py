@@ -144,7 +144,10 @@ def test_what_counts_layers_as_alike_is_refused(name):
             model(**arguments)
     with pytest.raises(UnsupportedError, match="static cache"), RANKED_BEFORE(model):
         model.generate(**arguments, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(UnsupportedError, match="cannot count a token for several"), ToMe(8)(model):
+    with (
+        pytest.raises(UnsupportedError, match="cannot count a token for several"),
+        ToMe(8, proportional=True)(model),
+    ):
         model(**arguments)
 
 

@@ -115,6 +115,21 @@ def test_an_argument_that_may_follow_the_sequence_is_refused():
         METHOD(model)
 
 
+def test_gemma_4_is_refused_with_the_reason():
+    config = transformers.Gemma4Config(
+        text_config=TEXT | {"global_head_dim": 16},
+        vision_config=TOWER | {"num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 16},
+    )
+    with pytest.raises(UnsupportedError) as caught:
+        METHOD(skeleton(config))
+    assert str(caught.value).startswith(
+        "Gemma4TextDecoderLayer takes per_layer_input, shared_kv_states, unlike the decoder layers that can be "
+        "cut (per_layer_input: each layer has an input of its own for every token; shared_kv_states: layers "
+        "read the keys and values of earlier ones, from which a token that is dropped later would have to go "
+        "as well); this decoder is not supported: take a model of a family"
+    )
+
+
 COMPLEX = {
     # Their rotary embeddings are one complex tensor.
     "deepseek_v2": {
