@@ -65,6 +65,7 @@ DEEPSTACK = "deepstack features are cut too"
 THINKER = "give the part that answers: model.thinker"
 LATENT = "caches latents instead of keys and values"
 HYBRID = "ranked before the decoder and behind layers that attend (docs/models.md)"
+GLM_FLASH = "GLM-4.6V-Flash is of type glm4v"
 RESAMPLED = "a resampler mixes all patches"
 SLIDING = "no static cache, because of sliding layers"
 
@@ -145,18 +146,18 @@ CORE_FAMILIES = tuple(
             "Qwen3-VL-MoE",
             "Qwen/Qwen3-VL-30B-A3B-Instruct",
             "received",
-            True,
+            video=True,
             note=DEEPSTACK,
         ),
-        Family("glm4v_moe", "GLM-4.5V", "zai-org/GLM-4.5V", "received", True),
-        Family("glm46v", "GLM-4.6V", "zai-org/GLM-4.6V-Flash", "received", True),
-        Family("glm_ocr", "GLM-OCR", "zai-org/GLM-OCR", "received", True),
+        Family("glm4v_moe", "GLM-4.5V", "zai-org/GLM-4.5V", "received", video=True),
+        Family("glm46v", "GLM-4.6V", "zai-org/GLM-4.6V", "received", video=True, note=GLM_FLASH),
+        Family("glm_ocr", "GLM-OCR", "zai-org/GLM-OCR", "received", video=True),
         Family(
             "qwen2_5_omni_thinker",
             "Qwen2.5-Omni thinker",
             "Qwen/Qwen2.5-Omni-7B",
             "received",
-            True,
+            video=True,
             note=THINKER,
         ),
         Family(
@@ -164,7 +165,7 @@ CORE_FAMILIES = tuple(
             "Qwen3-Omni thinker",
             "Qwen/Qwen3-Omni-30B-A3B-Instruct",
             "received",
-            True,
+            video=True,
             note=f"{THINKER}; {DEEPSTACK}",
         ),
         Family("paddleocr_vl", "PaddleOCR-VL", "PaddlePaddle/PaddleOCR-VL", "received"),
@@ -238,7 +239,8 @@ CHECKS = (
         "oracle",
         "prefill and 3 decode steps equal a slow model that masks tokens instead of cutting them, to "
         "2e-4 in float32 where pruning changes logits by more than 1: alone, in a left-padded batch "
-        "of 3, and in one with a prompt without a picture",
+        "of 3, and in one with a prompt without a picture (families tried in the core: in these two "
+        "batches, in one with each attention)",
     ),
     Check(
         "nothing pruned",
