@@ -31,7 +31,7 @@ SCORED = [
     for media in family.media
     if getattr(PATCH_LAYOUTS.get(family.config().model_type), media, None)
 ]
-PATCHES_TRIED = 2
+PATCHES_TRIED = 4
 model_of = functools.cache(zoo.build)
 
 

@@ -66,6 +66,15 @@ def test_a_right_padded_forward_equals_the_oracle(name):
     torch.testing.assert_close(logits[rows, last], whole[rows, last], atol=TOLERANCE, rtol=0)
 
 
+def test_a_batch_without_a_cache_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    with Scattered(DEEP)(model) as trace, torch.no_grad():
+        actual = model(**arguments, use_cache=False).logits[:, -1:]
+    slow = expected(model, arguments, trace.samples, None)
+    torch.testing.assert_close(actual, slow, atol=TOLERANCE, rtol=0)
+
+
 def test_beams_equal_those_of_the_oracle(name):
     model = model_of(name, "sdpa")
     arguments = zoo.inputs(name, model, "padded3_text")
