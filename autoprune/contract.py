@@ -37,6 +37,7 @@ class ModelShape:
 
     has_vision_scores: whether the vision tower scores patches; has_cls: whether it has a CLS token.
     speed: what the parts of a prefill take on the model's device; None if the method needs no speed.
+    attending: whether each layer attends, where some pass a state on instead; None where all do.
     """
 
     num_layers: int
@@ -44,6 +45,7 @@ class ModelShape:
     has_vision_scores: bool
     has_cls: bool = False
     speed: DeviceSpeed | None = None
+    attending: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,9 @@ def hiding(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_eager_decoder(model))
         for index, (layer, kept) in enumerate(zip(layers, kept_columns, strict=True)):
+            if not _attends(text, index):
+                stack.enter_context(_without(layer, kept))
+                continue
             changed = (states or {}).get(index)
             hook = layer.register_forward_pre_hook(_hide(kept, rotary, changed), with_kwargs=True)
             stack.callback(hook.remove)
@@ -372,6 +375,33 @@ def _eager_decoder(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _attends(text: nn.Module, index: int) -> bool:
+    kinds = getattr(text.config, "layer_types", None)
+    return kinds is None or kinds[index] not in ("linear_attention", "conv")
+
+
+@contextlib.contextmanager
+def _without(layer: nn.Module, kept: torch.Tensor) -> Iterator[None]:
+    """A layer that passes a state on cannot have a token hidden: it runs on the kept ones, prompt by prompt."""
+    run = layer.forward
+
+    def forward(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for row in range(len(hidden)):
+            new = torch.ones(hidden.shape[1] - kept.shape[1], dtype=torch.bool)
+            left = torch.cat([kept[row // (len(hidden) // len(kept))], new])
+            out[row, left] = run(hidden[row : row + 1, left], **kwargs | {"attention_mask": None})[
+                0
+            ]
+        return out
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def _add(bias: torch.Tensor) -> Any:

@@ -19,6 +19,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+from tests.zoo_core import CORE
 from tests.zoo_families import FAMILIES, Family
 from tests.zoo_pictures import (
     BOS,
@@ -38,6 +39,7 @@ from tests.zoo_pictures import (
 
 __all__ = [
     "BOS",
+    "CORE",
     "EVERY_MODE",
     "FAMILIES",
     "HEADS",
@@ -50,6 +52,7 @@ __all__ = [
     "VOCABULARY",
     "build",
     "build_family",
+    "family_of",
     "inputs",
     "randomise",
     "visual_mask",
@@ -62,9 +65,13 @@ EVERY_MODE = ("llava", "qwen2_5_vl")
 SINCE_5_19 = Version(transformers.__version__) >= Version("5.19")
 
 
+def family_of(name: str) -> Family:
+    return FAMILIES.get(name) or CORE[name]
+
+
 def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:
     """A new model of the family in eval mode and float32; the same seed gives the same weights."""
-    return build_family(FAMILIES[name], attn_implementation, seed)
+    return build_family(family_of(name), attn_implementation, seed)
 
 
 def build_family(family: Family, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:
@@ -93,7 +100,7 @@ def inputs(
 
     `only` takes one prompt of the batch, unpadded and alone.
     """
-    family = FAMILIES[name]
+    family = family_of(name)
     if media not in family.media:
         raise ValueError(f"{name} has no {media}; it has {family.media}")
     plans = {
@@ -139,6 +146,8 @@ def randomise(model: nn.Module, seed: int) -> None:
             leaf = name.split(".")[-2]
             if parameter.ndim < 2:
                 lift = 0.5 if leaf in ("q_norm", "k_norm") else 0.0
+                # Linear attention that remembers for some ten tokens, not for one.
+                lift = -4.0 if name.endswith("A_log") else lift
                 parameter.add_(lift + normal(parameter, 0.1))
             elif "embed" in name and "patch" not in name:
                 # Gemma multiplies its word embeddings by the root of the hidden size.
@@ -180,7 +189,7 @@ def _token_types(input_ids: torch.Tensor, family: Family, media: str) -> torch.T
     types = torch.zeros_like(input_ids)
     for token, kind in family.type_of.items():
         types[input_ids == token] = kind
-    if media == "video" and family.model.startswith("Glm4v"):
+    if media == "video" and family.model.startswith("Glm"):
         types[types > 0] = 2  # frames of a video use the image token
     return types
 

@@ -11,22 +11,22 @@ import transformers
 
 from autoprune.models.cogvlm import CogVLMConfig, CogVLMForConditionalGeneration
 from autoprune.models.senna import SennaConfig, SennaForConditionalGeneration
+from tests.zoo_configs import HEADS
+from tests.zoo_configs import config as _config
+from tests.zoo_configs import qwen as _qwen
+from tests.zoo_configs import text as _text
+from tests.zoo_configs import tower as _tower
 from tests.zoo_pictures import (
-    BOS,
     CROP,
     END,
     GRID_PATCH,
     HEAD_DIM,
-    HEADS,
     HIDDEN,
     IMAGE,
-    LAYERS,
-    PAD,
     PATCH,
     PINPOINTS,
     START,
     VIDEO,
-    VOCABULARY,
     Payload,
     Visual,
     anyres_image,
@@ -70,42 +70,6 @@ class Family:
         return ("image",) if self.video is None else ("image", "video")
 
 
-def _text(kind: str, **changes: Any) -> dict[str, Any]:
-    base = {
-        "model_type": kind,
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 512,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": None,
-        "tie_word_embeddings": False,
-    }
-    return base | changes
-
-
-def _tower(kind: str, **changes: Any) -> dict[str, Any]:
-    base = {
-        "model_type": kind,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    }
-    return base | changes
-
-
-def _config(cls: str, **fields: Any) -> transformers.PretrainedConfig:
-    return getattr(transformers, cls)(tie_word_embeddings=False, **fields)
-
-
 def llava(text: str = "llama", **changes: Any) -> transformers.PretrainedConfig:
     return _config(
         "LlavaConfig",
@@ -124,31 +88,6 @@ def _anyres(cls: str, text: str, tower: str, **changes: Any) -> transformers.Pre
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
         **changes,
-    )
-
-
-def _qwen(cls: str, text: str, sections: list[int], vision: dict[str, Any]) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
-    if cls == "Glm4vConfig":
-        tokens = {"image_start_token_id": START, "image_end_token_id": END}
-        rope["partial_rotary_factor"] = 0.5
-    else:
-        tokens = {"vision_start_token_id": START, "vision_end_token_id": END}
-    tower = {
-        "depth": 4,
-        "num_heads": 2,
-        "patch_size": GRID_PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "in_channels": 3,
-    }
-    return _config(
-        cls,
-        text_config=_text(text, rope_parameters=rope),
-        vision_config=tower | vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        **tokens,
     )
 
 

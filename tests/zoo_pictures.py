@@ -12,6 +12,7 @@ IMAGE, VIDEO, START, END = 130, 131, 132, 133
 SPECIAL = (PAD, BOS, 2, 3, IMAGE, VIDEO, START, END)
 VOCABULARY = 140
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 6, 64, 4, 16
+GRID_PATCH = 4
 Payload = dict[str, torch.Tensor]
 
 
@@ -52,13 +53,26 @@ def square(tokens: int, size: int = 56) -> Callable[[int, torch.Generator], Visu
     return image
 
 
-def bare(tokens: int) -> Callable[[int, torch.Generator], Visual]:
+def bare(tokens: int, argument: str = "pixel_values") -> Callable[[int, torch.Generator], Visual]:
     """A picture without start and end tokens around it."""
 
     def image(which: int, generator: torch.Generator) -> Visual:
-        return Visual([IMAGE] * tokens, {"pixel_values": _pixels(1, 3, 56, 56)(generator)})
+        return Visual([IMAGE] * tokens, {argument: _pixels(1, 3, 56, 56)(generator)})
 
     return image
+
+
+def padded_patches(which: int, generator: torch.Generator) -> Visual:
+    """Flat patches of pictures of any shape, padded to the most; four of them make one token."""
+    height, width = [(8, 8), (4, 12), (6, 8)][which]
+    pixels = torch.zeros(1, 64, 3 * GRID_PATCH**2)
+    pixels[:, : height * width] = _pixels(1, height * width, 3 * GRID_PATCH**2)(generator)
+    payload = {
+        "pixel_values": pixels,
+        "spatial_shapes": torch.tensor([[height, width]]),
+        "pixel_attention_mask": (torch.arange(64) < height * width).long()[None],
+    }
+    return Visual([START, *[IMAGE] * (height * width // 4), END], payload)
 
 
 # Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
@@ -89,7 +103,6 @@ def anyres_video(tokens: int) -> Callable[[int, torch.Generator], Visual]:
 # Grids (frames, height, width) in patches; four patches make one token.
 _GRIDS = [(1, 8, 8), (1, 8, 12), (1, 4, 12)]
 _VIDEO_GRIDS = [(2, 4, 8), (2, 4, 6), (3, 4, 6)]
-GRID_PATCH = 4
 
 
 def _patches(grid: tuple[int, int, int], prefix: str, generator: torch.Generator) -> Payload:
@@ -108,11 +121,39 @@ def grid_image(which: int, generator: torch.Generator) -> Visual:
     )
 
 
+def patch_image(which: int, generator: torch.Generator) -> Visual:
+    """As `grid_image`, its patches not flattened."""
+    visual = grid_image(which, generator)
+    rows = len(visual.payload["pixel_values"])
+    pixels = _pixels(rows, 3, GRID_PATCH, GRID_PATCH)(generator)
+    return Visual(visual.ids, visual.payload | {"pixel_values": pixels})
+
+
+def flat_image(which: int, generator: torch.Generator) -> Visual:
+    """As `patch_image`, flattened: there is no second frame."""
+    visual = patch_image(which, generator)
+    return Visual(
+        visual.ids, visual.payload | {"pixel_values": visual.payload["pixel_values"].flatten(1)}
+    )
+
+
+def unmerged_image(which: int, generator: torch.Generator) -> Visual:
+    """As `flat_image`; the picture says itself how many of its patches make one token."""
+    visual = flat_image(which, generator)
+    return Visual(visual.ids, visual.payload | {"image_merge_sizes": torch.tensor([2])})
+
+
 def grid_video(which: int, generator: torch.Generator) -> Visual:
     t, h, w = _VIDEO_GRIDS[which]
     return Visual(
         [START, *[VIDEO] * (t * h * w // 4), END], _patches((t, h, w), "video", generator)
     )
+
+
+def paced_video(which: int, generator: torch.Generator) -> Visual:
+    """As `grid_video`; it says how many seconds lie between two of its frames."""
+    visual = grid_video(which, generator)
+    return Visual(visual.ids, visual.payload | {"video_second_per_grid": torch.tensor([1.0])})
 
 
 def timed_video(token: int) -> Callable[[int, torch.Generator], Visual]:
@@ -136,3 +177,29 @@ def rows_image(which: int, generator: torch.Generator) -> Visual:
     }
     row = [*[IMAGE] * (width // 14), START]
     return Visual([*(row * (height // 14))[:-1], END], payload)
+
+
+def pooled_image(which: int, generator: torch.Generator) -> Visual:
+    """One crop of 4 x 4 patches. The picture says which of them make one token: here two by two, then each."""
+    index = torch.arange(16).view(4, 4)
+    joined = index.unfold(0, 2, 2).unfold(1, 2, 2).reshape(4, 4)
+    pooling = torch.cat([joined, torch.nn.functional.pad(index.reshape(16, 1), (0, 3), value=-1)])
+    payload = {
+        "pixel_values": _pixels(1, 16, 3 * PATCH**2)(generator),
+        "image_token_pooling": pooling,
+        "image_grids": torch.tensor([[2, 2, 4, 4]]),
+        "image_num_crops": torch.tensor([1]),
+    }
+    return Visual([START, *[IMAGE] * 20, END], payload)
+
+
+def join_pooled(payloads: list[list[Payload]]) -> Payload:
+    """Pictures of `pooled_image`, whose patches are counted through all of them."""
+    pictures = [payload for prompt in payloads for payload in prompt]
+    joined = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
+    patches = pictures[0]["pixel_values"].shape[1]
+    pooling = [p["image_token_pooling"] for p in pictures]
+    joined["image_token_pooling"] = torch.cat(
+        [index.where(index < 0, index + n * patches) for n, index in enumerate(pooling)]
+    )
+    return joined

@@ -68,7 +68,9 @@ def describe(family: Family) -> dict[str, Any]:
 
 def generation(family: Family) -> str:
     """The ways of generating that are tried on this very family."""
-    return "every mode" if family.every_mode else "greedy"
+    if family.every_mode:
+        return "every mode"
+    return "greedy, in the core" if family.core else "greedy"
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -126,4 +128,7 @@ def markdown(tests: Mapping[str, str] | None = None) -> str:
 
 def _scope(check: Check) -> str:
     covered = [family.title for family in FAMILIES if check.covers(family)]
-    return "every family" if len(covered) == len(FAMILIES) else ", ".join(covered)
+    others = [family.title for family in FAMILIES if not check.covers(family)]
+    if len(covered) <= len(others):
+        return ", ".join(covered)
+    return f"every family but {', '.join(others)}" if others else "every family"

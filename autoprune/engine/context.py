@@ -141,6 +141,7 @@ class Context:
             has_vision_scores=self.vision.available or self.vision_scores is not None,
             has_cls=self.vision.parts.has_cls,
             speed=device_speed(self.located) if self.method.needs_speed else None,
+            attending=self.located.attending_layers,
         )
 
     def before_model(self, kwargs: dict) -> None:

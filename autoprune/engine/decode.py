@@ -84,6 +84,9 @@ class Decode:
         self, index: int, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """What fits the tokens that the layer holds; None if that is what it is given."""
+        if self.located.attentions[index] is None:
+            # Its state holds what it was given; new tokens come one behind the other.
+            return None
         mask = kwargs.get("attention_mask")
         if self.sees_all:
             return None if mask is None else (args, {**kwargs, "attention_mask": None})

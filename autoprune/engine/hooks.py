@@ -143,7 +143,7 @@ class Hooks:
             self.take_over_layers()
         if context.keeps_layer_hooks:
             self.on_layers.keep()
-        tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attentions, self._attend)
+        tagged: dict[nn.Module, tap.Handler] = dict.fromkeys(located.attending, self._attend)
         tagged |= dict.fromkeys(observed, self._attend_in_tower)
         modules: list[Any] = list(observed)
         names: set[str] = {module.config._attn_implementation for module in modules}

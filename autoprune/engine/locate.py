@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
-from ..policy.cost import DecoderCost
+from ..policy.cost import RECURRENT_TYPES, DecoderCost
 from .cache import argument as cache_argument
 
 NOT_SUPPORTED = (
@@ -39,6 +39,14 @@ LAYER_ARGUMENTS = {
 }
 
 
+# Why layers that take these cannot be cut, where that is known (Gemma 3n and Gemma 4).
+REASONS = {
+    "per_layer_input": "each layer has an input of its own for every token",
+    "shared_kv_states": "layers read the keys and values of earlier ones, from which a token that is dropped "
+    "later would have to go as well",
+}
+
+
 # A model of transformers, or its decoder: what else they have differs by family.
 Model = Any
 
@@ -50,7 +58,7 @@ class Located:
     outer: the model with its language-model head.
     base: the module that merges image features into the prompt (it sees `input_ids`).
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
-    attentions: the attention module of each decoder layer.
+    attentions: the attention module of each decoder layer; None where a layer passes a state on instead.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
     windows: the sliding window of each decoder layer, in positions; None where it sees all before it.
     """
@@ -59,11 +67,28 @@ class Located:
     base: Model
     text: Model
     layers: list[nn.Module]
-    attentions: list[nn.Module]
+    attentions: list[nn.Module | None]
     vision: nn.Module
     visual_ids: tuple[int, ...]
     windows: list[int | None]
     cost: DecoderCost
+
+    @property
+    def attending(self) -> list[nn.Module]:
+        """The attention modules of the layers that have one."""
+        return [attention for attention in self.attentions if attention is not None]
+
+    @property
+    def attending_layers(self) -> tuple[bool, ...] | None:
+        """Whether each layer attends; None if all do."""
+        if not self.is_hybrid:
+            return None
+        return tuple(attention is not None for attention in self.attentions)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether some layers pass a state on instead of attending."""
+        return None in self.attentions
 
     @property
     def implementation(self) -> str:
@@ -121,15 +146,20 @@ def _located(
     visual_ids: tuple[int, ...],
 ) -> Located:
     layers = _layers(text)
+    windows = _windows(text, len(layers))
+    kinds = getattr(text.config, "layer_types", None) or [None] * len(layers)
     return Located(
         outer=model,
         base=base,
         text=text,
         layers=layers,
-        attentions=[_attention(layer) for layer in layers],
+        attentions=[
+            _attention(layer) if _attends(text, layer, kind) else None
+            for layer, kind in zip(layers, kinds, strict=True)
+        ],
         vision=vision,
         visual_ids=tuple(dict.fromkeys(visual_ids)),
-        windows=_windows(text, len(layers)),
+        windows=windows,
         cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
     )
 
@@ -169,13 +199,25 @@ def _layers(text: Model) -> list[nn.Module]:
 def _windows(text: Model, depth: int) -> list[int | None]:
     window = getattr(text.config, "sliding_window", None)
     kinds = getattr(text.config, "layer_types", None) or ["sliding_attention"] * depth
-    unknown = sorted(set(kinds) - set(LAYER_TYPES))
-    if unknown:
-        raise UnsupportedError(
-            f"{type(text).__name__} has layers of type {', '.join(unknown)}, but only the masks of "
-            f"{' and '.join(LAYER_TYPES)} are known; {NOT_SUPPORTED}"
-        )
+    if unknown := sorted(set(kinds) - {*LAYER_TYPES, *RECURRENT_TYPES}):
+        _refuse_kinds(text, unknown)
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _refuse_kinds(text: Model, kinds: list[str]) -> NoReturn:
+    raise UnsupportedError(
+        f"{type(text).__name__} has layers of type {', '.join(kinds)}, but only the masks of "
+        f"{' and '.join(LAYER_TYPES)} are known; {NOT_SUPPORTED}"
+    )
+
+
+def _attends(text: Model, layer: nn.Module, kind: str | None) -> bool:
+    """Whether a layer attends or passes a state on; one that does both is not known."""
+    if kind not in RECURRENT_TYPES:
+        return True
+    if any(getattr(module, "is_causal", False) for module in layer.modules()):
+        _refuse_kinds(text, [kind])
+    return False
 
 
 def _check_arguments(layer: nn.Module) -> None:
@@ -189,8 +231,10 @@ def _check_arguments(layer: nn.Module) -> None:
         missing.append("a cache")
     if unknown or missing:
         differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        reasons = "; ".join(f"{name}: {REASONS[name]}" for name in unknown if name in REASONS)
         raise UnsupportedError(
-            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; {NOT_SUPPORTED}"
+            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut"
+            f"{f' ({reasons})' if reasons else ''}; {NOT_SUPPORTED}"
         )
 
 

@@ -20,7 +20,7 @@ from .cache.argument import cache_of, without_cache
 from .cache.pruned import PrunedCache
 from .locate import Located
 from .record import Record
-from .refusals import refuse_unseen_attention
+from .refusals import refuse_unseen_attention, refuse_unseen_layer
 from .tokens.cut import Columns, Cut, Plan, Stage
 from .tokens.layout import Layout
 from .tokens.merged import cut_and_merge, with_last_tokens, with_sizes
@@ -103,7 +103,10 @@ class Prefill:
             # The model holds the states without the features.
             self.observed[index] = entering.nbytes
         last = index + 1 == len(self.located.layers)
-        self.observer.expect(None if last else self.method.needs(index + 1, self.state))
+        following = None if last else self.method.needs(index + 1, self.state)
+        if following is not None:
+            refuse_unseen_layer(self.located, index, index + 1, following, ahead=False)
+        self.observer.expect(following)
         self.unsettled, self.attention_seen = None if self.packing is None else index, False
         fitting = self._fit(index, hidden, kwargs)
         if (columns := self.stages[-1].columns) is not None:
@@ -130,7 +133,10 @@ class Prefill:
         if len(self.stages) > 1:
             layers = getattr(self.cache, "layers", ())
             return self.arguments.fit(
-                layers[index] if index < len(layers) else None, hidden, kwargs
+                layers[index] if index < len(layers) else None,
+                hidden,
+                kwargs,
+                attends=self.located.attentions[index] is not None,
             )
         if self.counts_positions:
             return {**kwargs, "position_embeddings": self.arguments.compacted(hidden)}
@@ -140,8 +146,9 @@ class Prefill:
         self, index: int, needs: Needs, hidden: torch.Tensor, args: tuple, kwargs: dict
     ) -> None:
         """Run layer `index` up to its attention, for methods that look ahead."""
+        refuse_unseen_layer(self.located, index, index, needs, ahead=True)
         kwargs = without_cache(self._fit(index, hidden, kwargs))
-        attention = self.located.attentions[index]
+        attention: Any = self.located.attentions[index]
         apart = has_own_projections(attention)
         rows = self.observer.rows_ahead(needs, self.tokens) if apart else None
         # What was seen of the layer before stays.
@@ -468,7 +475,7 @@ class Prefill:
     @cached_property
     def _may_pack(self) -> bool:
         """Whether ragged batches may be packed into one row."""
-        if self.tokens.batch == 1:
+        if self.tokens.batch == 1 or self.located.is_hybrid:
             return False
         has_windows = any(self.located.windows)
         # Something hooked into the layers may count on the batch dimension.

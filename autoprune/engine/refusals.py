@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from ..contract import MethodContract
+from ..contract import MethodContract, Needs
 from ..errors import UnsupportedError
 from .cache.argument import cache_of, is_paged
 from .cache.static import is_static
@@ -25,6 +25,44 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
         raise UnsupportedError(
             "continuous batching cannot be combined with pruning; use model.generate"
         )
+
+
+def refuse_hybrid(method: MethodContract, located: Located) -> None:
+    """What counts all layers as alike, where some pass a state on instead of attending."""
+    if not located.is_hybrid:
+        return
+    asked = {
+        "a summary of dropped tokens": (method.summary is not None, "no summary"),
+        "compacted positions": (method.positions != "original", "positions='original'"),
+        "cut_every='auto'": (method.needs_speed, "a number"),
+    }
+    for what, (wanted, instead) in asked.items():
+        if wanted:
+            raise UnsupportedError(
+                f"{what} needs layers that are all alike, but {type(located.text).__name__} has "
+                f"{located.attentions.count(None)} layers that do not attend; use {instead}"
+            )
+
+
+def refuse_sizes_in_hybrid(located: Located) -> NoReturn:
+    """A layer that passes a state on has no scores to which a token's size could be added."""
+    raise UnsupportedError(
+        f"{located.attentions.count(None)} layers of {type(located.text).__name__} do not attend, so they "
+        "cannot count a token for several, as sizes of merged tokens need; use a method that merges nothing"
+    )
+
+
+def refuse_unseen_layer(located: Located, layer: int, cut: int, needs: Needs, ahead: bool) -> None:
+    """A cut that is decided by the attention of a layer that has none."""
+    looks = needs.each(ahead)
+    if located.attentions[layer] is not None or not any(n.rows or n.keys for n in looks):
+        return
+    seen = [str(number) for number, one in enumerate(located.attentions) if one is not None]
+    raise UnsupportedError(
+        f"the cut before layer {cut} is decided by the attention of layer {layer}, which has none: of the "
+        f"layers of {type(located.text).__name__} only {', '.join(seen)} attend; let the method look at one of "
+        f"these (AutoPrune: first_cut='pre_llm', mi_layer={seen[0]}), or take one that ranks before the decoder"
+    )
 
 
 def refuse_positions(method: MethodContract, located: Located) -> None:
@@ -57,6 +95,11 @@ def refuse_sizes(implementation: str) -> NoReturn:
 def refuse_cache(located: Located, cache: Any, length: int) -> None:
     """Caches and backends that cannot follow a sliding window over shortened sequences."""
     layers = getattr(cache, "layers", ())
+    if located.is_hybrid and any(map(is_static, layers)):
+        raise UnsupportedError(
+            f"a static cache of {type(located.text).__name__}, some of whose layers do not attend, cannot be "
+            "pruned; use the default cache"
+        )
     if any(is_static(layer) and getattr(layer, "is_sliding", False) for layer in layers):
         raise UnsupportedError(
             "static caches of models with sliding layers cannot be pruned; use the default cache"
@@ -116,7 +159,7 @@ def refuse_compiled_parts(located: Located, tower: Sequence[nn.Module]) -> None:
     """
     parts = {
         "decoder": [located.text],
-        "decoder layers": [*located.layers, *located.attentions],
+        "decoder layers": [*located.layers, *located.attending],
         "vision tower": [located.vision, *tower] if tower else [],
     }
     for name, modules in parts.items():
@@ -145,6 +188,6 @@ def refuse_backend(located: Located, attached: str) -> None:
 def refuse_unseen_attention(located: Located) -> None:
     """Attention that is computed past transformers' interface, where the prompts of a batch are told apart."""
     raise UnsupportedError(
-        f"{type(located.attentions[0]).__name__} does not call transformers' attention interface, so prompts "
+        f"{type(located.attending[0]).__name__} does not call transformers' attention interface, so prompts "
         "that keep different numbers of tokens cannot run in one batch; prune one prompt at a time"
     )

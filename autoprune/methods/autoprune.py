@@ -334,8 +334,23 @@ class AutoPrune(Method):
             return 1
         return at_depth(self.rank_every, num_layers)
 
-    def _window(self, cut: int, num_layers: int) -> tuple[int, int]:
+    def _window_of(self, cut: int, shape: ModelShape) -> tuple[int, int]:
         """The cuts, from the first to behind the last, that follow one ranking: the same for every prompt."""
+        if (attending := shape.attending) is None:
+            return self._window(cut, shape.num_layers)
+        # Rankings need attention: the cuts behind layers without any follow the ranking before.
+        first_text = 1 if self.first_cut == "after_layer_0" else 0
+        places = [
+            place
+            for place in range(shape.num_layers)
+            if self._window(place, shape.num_layers)[0] == place
+            and (place <= first_text or attending[place - 1])
+        ]
+        first = max(place for place in places if place <= cut)
+        return first, min((place for place in places if place > cut), default=shape.num_layers)
+
+    def _window(self, cut: int, num_layers: int) -> tuple[int, int]:
+        """The same where every layer attends."""
         if cut < 2:
             return cut, cut + 1
         measured = max(2, self._measured)
@@ -360,7 +375,7 @@ class AutoPrune(Method):
         if not state.prunes:
             return None
         due = state.notes["due"]
-        first, until = self._window(cut, state.shape.num_layers)
+        first, until = self._window_of(cut, state.shape)
         ranks = cut == first and any(due[first:until])
         if not (ranks or cut == self._measured):
             return None
@@ -399,7 +414,7 @@ class AutoPrune(Method):
             if counts == seen.counts:
                 return None
             return dpc_knn(seen, self._scores(seen, state), counts)
-        _, until = self._window(seen.cut, state.shape.num_layers)
+        _, until = self._window_of(seen.cut, state.shape)
         scores = self._scores(seen, state)
         if self.per_picture is not None:
             scores = ranked_by_picture(scores, self.per_picture, seen, state)

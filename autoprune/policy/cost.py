@@ -79,6 +79,46 @@ class Latent:
         return self.rank * heads * (self.unrotated + self.value)
 
 
+RECURRENT_TYPES = ("linear_attention", "conv")
+"""Types of layers that pass a state of fixed size on instead of attending."""
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """Layers that pass a state on from token to token: linear attention and short convolutions.
+
+    Attributes:
+        layers: whether each layer is one.
+        products: multiply-adds per token of such a layer, beside the MLP.
+        gate: weights of the gate in the attention of the other layers.
+    """
+
+    layers: tuple[bool, ...]
+    products: int
+    gate: int = 0
+
+    @classmethod
+    def from_config(cls, text: Any, hidden: int) -> Recurrent | None:
+        """Of a text config; None if all of its layers attend. The state's own products are counted as in
+        decoding, one token after another.
+        """
+        kinds = tuple(getattr(text, "layer_types", None) or ())
+        if not set(kinds) & set(RECURRENT_TYPES):
+            return None
+        layers = tuple(kind in RECURRENT_TYPES for kind in kinds)
+        if "conv" in kinds:
+            return cls(layers, hidden * (4 * hidden + _read(text, "conv_L_cache")))
+        heads = _read(text, "linear_num_value_heads")
+        key, value = _read(text, "linear_key_head_dim"), _read(text, "linear_value_head_dim")
+        keys, values = _read(text, "linear_num_key_heads") * key, heads * value
+        projections = hidden * (2 * keys + 3 * values + 2 * heads)
+        convolution = (2 * keys + values) * _read(text, "linear_conv_kernel_dim")
+        # What a key finds in the state, what is written there instead, and what a query reads.
+        state = 3 * heads * key * value
+        gate = hidden * _read(text, "num_attention_heads") * _read(text, "head_dim")
+        return cls(layers, projections + convolution + state, gate)
+
+
 @dataclass(frozen=True)
 class DecoderCost:
     """Dimensions of a decoder that decide its FLOPs and KV bytes.
@@ -92,6 +132,7 @@ class DecoderCost:
         fused_mlp: whether a gated MLP computes gate and up in one piece; matters for memory alone.
         latent: of attention whose cache holds latents, None where it holds keys and values; head_dim is what
             is rotated then, and kv_heads does not matter.
+        recurrent: the layers that do not attend; None where all do.
         vocab_size: rows of the lm_head.
         dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
             bfloat16).
@@ -108,6 +149,7 @@ class DecoderCost:
     dtype_bytes: int = 2
     fused_mlp: bool = False
     latent: Latent | None = None
+    recurrent: Recurrent | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -149,17 +191,23 @@ class DecoderCost:
             vocab_size=_read(text, "vocab_size", default=0),
             dtype_bytes=dtype_bytes,
             latent=Latent.from_config(text),
+            recurrent=Recurrent.from_config(text, hidden),
         )
 
     @property
     def linear_flops(self) -> int:
-        """FLOPs per token and layer of the projections and the MLP."""
+        """FLOPs per token and layer of the projections and the MLP, in a layer that attends."""
         if self.latent is None:
             attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         else:
             attention = self.latent.weights(self.hidden, self.heads)
-        mlp = (3 if self.gated_mlp else 2) * self.hidden * self.intermediate
-        return 2 * (attention + mlp)
+        gate = 0 if self.recurrent is None else self.recurrent.gate
+        return 2 * (attention + gate) + self.mlp_flops
+
+    @property
+    def mlp_flops(self) -> int:
+        """FLOPs per token and layer of the MLP."""
+        return 2 * (3 if self.gated_mlp else 2) * self.hidden * self.intermediate
 
     @property
     def attention_flops(self) -> int:
@@ -181,8 +229,8 @@ class DecoderCost:
         return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
 
     def layer_flops(self, tokens: ArrayLike) -> Any:
-        """FLOPs of one layer's prefill over `tokens` positions, text included; same shape, exact
-        integers.
+        """FLOPs of one layer's prefill over `tokens` positions, text included, if it attends; same shape,
+        exact integers.
         """
         n = np.asarray(tokens, dtype=np.int64)
         longest = int(n.max(initial=0))
@@ -211,9 +259,8 @@ class DecoderCost:
             ValueError: `visual_per_layer` does not have one entry per layer.
         """
         tokens = self._tokens(visual_per_layer, num_text)
-        return int_or_rows(
-            self.layer_flops(tokens).sum(axis=-1) + (self.lm_head_flops if lm_head else 0)
-        )
+        flops = self._by_kind(np.asarray(self.layer_flops(tokens)), tokens)
+        return int_or_rows(flops.sum(axis=-1) + (self.lm_head_flops if lm_head else 0))
 
     def look_flops(
         self, keys: ArrayLike, queries: ArrayLike, values: ArrayLike, rows: ArrayLike
@@ -274,14 +321,15 @@ class DecoderCost:
             # transformers makes the keys and values of all cached latents anew at each step.
             made = 2 * self.latent.expansion(self.heads)
             per_key, flops = per_key + made, flops - made
-        flops = (flops + per_key * keys).sum(axis=-1)
-        return int_or_rows(flops + (self.lm_head_flops if lm_head else 0))
+        by_layer = self._by_kind(flops + per_key * keys, np.ones_like(keys))
+        return int_or_rows(by_layer.sum(axis=-1) + (self.lm_head_flops if lm_head else 0))
 
     def kv_bytes(self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0) -> Any:
-        """Bytes of keys and values (or of latents) after prefill, text included; arguments as above."""
-        return int_or_rows(
-            self._tokens(visual_per_layer, num_text).sum(axis=-1) * self.kv_bytes_per_token
-        )
+        """Bytes of keys and values (or of latents) after prefill, text included; arguments as above. The state
+        of a layer that does not attend has a fixed size and is not counted.
+        """
+        held = self._held(self._tokens(visual_per_layer, num_text))
+        return int_or_rows(held.sum(axis=-1) * self.kv_bytes_per_token)
 
     def peak_bytes(
         self,
@@ -341,12 +389,25 @@ class DecoderCost:
         looks = np.asarray(looked, dtype=np.int64)
         attending = (states + self.heads * self.head_dim * tokens + rotary) * self.dtype_bytes
         working = np.where(looks > 0, np.maximum(working, attending + looks), working)
-        columns = tokens if cached is None else np.asarray(cached, dtype=np.int64)
+        columns = self._held(tokens if cached is None else np.asarray(cached, dtype=np.int64))
         cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
         rotated = 2 * self.head_dim * (first // sharing) * self.dtype_bytes
         looks = np.asarray(ahead, dtype=np.int64)
         look = np.where(looks > 0, cache - columns * self.kv_bytes_per_token + rotated + looks, 0)
         return int_or_rows(np.maximum(cache + working, look).max(axis=-1))
+
+    def _by_kind(
+        self, attending: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """FLOPs of each layer, of what they are in layers that attend, for so many tokens."""
+        if self.recurrent is None:
+            return attending
+        passed_on = (2 * self.recurrent.products + self.mlp_flops) * tokens
+        return np.where(self.recurrent.layers, passed_on, attending)
+
+    def _held(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that each layer's cache holds."""
+        return tokens if self.recurrent is None else np.where(self.recurrent.layers, 0, tokens)
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)
@@ -413,6 +474,11 @@ def _active_intermediate(config: Any, hidden: int) -> int:
     dense = _read(
         config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden
     )
+    if getattr(config, "block_auto_adjust_ff_dim", False):
+        # LFM2 rounds two thirds of it up to blocks.
+        block = _read(config, "block_multiple_of")
+        dense = int(config.block_ffn_dim_multiplier * int(2 * dense / 3))
+        dense = -(-dense // block) * block
     experts = _read(config, "num_experts_per_tok", "moe_k", default=0)
     if not experts:
         return dense

@@ -13,7 +13,7 @@ from torch import nn
 
 from autoprune import AutoPrune
 from autoprune.engine.vision import call as vision
-from autoprune.engine.vision.maps import PATCH_LAYOUTS
+from autoprune.engine.vision.maps import PATCH_LAYOUTS, tower_depth
 from tests import zoo
 from tests.watch import observe, tower_values, vision_scores
 
@@ -28,7 +28,7 @@ SETTINGS = [
     for media in family.media
 ]
 # These decode from the output of the last block but one.
-SECOND_TO_LAST = {"llava", "llava_next", "llava_next_video"}
+SECOND_TO_LAST = {"llava", "llava_next", "llava_next_video", "video_llava"}
 WITH_CLS = SECOND_TO_LAST | {"internvl", "cogvlm"}
 EVERY_PATCH = slice(None)
 PATCHES_TRIED = 10
@@ -43,7 +43,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     tower = model.get_encoder(modality="image")
-    return next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
+    depth = tower_depth(model.config)
+    return next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
 
 
 def selected_block(model: nn.Module) -> int:
@@ -100,10 +101,8 @@ def what_the_decoder_sees(model, arguments, patch: int | slice | None) -> torch.
     return seen[0][zoo.visual_mask(model, arguments["input_ids"])]
 
 
-@pytest.mark.parametrize(("name", "media"), SETTINGS)
-def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
-    model = model_of(name)
-    arguments = zoo.inputs(name, model, "padded3", media)
+def check_patches(monkeypatch, model, arguments, tried: int) -> None:
+    """A patch scores exactly the visual tokens that change when the tower's output for it is disturbed."""
     plain = what_the_decoder_sees(model, arguments, None)
 
     def tokens_of(patch: int | slice) -> torch.Tensor:
@@ -115,9 +114,16 @@ def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
     # A token's score is a mean: with 1 for every patch it is 1, and NaN if it has none.
     assert torch.equal(scores.isnan(), ~with_patch)
     assert same(scores[with_patch], torch.ones(int(with_patch.sum())))
-    for patch in torch.linspace(0, count - 1, PATCHES_TRIED).long().tolist():
+    for patch in torch.linspace(0, count - 1, tried).long().tolist():
         scores, _ = scores_if_only(monkeypatch, model, arguments, patch)
         assert torch.equal(scores.nan_to_num() > 0, tokens_of(patch)), patch
+
+
+@pytest.mark.parametrize(("name", "media"), SETTINGS)
+def test_a_patch_scores_exactly_the_tokens_it_makes(name, media, monkeypatch):
+    model = model_of(name)
+    arguments = zoo.inputs(name, model, "padded3", media)
+    check_patches(monkeypatch, model, arguments, PATCHES_TRIED)
 
 
 def patches_seen(monkeypatch, model, arguments, media: str) -> torch.Tensor:

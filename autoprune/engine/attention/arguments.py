@@ -13,7 +13,7 @@ from ...errors import UnsupportedError
 from ..cache import argument as cache_argument
 from ..cache.static import is_static
 from ..locate import Located
-from ..refusals import refuse_sizes
+from ..refusals import refuse_sizes, refuse_sizes_in_hybrid
 from ..tokens.cut import Stage
 from ..tokens.present import Tokens
 from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask, weighed
@@ -44,7 +44,7 @@ class LayerArguments:
         self._rotations: dict[int, tuple[Rotary, torch.Tensor]] = {}
         self._known: set[str] = set()
         # A layer's own code may read position ids.
-        kinds = {type(attention): attention for attention in located.attentions}.values()
+        kinds = {type(attention): attention for attention in located.attending}.values()
         named = [inspect.signature(kind.forward).parameters for kind in kinds]
         self._needs_ids = located.implementation not in WITHOUT_IDS or any(
             "position_ids" in names for names in named
@@ -56,8 +56,10 @@ class LayerArguments:
         self.stage, self.tokens = stage, stage.tokens
         self._made: dict[Any, tuple[Any, Any]] = {}
 
-    def fit(self, layer: Any, hidden: torch.Tensor, kwargs: dict) -> dict:
+    def fit(self, layer: Any, hidden: torch.Tensor, kwargs: dict, attends: bool) -> dict:
         """`kwargs` for the tokens present; `layer`: the cache's layer, or None.
+
+        A layer that does not attend gets no mask but the one of padding.
 
         Raises:
             UnsupportedError: a mask or an argument that cannot be cut.
@@ -67,7 +69,9 @@ class LayerArguments:
         mask, embeddings = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         fitting = {
             "attention_mask": self._once(
-                ("mask", keys), mask, lambda: self._mask(mask, keys, hidden.dtype)
+                ("mask", keys, attends),
+                mask,
+                lambda: self._mask(mask, keys, hidden.dtype) if attends else self._padding(mask),
             )
         }
         if embeddings is not None:
@@ -116,6 +120,14 @@ class LayerArguments:
             f"attention masks of type {type(mask).__name__} are not supported; "
             "use attn_implementation 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'"
         )
+
+    def _padding(self, mask: Any) -> torch.Tensor | None:
+        """1 for tokens and 0 for padding, [batch, n], which stands on the left; None without any."""
+        tokens = self.tokens
+        if tokens.bias is not None:
+            refuse_sizes_in_hybrid(self.located)
+        dtype = torch.long if mask is None else mask.dtype
+        return (tokens.column >= 0).to(dtype) if tokens.padded else None
 
     def _rotary(self, embeddings: Rotary, hidden: torch.Tensor) -> Rotary:
         if self.positions == "compacted":

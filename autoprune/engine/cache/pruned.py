@@ -121,7 +121,10 @@ class PrunedCache:
         own: list[Tokens] = list(dict.fromkeys(entering))
         stages = [own.index(tokens) for tokens in entering]
         held = [tokens.without_last(layout.drafts) for tokens in own]
-        columns, dropped = HeldColumns.of(held), layout.length - held[0].width
+        columns = HeldColumns.of(held)
+        # Positions are counted by the first layer that holds tokens; others hold a state.
+        first = next(n for n, layer in enumerate(cache.layers) if hasattr(layer, "update"))
+        dropped = layout.length - held[stages[first]].width
         slots = None
         if is_static(cache.layers[0]):
             kept, by_layer = CacheMemory.of(cache), [held[stage] for stage in stages]
@@ -132,7 +135,7 @@ class PrunedCache:
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
             renumbered = compacted and held[stage].renumbered
             memory = LayerMemory(pruned, number, columns, stage, renumbered)
-            if number == 0 and dropped:
+            if number == first and dropped:
                 memory.dropped = dropped if slots is None else slots.dropped
             base: type = type(layer)
             layer.__class__ = _pruned_class(base)

@@ -9,25 +9,31 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.vision_utils import get_vision_window_index
 
 from ..locate import Model
-
-# Those of get_image_features or get_video_features.
-Arguments = Mapping[str, Any]
-# From patches to tokens. Patches are float32 [pictures, patches, channels], or [patches, channels] where a
-# tower packs pictures of several sizes. Tokens are [tokens, channels], in the order in which the model
-# scatters features into the prompts, and NaN where a token has no patch.
-Map = Callable[[Model, Tensor, Arguments], Tensor]
-# With the same arguments: rows and columns of each picture's tokens, None if they are not known.
-Grids = list[tuple[int, int]] | None
+from .packed_maps import (
+    Arguments,
+    Grids,
+    Map,
+    frame_grids,
+    merge_grids,
+    merge_neighbours,
+    merge_padded,
+    merge_pooled,
+    merge_rows,
+    merge_sized,
+    merge_windows,
+    padded_grids,
+    picture_grids,
+    pooled_grids,
+)
 
 
 @dataclass(frozen=True)
@@ -169,36 +175,6 @@ def _next_video(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
     return _row_by_row(F.avg_pool2d(_as_square(patches), stride))
 
 
-def _merge_neighbours(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
-    """The tower sees the patches of one token next to each other."""
-    merged = base.config.vision_config.spatial_merge_size**2
-    return patches.reshape(-1, merged, patches.shape[-1]).mean(dim=1)
-
-
-def _merge_windows(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
-    """As `_merge_neighbours`, but tokens are sorted by attention windows inside the tower."""
-    vision = base.config.vision_config
-    order, _ = get_vision_window_index(
-        _frames(arguments), vision.spatial_merge_size, vision.window_size, vision.patch_size
-    )
-    tokens = _merge_neighbours(base, patches, arguments)
-    return tokens[order.argsort().to(tokens.device)]
-
-
-def _frame_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
-    """Every frame of a video is a picture."""
-    merge = base.config.vision_config.spatial_merge_size
-    return [
-        (rows // merge, columns // merge)
-        for frames, rows, columns in _frames(arguments).tolist()
-        for _ in range(frames)
-    ]
-
-
-def _frames(arguments: Arguments) -> Tensor:
-    return arguments.get("image_grid_thw", arguments.get("video_grid_thw"))
-
-
 def _shuffle_internvl(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
     square = _as_square(patches).movedim(1, -1)
     shuffled = base.pixel_shuffle(square, scale_factor=base.config.downsample_ratio)
@@ -210,7 +186,7 @@ def _shuffle_idefics(base: Model, patches: Tensor, arguments: Arguments) -> Tens
     return _mean_of_shuffled(connector.pixel_shuffle(patches, connector.scale_factor), patches)
 
 
-def _shuffle_aya(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
+def _shuffle_projected(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
     return _mean_of_shuffled(base.multi_modal_projector.pixel_shuffle(patches), patches)
 
 
@@ -223,35 +199,15 @@ def _pool_gemma(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
     return _row_by_row(base.multi_modal_projector.avg_pool(_as_square(patches)))
 
 
-def _merge_grids(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
-    """Mistral 3 merges the patches of every picture on the picture's own grid."""
-    grids = _sized_grids(arguments, base.config.vision_config.patch_size) or []
-    pictures = patches.flatten(0, -2).split([rows * columns for rows, columns in grids])
-    merged = [
-        F.avg_pool2d(
-            picture.unflatten(0, (1, *grid)).movedim(-1, 1), base.config.spatial_merge_size
-        )
-        for picture, grid in zip(pictures, grids, strict=True)
-    ]
-    return torch.cat([_row_by_row(channels) for channels in merged])
-
-
-def _picture_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
-    """Pixtral's tower takes pictures of any size, in Mistral 3 and in LLaVA."""
-    merge = getattr(base.config, "spatial_merge_size", 1)
-    return _sized_grids(arguments, base.config.vision_config.patch_size * merge)
-
-
-def _sized_grids(arguments: Arguments, side: int) -> Grids:
-    sizes = arguments.get("image_sizes")
-    if sizes is None:
-        return None
-    return [(height // side, width // side) for height, width in torch.as_tensor(sizes).tolist()]
-
-
 def _as_square(patches: Tensor) -> Tensor:
     """[pictures, patches, channels] -> [pictures, channels, side, side]."""
     return patches.unflatten(1, (round(patches.shape[1] ** 0.5), -1)).movedim(-1, 1)
+
+
+def _stride_ovis(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
+    """A picture whose side is no multiple of the stride gets more rows and columns, which are empty."""
+    stride = base.config.vision_config.hidden_stride
+    return _row_by_row(F.avg_pool2d(_as_square(patches), stride, ceil_mode=True))
 
 
 def _row_by_row(grids: Tensor) -> Tensor:
@@ -261,14 +217,30 @@ def _row_by_row(grids: Tensor) -> Tensor:
 
 # Of the maps that may leave pictures whose tokens are no square.
 _GRIDS: dict[Map, Callable[[Model, Tensor, Arguments], Grids]] = {
-    _each_patch: _picture_grids,
+    _each_patch: picture_grids,
     _any_resolution: _joined_grids,
-    _merge_neighbours: _frame_grids,
-    _merge_windows: _frame_grids,
-    _merge_grids: _picture_grids,
+    merge_neighbours: frame_grids,
+    merge_windows: frame_grids,
+    merge_rows: frame_grids,
+    merge_sized: frame_grids,
+    merge_pooled: pooled_grids,
+    merge_padded: padded_grids,
+    merge_grids: picture_grids,
 }
 
-_neighbours = PatchLayout(_merge_neighbours, _merge_neighbours)
+_neighbours = PatchLayout(merge_neighbours, merge_neighbours)
+_windows = PatchLayout(
+    merge_windows,
+    merge_windows,
+    # The blocks between see single windows only.
+    block=lambda config: max(config.vision_config.fullatt_block_indexes),
+)
+
+
+def _deepest_of_adapter(config: Any) -> int:
+    depth = tower_depth(config) or 0
+    return max(layer % depth for layer in config.adapter_config.vision_feature_layer)
+
 
 # By the model type of a configuration.
 PATCH_LAYOUTS: dict[str, PatchLayout] = {
@@ -277,12 +249,7 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "llava_next_video": PatchLayout(_any_resolution, _next_video),
     "llava_onevision": PatchLayout(_any_resolution, _onevision_video),
     "qwen2_vl": _neighbours,
-    "qwen2_5_vl": PatchLayout(
-        _merge_windows,
-        _merge_windows,
-        # The blocks between see single windows only.
-        block=lambda config: max(config.vision_config.fullatt_block_indexes),
-    ),
+    "qwen2_5_vl": _windows,
     "qwen3_vl": _neighbours,
     "glm4v": _neighbours,
     "internvl": PatchLayout(_shuffle_internvl, squares=True),
@@ -290,7 +257,27 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "smolvlm": PatchLayout(_shuffle_idefics),
     "gemma3": PatchLayout(_pool_gemma, squares=True),
     "paligemma": PatchLayout(_each_patch, squares=True, merges=True),
-    "mistral3": PatchLayout(_merge_grids),
-    "aya_vision": PatchLayout(_shuffle_aya),
+    "mistral3": PatchLayout(merge_grids),
+    "aya_vision": PatchLayout(_shuffle_projected),
     "cogvlm": PatchLayout(_each_patch, squares=True),
+    "qwen3_vl_moe": _neighbours,
+    "qwen3_5": _neighbours,
+    "qwen3_5_moe": _neighbours,
+    "glm4v_moe": _neighbours,
+    "glm46v": _neighbours,
+    "glm_ocr": _neighbours,
+    "qwen2_5_omni_thinker": _windows,
+    "qwen3_omni_moe_thinker": _neighbours,
+    "paddleocr_vl": PatchLayout(merge_rows),
+    "kimi_k25": PatchLayout(merge_rows),
+    "video_llama_3": PatchLayout(merge_sized),
+    "cosmos3_edge": PatchLayout(merge_neighbours),
+    "lfm2_vl": PatchLayout(merge_padded),
+    "cohere2_vision": PatchLayout(_shuffle_projected),
+    "ovis2": PatchLayout(_stride_ovis),
+    "lighton_ocr": PatchLayout(merge_grids),
+    "video_llava": PatchLayout(_each_patch),
+    "deepseek_vl": PatchLayout(_each_patch),
+    "janus": PatchLayout(_each_patch),
+    "molmo2": PatchLayout(merge_pooled, block=_deepest_of_adapter),
 }
