@@ -40,4 +40,11 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
         # A page from outside of docs/: where it names one of docs/, that is one of the site's.
         depth = page.file.src_uri.count("/")
         markdown = markdown.replace(f"]({'../' * depth}docs/", f"]({'../' * depth}")
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)*[\w./-]+/\)", r"\1", markdown)
+    folder = ROOT / "docs" / page.file.src_uri
+    folder = (folder if folder.is_file() else ROOT / page.file.src_uri).parent
+
+    def linked(found: re.Match[str]) -> str:
+        """The words alone where the link leads to a folder."""
+        return found[1] if any((base / found[2]).is_dir() for base in (folder, ROOT)) else found[0]
+
+    return re.sub(r"\[([^\]]+)\]\(([\w./-]+)\)", linked, markdown)

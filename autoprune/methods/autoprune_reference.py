@@ -45,7 +45,9 @@ class AutoPruneReference(Method):
     Args:
         budget: target mean of visual tokens leaving a layer (`target_token_num`), or
             `Budget.tokens(..., counted="leaving")`.
-        x0, k0, gamma: curve parameters of the release.
+        x0: midpoint of the release's curve.
+        k0: slope of the release's curve.
+        gamma: how much information flattens the release's curve.
         recycle: merge the best dropped tokens; False plans and prunes without merging.
     """
 

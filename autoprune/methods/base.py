@@ -135,7 +135,8 @@ class Method(MethodContract):
         """Switch pruning on until `detach()` is called on the returned handle.
 
         Args:
-            model, options: as for a block (`__call__`).
+            model: as for a block (`__call__`).
+            options: as for a block.
             keep: how many samples the handle's trace keeps, the last ones; None keeps all. Its summary
                 counts every prompt.
         """
