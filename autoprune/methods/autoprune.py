@@ -65,9 +65,9 @@ class AutoPrune(Method):
     Args:
         budget: a `Budget`, or the mean number of visual tokens entering a layer.
         k0: slope without information (the hardest prompt's); stated for 32 layers.
-        gamma: how much one bit of information flattens the slope.
+        gamma: how much one bit of information flattens the slope; stated for 32 layers.
         x0: midpoint without information, a layer; stated for 32 layers.
-        beta: how many layers one bit of information moves the midpoint.
+        beta: how many layers one bit of information moves the midpoint; stated for 32 layers.
         curve: retention family, see `autoprune.policy.curves.CURVES`.
         mi_layer: index of the layer whose attention is measured. "peek" measures that of layer 0 ahead of its
             turn, at the look of `first_cut="peek"`. Then I decides all layers, and a budget over a batch or
