@@ -11,7 +11,7 @@ from ..policy.cost import DecoderCost
 from .base import Method, PreDecoder
 
 # A method before the decoder asks nothing of the decoder's size where its schedule is given.
-_NO_MODEL = ModelShape(1, DecoderCost(1, 1, 1, 1, 1, 1), has_vision_scores=True)
+_NO_COST = DecoderCost(1, 1, 1, 1, 1, 1)
 
 
 def prune_picture(
@@ -19,6 +19,7 @@ def prune_picture(
     embeddings: torch.Tensor,
     count: int,
     seen: Mapping[str, torch.Tensor],
+    has_cls: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a method keeps of one picture. An engine that is not transformers calls this.
 
@@ -30,6 +31,7 @@ def prune_picture(
         count: how many of them are to be left, from 1 to N.
         seen: what was seen of the vision tower, [N, ...] each, by the names of `Observation`: those that
             `method.tower()` asks for, and `vision_padding` where the picture was padded.
+        has_cls: whether the vision tower has a CLS token.
 
     Returns:
         LongTensor [count], ascending: which tokens stay. And their embeddings [count, size], which differ
@@ -43,7 +45,7 @@ def prune_picture(
         raise ValueError(f"count must be from 1 to {number}, the picture's tokens, got {count}")
     if count == number:
         return torch.arange(number, device=embeddings.device), embeddings
-    selection = _select(method, embeddings, count, seen)
+    selection = _select(method, embeddings, count, seen, has_cls)
     kept = selection.kept[0].to(embeddings.device)
     return kept, embeddings[kept] if selection.states is None else selection.states[0]
 
@@ -68,10 +70,15 @@ def check_one_picture(method: Method) -> None:
 
 
 def _select(
-    method: PreDecoder, embeddings: torch.Tensor, count: int, seen: Mapping[str, torch.Tensor]
+    method: PreDecoder,
+    embeddings: torch.Tensor,
+    count: int,
+    seen: Mapping[str, torch.Tensor],
+    has_cls: bool = False,
 ) -> Selection:
     number, device = len(embeddings), embeddings.device
-    prompts = Prompts([number], [0])
+    shape = ModelShape(1, _NO_COST, has_vision_scores=True, has_cls=has_cls)
+    state = PromptState(shape, Prompts([number], [0]), schedule=[[count]])
     observation = Observation(
         cut=0,
         counts=[number],
@@ -82,7 +89,7 @@ def _select(
         text_hidden=_no_text,
         **{name: values[None] for name, values in seen.items()},  # type: ignore[arg-type]
     )
-    selection = method.select(observation, PromptState(_NO_MODEL, prompts, schedule=[[count]]))
+    selection = method.select(observation, state)
     assert selection is not None
     return selection
 

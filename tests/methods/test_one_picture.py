@@ -18,6 +18,7 @@ POSSIBLE = (
     "hiprune",
     "divprune",
     "scope",
+    "folder",
     "pooling",
     "uniform",
     "random",

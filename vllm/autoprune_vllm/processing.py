@@ -23,7 +23,8 @@ class PrunedInfo:
     """Stands before the information that vLLM has on a family: pictures only, and how large they get."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": super().get_supported_mm_limits()["image"]}  # type: ignore[misc]
+        limits = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {name: limit if name == "image" else 0 for name, limit in limits.items()}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]

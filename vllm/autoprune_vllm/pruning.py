@@ -102,7 +102,8 @@ class PrunesPictures:
         """One picture's embeddings [number, size], less those of the tokens that go."""
         # Qwen3-VL puts what its deeper layers are given behind the embeddings.
         size = self.text_size
-        kept, states = prune_picture(self.method, picture[:, :size], count, seen)
+        has_cls = self.tap.parts.has_cls
+        kept, states = prune_picture(self.method, picture[:, :size], count, seen, has_cls)
         states = torch.cat([states.to(picture), picture[kept, size:]], dim=1)
         if not self.keeps_positions:
             return states

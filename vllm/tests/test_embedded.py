@@ -1,0 +1,53 @@
+"""The embedded model, as a server is started: its method and budget come with the override."""
+
+from __future__ import annotations
+
+import pytest
+from equality import Ask, Reference, answers, generate
+
+from autoprune import tiny
+from autoprune_vllm import overrides
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return Reference(tiny.path())
+
+
+@pytest.fixture(scope="module")
+def asks(reference):
+    """Questions about scenes, by budget."""
+
+    def of(budget):
+        made = []
+        for seed in range(4):
+            scene = tiny.draw_scene(seed=seed)
+            made += [
+                Ask(reference.text(question.text), [scene.image], budget)
+                for question in tiny.ask(scene, seed)[:3]
+            ]
+        return made
+
+    return of
+
+
+def cut(told: list[int], mine: list[int]) -> list[int]:
+    """What transformers says up to where vLLM stops: behind the end token it writes padding."""
+    return told[: len(mine)]
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "compacted"}], ids=["original", "compacted"])
+def test_the_servers_budget_holds_where_a_request_gives_none(
+    options, reference, asks, start_engine
+):
+    settings = overrides(str(tiny.path()), "scope", 64, options={"alpha": 0.5, **options})
+    engine = start_engine(tiny.path(), hf_overrides=settings, num_gpu_blocks_override=40)
+    assert engine.llm_engine.model_config.uses_mrope == (not options)
+    for budget in (None, 16, 144):
+        mine = answers(engine, asks(budget))
+        spent = 64 if budget is None else budget
+        for told, ask in zip(mine, asks(spent), strict=True):
+            assert cut(reference.answer(ask, "scope", alpha=0.5, **options), told) == told
+    (output,) = generate(engine, asks(None)[:1])
+    (whole,) = generate(engine, asks(144)[:1])
+    assert len(whole.prompt_token_ids) - len(output.prompt_token_ids) == 144 - 64
