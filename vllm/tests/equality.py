@@ -43,6 +43,8 @@ class Reference:
     def __init__(self, folder: Path):
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        # Both sides go on behind an end token.
+        self.model.generation_config.eos_token_id = None
 
     def text(self, question: str, pictures: int = 1) -> str:
         """The prompt of a question about pictures, by the processor's template."""
@@ -90,7 +92,7 @@ def start(folder: Path, **options: Any) -> LLM:
 
 def generate(llm: LLM, asks: Sequence[Ask]) -> list[Any]:
     """What vLLM says, all at once."""
-    settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False)
+    settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     return llm.generate([ask.prompt for ask in asks], settings, use_tqdm=False)
 
 
