@@ -118,10 +118,10 @@ def test_prompts_that_are_preempted_answer_the_same(pair, monkeypatch):
         "_preempt_request",
         lambda self, request, *args: (preempted.append(request), preempt(self, request, *args))[1],
     )
-    words = "the red circle is left of the blue square and " * 5
-    text = pair.reference.text(words + QUESTIONS[0])
+    # Lengths differ, so that some prompts need another block while they are answered.
     asks = [
-        Ask(text, [picture], budget) for picture in pictures(4, pair.sizes) for budget in (3, 8)
+        Ask(pair.reference.text("circle " * (40 + i) + QUESTIONS[0]), [picture], 8)
+        for i, picture in enumerate(pictures(14, pair.sizes))
     ]
     assert answers(pair.engine, asks) == [pair.reference.answer(ask, "divprune") for ask in asks]
     assert preempted
