@@ -111,13 +111,13 @@ def test_budgets_never_share_cached_prefixes(pair):
 
 def test_prompts_that_are_preempted_answer_the_same(pair, monkeypatch):
     prune_by(pair.engine, "divprune")
-    preempted = []
-    preempt = Scheduler._preempt_request
-    monkeypatch.setattr(
-        Scheduler,
-        "_preempt_request",
-        lambda self, request, *args: (preempted.append(request), preempt(self, request, *args))[1],
-    )
+    preempted, preempt = [], Scheduler._preempt_request
+
+    def count(self: Scheduler, request: Any, *args: Any, **options: Any) -> Any:
+        preempted.append(request)
+        return preempt(self, request, *args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", count)
     # Lengths differ, so that some prompts need another block while they are answered.
     asks = [
         Ask(pair.reference.text("circle " * (40 + i) + QUESTIONS[0]), [picture], 8)
