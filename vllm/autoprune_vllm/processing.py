@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from .server_config import most_positions
@@ -17,6 +16,16 @@ from .settings import KEY, Settings
 
 # Of each picture how many tokens stay and how many it has, int64 [pictures, 2].
 COUNTS = "autoprune_counts"
+
+
+@dataclass
+class Shortened(PromptUpdateDetails):
+    """What stands for a picture in a shortened prompt.
+
+    whole: visual tokens of the whole picture.
+    """
+
+    whole: int = 0
 
 
 class PrunedInfo:
@@ -56,36 +65,35 @@ class PrunedProcessor:
         """
         # Also where all pictures are known already and nothing else looks at the budget.
         self.settings.for_request(inputs.hf_processor_mm_kwargs)
-        result = super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        self._check(result)
-        return result
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
-    def _check(self, result: Mapping[str, Any]) -> None:
-        ids, ranges = result["prompt_token_ids"], result["mm_placeholders"].get("image", [])
-        if not ranges:
-            return
-        length, image = len(ids), self._image_token()
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> tuple[list[int], Any]:
+        ids, placeholders = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+        updates = mm_res.prompt_updates.get("image", [])
+        if updates:
+            self._check(ids, [update.content for (update,) in updates])
+        return ids, placeholders
+
+    def _check(self, ids: list[int], pictures: Sequence[Shortened]) -> None:
+        """Raise ValueError for a prompt that would be answered wrongly."""
+        image = self._image_token()
         if ids[-1] == image:
             raise ValueError("autoprune: the prompt ends with a picture; put some text behind it")
-        own = sum(place.get_num_embeds() for place in ranges)
-        if (given := ids.count(image)) != own:
+        left = sum(picture.full.count(image) for picture in pictures)
+        if (given := ids.count(image)) != left:
             raise ValueError(
-                f"autoprune: the prompt has {given - own} image tokens that belong to no picture; leave "
+                f"autoprune: the prompt has {given - left} image tokens that belong to no picture; leave "
                 "them out of its text"
             )
         if self.settings.method.positions == "compacted":
             return
-        kwargs = result["mm_kwargs"]["image"]
-        wholes = [item[COUNTS].data.flatten().tolist() for item in kwargs if item is not None]
-        dropped = sum(whole - count for count, whole in wholes)
+        dropped = sum(picture.whole for picture in pictures) - left
         config = self.info.ctx.model_config
-        most = most_positions(config.hf_config)
-        if dropped + config.max_model_len > most:
+        most, last = most_positions(config.hf_config), dropped + config.max_model_len
+        if last > most:
             raise ValueError(
-                f"autoprune: with whole pictures this prompt could reach position "
-                f"{dropped + config.max_model_len}, but the model has {most}; send fewer pictures, or lower "
-                f"max_model_len to "
-                f"{most - dropped} or less (this prompt has {length} tokens)"
+                f"autoprune: with whole pictures this prompt could reach position {last}, but the model has "
+                f"{most}; send fewer pictures, or start the server with max_model_len {most - dropped} or less"
             )
 
     def _image_token(self) -> int:
@@ -97,7 +105,6 @@ class PrunedProcessor:
         processed = super()._apply_hf_processor_main(mm_items, options)  # type: ignore[misc]
         pictures = mm_items.get_count("image", strict=False)
         if pictures:
-            mm_items.get_items("image", ImageProcessorItems)
             fields = super()._get_mm_fields_config(processed, options)  # type: ignore[misc]
             items = MultiModalKwargsItems.from_hf_inputs(processed, fields)
             updates = super()._get_prompt_updates(mm_items, options, items)  # type: ignore[misc]
@@ -118,10 +125,10 @@ class PrunedProcessor:
         options = _others(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, options, out_mm_kwargs)  # type: ignore[misc]
 
-        def shortened(update: Any) -> Callable[[int], PromptUpdateDetails]:
-            def content(picture: int) -> PromptUpdateDetails:
+        def shortened(update: Any) -> Callable[[int], Shortened]:
+            def content(picture: int) -> Shortened:
                 count = int(out_mm_kwargs["image"][picture][COUNTS].data.flatten()[0])
-                return _first(update.resolve(picture).content, count)
+                return shorten(update.resolve(picture).content, count)
 
             return content
 
@@ -143,9 +150,9 @@ def _is_visual(content: PromptUpdateDetails) -> torch.Tensor:
     return content.is_embed(content.full)
 
 
-def _first(content: PromptUpdateDetails, count: int) -> PromptUpdateDetails:
+def shorten(content: PromptUpdateDetails, count: int) -> Shortened:
     """What stands for a picture, with its first `count` visual tokens alone."""
     visual = _is_visual(content)
     stays = ~visual | (visual.cumsum(0) <= count)
     tokens = [token for token, here in zip(content.full, stays.tolist(), strict=True) if here]
-    return replace(content, full=tokens)
+    return Shortened(tokens, content.is_embed, whole=int(visual.sum()))

@@ -63,8 +63,13 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     return words
 
 
-def build(family: str, folder: Path, **changes: Any) -> Path:
-    """Write the checkpoint of a family into a folder, and say where it is."""
+def build(family: str, folder: Path, side: int = SIDE, patch: int = PATCH, **changes: Any) -> Path:
+    """Write the checkpoint of a family into a folder, and say where it is.
+
+    Args:
+        side, patch: pixels along the side of a picture and of a patch, for LLaVA-1.5.
+        changes: of its text and vision configuration, for LLaVA-1.5.
+    """
     words = tokenizer(family)
     ids = [words.convert_tokens_to_ids(token) for token in TOKENS[family]]
     torch.manual_seed(1)
@@ -81,7 +86,12 @@ def build(family: str, folder: Path, **changes: Any) -> Path:
         bos_token_id=1, eos_token_id=None, pad_token_id=0
     )
     model.save_pretrained(folder)
-    _PROCESSORS[family](words, TEMPLATE.replace("PICTURE", PICTURE[family])).save_pretrained(folder)
+    processor = _PROCESSORS[family](words, TEMPLATE.replace("PICTURE", PICTURE[family]))
+    if (side, patch) != (SIDE, PATCH):
+        size = {"height": side, "width": side}
+        processor.image_processor.size = processor.image_processor.crop_size = size
+        processor.patch_size = patch
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -120,12 +130,11 @@ def _clip(**changes: Any) -> dict[str, Any]:
 
 def _llava(ids: list[int], vocabulary: int, **changes: Any) -> Any:
     return transformers.LlavaConfig(
-        text_config=_text("llama", vocabulary, **changes.pop("text", {})),
-        vision_config=_clip(**changes.pop("vision", {})),
+        text_config=_text("llama", vocabulary, **changes.get("text", {})),
+        vision_config=(vision := _clip(**changes.get("vision", {}))),
         image_token_index=ids[0],
-        image_seq_length=(SIDE // PATCH) ** 2,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         tie_word_embeddings=False,
-        **changes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from equality import Ask, Reference, answers, generate
+from equality import NEW_TOKENS, Ask, Reference, answers, generate
 
 from autoprune import tiny
 from autoprune_vllm import overrides
@@ -29,6 +29,15 @@ def asks(reference):
         return made
 
     return of
+
+
+def test_text_alone_is_answered_as_ever(reference, start_engine):
+    settings = overrides(str(tiny.path()), "divprune", 64)
+    engine = start_engine(tiny.path(), hf_overrides=settings, num_gpu_blocks_override=40)
+    text = reference.text("what color is the circle ?", pictures=0)
+    ids = reference.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    told = reference.model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert answers(engine, [Ask(text)]) == [told[0, ids["input_ids"].shape[1] :].tolist()]
 
 
 @pytest.mark.parametrize("options", [{}, {"positions": "compacted"}], ids=["original", "compacted"])
