@@ -38,7 +38,7 @@ def server_command(options: argparse.Namespace, others: Sequence[str]) -> list[s
     settings = dict(_setting(text) for text in options.option)
     pruned = overrides(options.model, options.method, options.budget, options.ratio, settings)
     rest, given = _without_overrides(others)
-    command = ["serve", options.model, "--hf-overrides", json.dumps({**given, **pruned})]
+    command = ["--model", options.model, "--hf-overrides", json.dumps({**given, **pruned})]
     if options.budget_per_request:
         command.append("--trust-request-mm-kwargs")
     return [*command, *rest]
@@ -117,4 +117,6 @@ def _without_overrides(others: Sequence[str]) -> tuple[list[str], dict[str, Any]
 def _become(command: Sequence[str]) -> NoReturn:
     """Replace this process by vLLM's, so that signals reach it."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command])
+    # `vllm serve` does not start from the package for the CPU, which it does not find by name.
+    server = "vllm.entrypoints.openai.api_server"
+    os.execv(sys.executable, [sys.executable, "-m", server, *command])
