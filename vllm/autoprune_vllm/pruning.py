@@ -78,9 +78,11 @@ class PrunesPictures:
         counts = kwargs.pop(COUNTS, None)
         if counts is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        with self.tap.watch(kwargs) as call:
+        pruned = bool((counts[:, 0] < counts[:, 1]).any())
+        with self.tap.watch(kwargs, pruned) as call:
             whole = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        seen, start, kept = self.tap.seen(call), 0, []
+        # The attention of pictures that stay whole need not be computed.
+        seen, start, kept = self.tap.seen(call) if pruned else {}, 0, []
         grids = kwargs.get("image_grid_thw")
         for i, (picture, (count, number)) in enumerate(zip(whole, counts.tolist(), strict=True)):
             if len(picture) != number:

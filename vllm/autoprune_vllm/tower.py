@@ -40,13 +40,15 @@ class TowerTap:
             module.register_forward_pre_hook(self._observe, with_kwargs=True)
 
     @contextmanager
-    def watch(self, arguments: Mapping[str, Any]) -> Iterator[Call]:
+    def watch(self, arguments: Mapping[str, Any], wanted: bool = True) -> Iterator[Call]:
         """Watch one run of the tower; `seen` then says what was seen.
 
         Args:
             arguments: what the model is called with: pixel_values, image_grid_thw, image_sizes.
+            wanted: whether anything is to be seen this time.
         """
-        self._call = call = Call(self.parts, dict(arguments))
+        call = Call(self.parts, dict(arguments))
+        self._call = call if wanted else None
         try:
             yield call
         finally:

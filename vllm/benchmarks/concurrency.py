@@ -60,7 +60,7 @@ def measure(folder: Path, budgets: Sequence[int], rounds: int) -> dict[str, Any]
 
     text = {
         "hidden_size": 512,
-        "intermediate_size": 1376,
+        "intermediate_size": 1632,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,

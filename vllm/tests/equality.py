@@ -20,11 +20,12 @@ NEW_TOKENS = 12
 
 @dataclass
 class Ask:
-    """A prompt and the budget of its pictures; None asks for nothing."""
+    """A prompt, the budget of its pictures (None asks for nothing), and how long the answer is."""
 
     text: str
     pictures: list[Image.Image] = field(default_factory=list)
     budget: int | None = None
+    new_tokens: int = NEW_TOKENS
 
     @property
     def prompt(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Reference:
             images=ask.pictures, text=ask.text, return_tensors="pt", add_special_tokens=False
         )
         length = inputs["input_ids"].shape[1]
-        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        settings = {"max_new_tokens": ask.new_tokens, "do_sample": False}
         scores = options.pop("vision_scores", None)
         if ask.budget is None:
             return self.model.generate(**inputs, **settings)[0, length:].tolist(), None
@@ -92,7 +93,9 @@ def start(folder: Path, **options: Any) -> LLM:
 
 def generate(llm: LLM, asks: Sequence[Ask]) -> list[Any]:
     """What vLLM says, all at once."""
-    settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    settings = [
+        SamplingParams(temperature=0, max_tokens=ask.new_tokens, ignore_eos=True) for ask in asks
+    ]
     return llm.generate([ask.prompt for ask in asks], settings, use_tqdm=False)
 
 

@@ -118,11 +118,9 @@ def test_prompts_that_are_preempted_answer_the_same(pair, monkeypatch):
         return preempt(self, request, *args, **options)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", count)
-    # Lengths differ, so that some prompts need another block while they are answered.
-    asks = [
-        Ask(pair.reference.text("circle " * (40 + i) + QUESTIONS[0]), [picture], 8)
-        for i, picture in enumerate(pictures(14, pair.sizes))
-    ]
+    # Long answers: eight prompts of two blocks each need others while they are answered.
+    text = pair.reference.text("circle " * 30 + QUESTIONS[0])
+    asks = [Ask(text, [picture], 8, new_tokens=40) for picture in pictures(8, pair.sizes)]
     assert answers(pair.engine, asks) == [pair.reference.answer(ask, "divprune") for ask in asks]
     assert preempted
 
