@@ -42,6 +42,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
             ValueError: an option of vLLM that was not made to work with pruning.
         """
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+        pictures = vllm_config.model_config.multimodal_config
         family = family_of(vllm_config.model_config.hf_config)
         refused = {
             "tensor parallelism (tensor_parallel_size > 1)": parallel.tensor_parallel_size > 1,
@@ -54,9 +55,9 @@ class PrunedConfig(VerifyAndUpdateConfig):
             "CUDA graphs of the vision tower (cudagraph_mm_encoder)": getattr(
                 compilation, "cudagraph_mm_encoder", False
             ),
-            "embeddings instead of pictures (enable_mm_embeds)": getattr(
-                vllm_config.model_config.multimodal_config, "enable_mm_embeds", False
-            ),
+            "embeddings instead of pictures (enable_mm_embeds)": pictures.enable_mm_embeds,
+            # The model itself sets a rate of nearly 0, see `PrunesPictures`.
+            "pruned videos (video_pruning_rate)": (pictures.video_pruning_rate or 0) > 1e-6,
             "LoRA adapters": vllm_config.lora_config is not None,
         }
         for what, on in refused.items():

@@ -14,7 +14,7 @@ def server(config=None, **changes):
     """A configuration of vLLM, as far as it is looked at."""
     parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
     compilation = {"compile_mm_encoder": False, "cudagraph_mm_encoder": False}
-    pictures = {"enable_mm_embeds": False}
+    pictures = {"enable_mm_embeds": False, "video_pruning_rate": None}
     others = {"speculative_config": None, "lora_config": None}
     for group in (parallel, compilation, pictures, others):
         group.update({name: value for name, value in changes.items() if name in group})
@@ -43,6 +43,7 @@ def test_a_plain_server_is_taken():
         ({"compile_mm_encoder": True}, "compiled vision tower"),
         ({"cudagraph_mm_encoder": True}, "CUDA graphs of the vision tower"),
         ({"enable_mm_embeds": True}, "embeddings instead of pictures"),
+        ({"video_pruning_rate": 0.5}, "pruned videos"),
     ],
 )
 def test_what_was_not_tried_is_refused(changes, what):
