@@ -40,7 +40,7 @@ def test_a_plain_server_is_taken():
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"speculative_config": object()}, "speculative decoding"),
         ({"lora_config": object()}, "LoRA"),
-        ({"compile_mm_encoder": True}, "compiled vision tower"),
+        ({"compile_mm_encoder": True}, "a compiled vision tower"),
         ({"cudagraph_mm_encoder": True}, "CUDA graphs of the vision tower"),
         ({"enable_mm_embeds": True}, "embeddings instead of pictures"),
         ({"video_pruning_rate": 0.5}, "pruned videos"),
