@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -55,22 +56,23 @@ def measure(folder: Path, budgets: Sequence[int], rounds: int) -> dict[str, Any]
     import vllm
     from checkpoints import build
     from equality import start
+    from safetensors import safe_open
 
     from autoprune_vllm import overrides
 
     text = {
         "hidden_size": 512,
-        "intermediate_size": 1632,
+        "intermediate_size": 2080,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "head_dim": 64,
     }
     vision = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
         "image_size": SIDE,
         "patch_size": 14,
     }
@@ -84,9 +86,8 @@ def measure(folder: Path, budgets: Sequence[int], rounds: int) -> dict[str, Any]
         max_num_seqs=REQUESTS,
         disable_log_stats=False,
     )
-    parameters = sum(
-        weight.numel() for weight in engine.apply_model(lambda m: list(m.parameters()))[0]
-    )
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     run(engine, budgets[-1], seed=99)  # the first run compiles and loads
     runs: dict[int, list[dict[str, float]]] = {budget: [] for budget in budgets}
     for number in range(rounds):

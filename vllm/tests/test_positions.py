@@ -15,10 +15,12 @@ from autoprune_vllm.positions import (
     without_places,
 )
 
-# A prompt: runs of text and pictures (rows, columns, which tokens stay).
+# A prompt: runs of text and pictures (rows, columns, which tokens stay, whether numbered in one row).
 pictures = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
     lambda grid: st.tuples(
-        st.just(grid), st.sets(st.integers(0, grid[0] * grid[1] - 1), min_size=1).map(sorted)
+        st.just(grid),
+        st.sets(st.integers(0, grid[0] * grid[1] - 1), min_size=1).map(sorted),
+        st.booleans(),
     )
 )
 prompts = st.lists(st.one_of(st.integers(1, 5), pictures), min_size=1, max_size=6).map(
@@ -35,12 +37,14 @@ def counted(runs):
             visual += [False] * run
             now += run
             continue
-        (rows, columns), kept = run
+        (rows, columns), kept, plain = run
         begins = len(positions)
-        positions += [(now, now + token // columns, now + token % columns) for token in kept]
+        places = [(t,) * 3 if plain else (0, t // columns, t % columns) for t in kept]
+        positions += [tuple(now + step for step in place) for place in places]
         visual += [True] * len(kept)
-        shapes.append((begins, [(0, t // columns, t % columns) for t in kept], max(rows, columns)))
-        now += max(rows, columns)
+        room = rows * columns if plain else max(rows, columns)
+        shapes.append((begins, places, room))
+        now += room
     return torch.tensor(positions).T, shapes, now
 
 
