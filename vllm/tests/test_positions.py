@@ -29,19 +29,17 @@ prompts = st.lists(st.one_of(st.integers(1, 5), pictures), min_size=1, max_size=
 
 
 def counted(runs):
-    """By hand: positions of every token that stays, whether it is a picture's, and the next position."""
-    now, positions, visual, shapes = 0, [], [], []
+    """By hand: positions of all tokens, where pictures begin and what they keep, and the next position."""
+    now, positions, shapes = 0, [], []
     for run in runs:
         if isinstance(run, int):
             positions += [(now + i,) * 3 for i in range(run)]
-            visual += [False] * run
             now += run
             continue
         (rows, columns), kept, plain = run
         begins = len(positions)
         places = [(t,) * 3 if plain else (0, t // columns, t % columns) for t in kept]
         positions += [tuple(now + step for step in place) for place in places]
-        visual += [True] * len(kept)
         room = rows * columns if plain else max(rows, columns)
         shapes.append((begins, places, room))
         now += room
