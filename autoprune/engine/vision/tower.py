@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -40,23 +41,41 @@ class TowerParts:
         blocks = [] if layout is None else _blocks(vision, depth)[: layout.block(config) + 1]
         layer = getattr(config, "vision_feature_layer", -1)
         merges = wanted.merge and layout is not None and layout.merges and isinstance(layer, int)
-        middle = None
-        if blocks and wanted.middle is not None:
+        attentions = [_attention(block) for block in blocks]
+        parts = cls.of_attentions(base, vision, wanted, attentions)
+        return replace(parts, layout=layout, merging=blocks if merges else [])
+
+    @classmethod
+    def of_attentions(
+        cls,
+        base: Model,
+        vision: nn.Module,
+        wanted: Tower,
+        attentions: Sequence[nn.Module | None],
+    ) -> TowerParts:
+        """From the attention modules of its blocks, up to the one whose output the decoder receives.
+
+        Args:
+            base: a model of transformers, with or without weights: its configuration and its packing are used.
+            vision: the tower, of transformers or of another engine.
+        """
+        depth, middle = tower_depth(base.config), None
+        if attentions and wanted.middle is not None:
             # 29 / 45 * 45 is a hair more than 29.
             number = math.ceil(round(wanted.middle * (depth or 0), 6))
-            middle = _attention(blocks[min(max(number, 1), len(blocks)) - 1])
+            middle = attentions[min(max(number, 1), len(attentions)) - 1]
         return cls(
             base,
             wanted,
-            layout,
+            PATCH_LAYOUTS.get(base.config.model_type),
             has_cls=any(
                 getattr(module, name, None) is not None
                 for module in vision.modules()
                 for name in ("class_embedding", "cls_token")
             ),
-            attention=_attention(blocks[-1]) if blocks else None,
+            attention=attentions[-1] if attentions else None,
             middle=middle,
-            merging=blocks if merges else [],
+            merging=[],
         )
 
     @property
