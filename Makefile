@@ -40,7 +40,7 @@ test-eval: $(EVAL)/.installed
 	$(SETTINGS) HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(EVAL)/bin/python -m pytest $(or $(ARGS),$(EVAL_TESTS))
 
 # The plugin of vLLM, with vLLM for the CPU: 3.5 GB, an environment of its own. Where the package index has no
-# torch for the CPU, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# torch for the CPU, give pip one that has: PIP_EXTRA_INDEX_URL, as in the README.
 test-vllm: $(VLLM)/.installed
 	cd vllm && $(SETTINGS) $(abspath $(VLLM))/bin/python -m pytest $(ARGS)
 
@@ -69,7 +69,7 @@ gallery: $(INSTALLED)
 
 # The notebook with what its cells print.
 notebook: $(INSTALLED)
-	$(BIN)/jupyter execute --inplace examples/tour.ipynb
+	$(BIN)/python tools/notebook.py examples/tour.ipynb
 
 $(INSTALLED): constraints.txt pyproject.toml
 $(OLDEST)/.installed: constraints-oldest.txt pyproject.toml

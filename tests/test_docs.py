@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
 import typer
@@ -19,6 +19,7 @@ from tests.test_readme_models import run_block
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app)
+TOOL = runpy.run_path(str(ROOT / "tools" / "notebook.py"))
 INDEX = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
 
 
@@ -90,9 +91,7 @@ def test_the_notebook_runs():
     path = ROOT / "examples" / "tour.ipynb"
     notebook = nbformat.read(path, as_version=4)
     committed = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
-    nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": path.parent}}
-    ).execute()
+    notebook = TOOL["run"](path)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(cells) == 10
     for cell, before in zip(cells[1:], committed[1:], strict=True):
