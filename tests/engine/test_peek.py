@@ -190,9 +190,11 @@ def test_joined_projections_are_looked_at_as_a_whole(name):
 
 
 def test_every_family_of_the_zoo_has_projections_that_can_be_left_out():
+    """Except CogVLM: each of its experts makes queries, keys and values at once."""
     for name, family in zoo.FAMILIES.items():
         located = locate(model_of(name, family.attentions[0]))
-        assert all(map(has_own_projections, located.attentions)), name
+        own = [has_own_projections(attention) for attention in located.attentions]
+        assert own == [name != "cogvlm"] * len(own), name
 
 
 # What it costs.
