@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from autoprune import AutoPrune, create
 from autoprune.bench.measure import hold_once
@@ -144,25 +143,28 @@ def wide(name):
     text.hidden_size, text.intermediate_size = width, 704
     text.num_attention_heads *= times
     text.num_key_value_heads *= times
-    return getattr(transformers, family.model)._from_config(config).eval()
+    return zoo.class_of(family)._from_config(config).eval()
 
 
 # Towers whose features are as wide as the decoder cannot be left as they are here.
 NARROW = {"qwen2_vl", "paligemma", "paligemma2"}
+# A picture of 8 tokens, of which the budgets here drop none.
+FEW = {"senna"}
+# Gemma 3 has two sets of rotary embeddings. CogVLM's experts run one after the other, each on its own tokens.
+CLOSE = {"gemma3": 0.035, "cogvlm": 0.06}
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name not in NARROW])
+@pytest.mark.parametrize("name", sorted(zoo.FAMILIES.keys() - NARROW - FEW))
 def test_the_peak_is_what_the_trace_says(name):
     model = wide(name)
-    # Gemma 3 has two sets of rotary embeddings.
-    close = 0.035 if name == "gemma3" else 0.02
+    close = CLOSE.get(name, 0.02)
     inputs = zoo.inputs(name, model)
     plain = hold_once(model, inputs, None)
     for method in (AutoPrune(budget=9), create("random", 5), create("fastv", 9), create("dart", 9)):
         held = hold_once(model, inputs, method)
         (sample,) = held.samples
         assert held.peak == pytest.approx(sample.peak_bytes, rel=close)
-        assert plain.peak == pytest.approx(sample.peak_bytes_full, rel=0.02)
+        assert plain.peak == pytest.approx(sample.peak_bytes_full, rel=close)
         assert held.peak < plain.peak
 
 

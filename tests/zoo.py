@@ -74,14 +74,18 @@ def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Mod
     return build_family(family_of(name), attn_implementation, seed)
 
 
+def class_of(family: Family) -> type:
+    """The class of its models, one of transformers or of this package."""
+    return getattr(transformers, family.model) if isinstance(family.model, str) else family.model
+
+
 def build_family(family: Family, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:
     """`build` for a family that is none of `FAMILIES`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cls = family.model
-        if isinstance(cls, str):
-            cls = getattr(transformers, cls)
-        model = cls._from_config(family.config(), attn_implementation=attn_implementation)
+        model = class_of(family)._from_config(
+            family.config(), attn_implementation=attn_implementation
+        )
     randomise(model, seed)
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
     return model.eval()
