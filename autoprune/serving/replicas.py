@@ -22,6 +22,7 @@ from ..methods.base import Method
 from .engine import Engine
 from .errors import RequestError
 from .job import Event, Finished, Job, Piece
+from .logs import set_up
 from .prompt import Prompt
 from .request import Request
 
@@ -51,6 +52,7 @@ class Replica:
     def __init__(
         self, model: str | None, device: str, dtype: str, batch_size: int, window: float
     ) -> None:
+        set_up("WARNING")
         where = (device, dtype)
         loaded = load_embedded(*where) if model is None else load_model(model, *where)
         self._engine = Engine(loaded, batch_size, window)
@@ -98,6 +100,7 @@ class Replicas:
         self.replicas, self.device, self._cpus = replicas, device, cpus
         self.batch_seconds = 1.0
         self._handle: Any = None
+        self._closed = False
         self._inside: dict[Job, asyncio.Task[None]] = {}
         self._name = f"autoprune-{uuid.uuid4().hex[:12]}"
 
@@ -136,8 +139,7 @@ class Replicas:
         """End the replicas."""
         from ray import serve
 
-        handle, self._handle = self._handle, None
-        if handle is not None:
+        if self._handle is not None:
             serve.delete(self._name)
 
     def start(self) -> None:
@@ -145,7 +147,7 @@ class Replicas:
 
     def close(self, seconds: float | None = None) -> None:
         """Take no more jobs; those that are there are given up."""
-        self._handle = None
+        self._closed = True
 
     def arrive(self, count: int) -> None:
         """Nothing: replicas know only of jobs that have reached them."""
@@ -153,7 +155,7 @@ class Replicas:
     @property
     def is_alive(self) -> bool:
         """Whether it answers."""
-        return self._handle is not None
+        return self._handle is not None and not self._closed
 
     @property
     def running(self) -> int:
@@ -171,7 +173,7 @@ class Replicas:
         Raises:
             RequestError: the server is about to end.
         """
-        if self._handle is None:
+        if not self.is_alive:
             raise RequestError("the server is shutting down", 503, retry_after=5)
         task = asyncio.get_running_loop().create_task(self._carry(job, self._handle))
         self._inside[job] = task
@@ -229,7 +231,8 @@ def on_ray(replicas: int, device: str) -> Iterator[Replicas]:
     cores, own = os.cpu_count() or 1, not os.environ.get("RAY_ADDRESS")
     # Ray counts CPUs by what it is told, and would wait for ever for those that are not there.
     counted = max(cores, replicas)
-    options: dict[str, Any] = {"include_dashboard": False, "num_cpus": counted} if own else {}
+    started = {"address": "local", "include_dashboard": False, "num_cpus": counted}
+    options: dict[str, Any] = started if own else {}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     made = None
     try:

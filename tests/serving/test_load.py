@@ -20,7 +20,19 @@ from autoprune.serving.service import Options, Service
 
 from .conftest import LIMITS, VISUAL, Client
 
-WORDS = ("bench", "--clients", "3", "--requests", "6", "--repeats", "2", "--max-tokens", "3", "--budgets", "1/2")
+WORDS = (
+    "bench",
+    "--clients",
+    "3",
+    "--requests",
+    "6",
+    "--repeats",
+    "2",
+    "--max-tokens",
+    "3",
+    "--budgets",
+    "1/2",
+)
 
 
 def bench(capsys: pytest.CaptureFixture[str], url: str, *more: str) -> dict[str, Any]:
