@@ -215,7 +215,7 @@ def on_ray(replicas: int, device: str) -> Iterator[Replicas]:
 
     Raises:
         ImportError: Ray Serve is not there.
-        ValueError: there are fewer GPUs than replicas.
+        ValueError: Ray could not be started, or there are fewer GPUs than replicas.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -233,7 +233,11 @@ def on_ray(replicas: int, device: str) -> Iterator[Replicas]:
     counted = max(cores, replicas)
     started = {"address": "local", "include_dashboard": False, "num_cpus": counted}
     options: dict[str, Any] = started if own else {}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises many kinds
+        ray.shutdown()
+        raise ValueError(f"Ray could not be started, or reached: {error}") from error
     made = None
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
