@@ -30,14 +30,16 @@ class Loaded:
     name: str
 
 
-def load_embedded(device: str = "auto", dtype: str = "auto") -> Loaded:
+def load_embedded(device: str = "auto", dtype: str = "auto", weights: bool = True) -> Loaded:
     """The model inside the package; arguments and errors as for `load_model`."""
     from . import tiny
 
-    return replace(load_model(str(tiny.path()), device, dtype), name="embedded model")
+    return replace(load_model(str(tiny.path()), device, dtype, weights), name="embedded model")
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", weights: bool = True
+) -> Loaded:
     """A checkpoint from a folder, or from the Hugging Face hub, as `from_pretrained` finds it.
 
     What is not in the local cache is downloaded, with the hub's progress bar, unless HF_HUB_OFFLINE
@@ -47,6 +49,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
         name: folder, or the hub's name of a checkpoint, owner/model.
         device: "auto" takes a GPU if there is one.
         dtype: one of DTYPES; "auto" is the checkpoint's own, but float32 for float16 on a CPU.
+        weights: False leaves them out: the model knows its shapes and cannot run. `device` is then where
+            its weights are elsewhere, and need not be here.
 
     Raises:
         ValueError: no such folder or name, not a vision-language model, or files that cannot be read.
@@ -61,7 +65,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = pick_device(device)
+    target = pick_device(device) if weights else torch.device(device)
     _check_folder(name)
     if not Path(name).is_dir():
         show_downloads()
@@ -80,13 +84,24 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     try:
         # The processor first: if a package is missing for it, nothing large was downloaded.
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        wanted = _dtype(dtype, config, target)
+        if not weights:
+            return Loaded(_without_weights(config, wanted), processor, Path(name).name)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=_dtype(dtype, config, target), trust_remote_code=False
+            name, dtype=wanted, trust_remote_code=False
         )
     except Exception as error:  # each file format and each missing package raises its own kind
         raise ValueError(_unreadable(name, "load", error)) from error
     model.to(device=target)
     return Loaded(model.eval(), processor, Path(name).name)
+
+
+def _without_weights(config: Any, dtype: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    stated = {} if dtype == "auto" else {"dtype": dtype}
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, **stated).eval()
 
 
 def _check_folder(name: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import answering, driving, files, listing, measuring, serving
+from . import answering, driving, files, listing, measuring, serving, timing
 
 app = typer.Typer(
     add_completion=False,
@@ -50,7 +50,7 @@ app.command()(files.answer)
 app.command(hidden=True)(files.llava_eval)
 app.command()(listing.methods)
 app.command()(listing.families)
-app.command()(measuring.bench)
+app.command()(timing.bench)
 app.command()(measuring.compare)
 app.command("eval")(measuring.evaluate)
 app.command()(measuring.tune)

@@ -66,6 +66,13 @@ def serve(
     conversations: Annotated[
         int, typer.Option(min=0, help="Caches that are kept for further questions.")
     ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="local: one model, in this process; ray: replicas on Ray Serve.")
+    ] = "local",
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Models of --engine ray, each in a process; default: 1."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -103,5 +110,7 @@ def serve(
                 "batch_size": batch_size,
                 "seconds": timeout,
             },
+            engine=engine,
+            replicas=replicas,
         )
     )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UnsupportedError
-from ..loading import load_embedded, load_model
+from ..loading import Loaded, load_embedded, load_model
 from ..methods import list_methods
 from ..methods.base import Method
 from .inputs import build_method, parse_budget
 
+ENGINES, RAY_DEVICES = ("local", "ray"), ("auto", "cpu", "cuda")
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -23,6 +24,7 @@ class ServeRequest:
     methods: those that requests may choose from, the default first.
     all_methods: of them, leave out those that the model cannot take.
     options: of `serving.service.Options`.
+    engine: "local" has the model in this process; "ray" in so many processes as there are `replicas`.
     """
 
     methods: Mapping[str, Method]
@@ -35,6 +37,28 @@ class ServeRequest:
     grace: int = 30
     options: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    engine: str = "local"
+    replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine == "local":
+            if self.replicas is not None:
+                raise ValueError(
+                    "--replicas are for --engine ray; the local engine is a single one"
+                )
+            return
+        if self.options.get("conversations"):
+            raise ValueError(
+                "--conversations need --engine local: a further question may reach another replica, "
+                "which has not kept the answer"
+            )
+        if self.device not in RAY_DEVICES:
+            raise ValueError(
+                f"Ray chooses the GPU of each replica, so --device must be one of {', '.join(RAY_DEVICES)}, "
+                f"got {self.device!r}"
+            )
 
 
 def check_installed() -> None:
@@ -95,20 +119,38 @@ def serve(request: ServeRequest) -> None:
     """Load the model and answer requests until the process is told to end.
 
     Raises:
-        ImportError: the extra `serve` is not installed.
+        ImportError: the extra `serve` is not installed, or Ray where it is wanted.
         ValueError: bad input; see `load_model`.
         UnsupportedError: a model that cannot be pruned, or not by one of the methods.
     """
     check_installed()
     from ..serving.limits import Limits
+    from ..serving.replicas import on_ray
     from ..serving.server import serve as run
     from ..serving.service import Options, Service
 
     options = Options(limits=Limits(**request.limits), **request.options)
-    where = (request.device, request.dtype)
-    loaded = load_embedded(*where) if request.model is None else load_model(request.model, *where)
-    methods = request.methods
-    if request.all_methods:
-        default = next(iter(methods))
-        methods = {default: methods[default], **fitting(methods, loaded.model)}
-    run(Service(loaded, methods, options), request.host, request.port, request.grace)
+    where = (request.host, request.port, request.grace)
+    if request.engine == "local":
+        loaded = _load(request, request.device)
+        run(Service(loaded, _methods(request, loaded), options), *where)
+        return
+    with on_ray(request.replicas or 1, request.device) as replicas:
+        # What only asks for shapes comes first: it knows whether all is right with the model.
+        loaded = _load(request, replicas.device, weights=False)
+        service = Service(loaded, _methods(request, loaded), options, replicas)
+        replicas.load(request.model, request.dtype, options.limits.batch_size, options.window)
+        run(service, *where)
+
+
+def _load(request: ServeRequest, device: str, weights: bool = True) -> Loaded:
+    if request.model is None:
+        return load_embedded(device, request.dtype, weights)
+    return load_model(request.model, device, request.dtype, weights)
+
+
+def _methods(request: ServeRequest, loaded: Loaded) -> Mapping[str, Method]:
+    if not request.all_methods:
+        return request.methods
+    default = next(iter(request.methods))
+    return {default: request.methods[default], **fitting(request.methods, loaded.model)}

@@ -76,6 +76,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def replicas(self) -> int:
+        """Models in processes of their own: none."""
+        return 0
+
+    @property
     def is_alive(self) -> bool:
         """Whether it answers."""
         return self._thread is not None and self._thread.is_alive() and not self._closed

@@ -52,6 +52,7 @@ class Job:
 
     Args:
         tell: called with each event, in the engine's thread; it must not wait.
+        on_cancel: called when the client leaves, for engines that cannot look at `cancelled`.
         method_name: as the request names it.
         arrived, started, first_token: seconds of the monotonic clock; None until it happens.
         cancelled: the client has left.
@@ -74,6 +75,7 @@ class Job:
     first_token: float | None = None
     cancelled: bool = False
     cached_tokens: int = 0
+    on_cancel: Callable[[], object] = lambda: None
     seed: int = field(init=False)
     kind: tuple[Hashable, ...] = field(init=False)
     pictures_kind: Hashable = field(init=False)
@@ -87,6 +89,7 @@ class Job:
     def cancel(self) -> None:
         """The client has left: the job leaves the queue, or its row of the batch ends with the next token."""
         self.cancelled = True
+        self.on_cancel()
 
 
 def _shares_with(method_name: str, method: Method) -> tuple[Hashable, ...]:

@@ -25,7 +25,12 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 576, 1024, 2048, 4096)
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        waiting: Callable[[], float],
+        running: Callable[[], float],
+        replicas: Callable[[], float],
+    ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
 
@@ -63,6 +68,7 @@ class Metrics:
         for name, text, read in (
             ("queue_length", "Requests that wait for the model.", waiting),
             ("running", "Requests in the batch that runs now.", running),
+            ("replicas", "Models in processes of their own; 0: it is in this one.", replicas),
         ):
             gauge = Gauge(f"autoprune_{name}", text, registry=self.registry)
             gauge.set_function(read)

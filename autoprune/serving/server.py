@@ -31,6 +31,8 @@ def serve(service: Service, host: str, port: int, grace: int) -> None:
             server_header=False,
             timeout_graceful_shutdown=grace,
             timeout_keep_alive=30,
+            # The same parser with the same limits, whatever else is installed.
+            http="h11",
         )
         log.info(
             "listening",

@@ -23,6 +23,7 @@ from .metrics import Metrics
 from .pictures import Pictures
 from .prompt import Prompts
 from .pruning import Allowed
+from .replicas import Replicas
 from .request import Request, parse_request
 
 # Decoded pictures are large: a few at a time, however many requests there are.
@@ -66,14 +67,20 @@ class Service:
     """Takes requests for one model.
 
     Args:
+        loaded: the model; without weights if `replicas` have them.
         methods: those that requests may choose from, the first one by default, each with the server's budget.
+        replicas: answer in place of an engine in this process; they keep no caches of conversations.
 
     Raises:
         ValueError, UnsupportedError: a method cannot prune this model.
     """
 
     def __init__(
-        self, loaded: Loaded, methods: Mapping[str, Method], options: Options = Options()
+        self,
+        loaded: Loaded,
+        methods: Mapping[str, Method],
+        options: Options = Options(),
+        replicas: Replicas | None = None,
     ) -> None:
         attachments = [method(loaded.model) for method in methods.values()]
         self.options, self.limits = options, options.limits
@@ -82,19 +89,29 @@ class Service:
         self.prompts = Prompts(loaded, attachments[0].located.visual_ids)
         fetcher = Fetcher(options.hosts, self.limits.picture_bytes) if options.hosts else None
         self.pictures = Pictures(self.limits, options.folder, fetcher)
-        self.engine = Engine(
-            loaded,
-            options.limits.batch_size,
-            options.window,
-            lambda n: self.metrics.batches.observe(n),
-        )
-        if options.conversations:
-            check_model(loaded.model)
+        self.engine: Engine | Replicas
+        if replicas is not None:
+            self.engine = replicas
+        else:
             visual_ids = torch.tensor(attachments[0].located.visual_ids)
-            self.engine.conversations = Conversations(options.conversations, visual_ids)
-        self.metrics = Metrics(lambda: self.engine.waiting, lambda: self.engine.running)
+            self.engine = self._own_engine(loaded, visual_ids)
+        self.metrics = Metrics(
+            lambda: self.engine.waiting, lambda: self.engine.running, lambda: self.engine.replicas
+        )
         self.pool = ThreadPoolExecutor(_PREPARED_AT_ONCE, thread_name_prefix="autoprune-prepare")
         self.present = 0
+
+    def _own_engine(self, loaded: Loaded, visual_ids: torch.Tensor) -> Engine:
+        engine = Engine(
+            loaded,
+            self.limits.batch_size,
+            self.options.window,
+            lambda n: self.metrics.batches.observe(n),
+        )
+        if self.options.conversations:
+            check_model(loaded.model)
+            engine.conversations = Conversations(self.options.conversations, visual_ids)
+        return engine
 
     def start(self) -> None:
         """Begin to answer."""

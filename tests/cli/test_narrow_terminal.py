@@ -8,10 +8,10 @@ import re
 import pytest
 from rich.console import Console
 
-from autoprune.cli import answering, driving, files, listing, measuring
+from autoprune.cli import answering, driving, files, listing, measuring, timing
 from autoprune.methods import METHODS
 
-COMMANDS = (answering, driving, files, listing, measuring)
+COMMANDS = (answering, driving, files, listing, measuring, timing)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 
 from autoprune import AutoPrune, Budget, cli
 from autoprune.commands.serve import fitting, methods_of
-from autoprune.loading import Loaded
+from autoprune.loading import Loaded, load_model
 from autoprune.methods import list_methods
 
 from .conftest import LAYERS, Client, wait_until
@@ -56,6 +56,11 @@ def test_a_tuned_file_cannot_let_strangers_share_a_budget(monkeypatch: pytest.Mo
         (["--allow-folder", "/nowhere"], "no folder"),
         (["--model", "/nowhere"], "no model folder"),
         (["--batch-size", "0"], "batch-size"),
+        (["--engine", "rey"], "engine must be one of local, ray"),
+        (["--engine", "ray", "--replicas", "0"], "replicas"),
+        (["--replicas", "2"], "--replicas are for --engine ray"),
+        (["--engine", "ray", "--conversations", "2"], "--conversations need --engine local"),
+        (["--engine", "ray", "--device", "cuda:1"], "Ray chooses the GPU of each replica"),
     ],
 )
 def test_bad_options_are_one_sentence(
@@ -72,6 +77,26 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'autoprune\[serve\]'"):
         __import__("autoprune.commands.serve", fromlist=["x"]).check_installed()
+
+
+def test_without_ray_its_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--engine", "ray"])
+    assert "pip install 'autoprune[ray,serve]'" in capsys.readouterr().err
+
+
+def test_shapes_are_known_without_weights(loaded: Loaded, tmp_path: Path) -> None:
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    whole = load_model(str(tmp_path), "cpu", "float32")
+    outline = load_model(str(tmp_path), "cpu", "float32", weights=False)
+    assert {each.device.type for each in outline.model.parameters()} == {"meta"}
+    one, other = (AutoPrune(30)(each.model) for each in (whole, outline))
+    assert one.shape == other.shape
+    assert one.located.visual_ids == other.located.visual_ids
 
 
 def test_it_serves_a_checkpoint_and_ends_when_it_is_told_to(
