@@ -66,6 +66,8 @@ class Conversation:
             # The cache has the picture.
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             inputs |= as_argument(loaded.model, self._cache)
+        # Half an answer may be left in it where one fails.
+        self._ids = self._cache = None
         start = time.perf_counter()
         with self.method(loaded.model) as trace, torch.inference_mode():
             output = loaded.model.generate(

@@ -120,6 +120,31 @@ def test_a_failed_question_is_no_turn(loaded, scene):
     assert talk.turns == []
 
 
+def test_a_question_that_breaks_off_leaves_no_half_answer_in_the_cache(loaded, scene, monkeypatch):
+    """The whole conversation is read anew, as if the broken question had not been asked."""
+    image, question = scene
+    talk, other = (Conversation(image, build("autoprune", 25)) for _ in range(2))
+    for one in (talk, other):
+        one.ask(loaded, question)
+    decode = loaded.model.lm_head.forward
+    calls = iter(range(100))
+
+    def broken(*given):
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return decode(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded.model.lm_head, "forward", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            talk.ask(loaded, "what shape is the red object?")
+    assert len(talk.turns) == 1
+    turn = talk.ask(loaded, "what color is the ring?")
+    assert not turn.on_cache
+    monkeypatch.setattr(other, "_ids", None)
+    assert turn.answer == other.ask(loaded, "what color is the ring?").answer
+
+
 def test_a_conversation_has_an_end(loaded, scene):
     talk = Conversation(scene[0], build("autoprune", 25))
     turn = talk.ask(loaded, scene[1])
