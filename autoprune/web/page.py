@@ -74,6 +74,8 @@ def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) ->
                 )
                 # Hands over the file itself: the header is read before anything is decoded.
                 picture.preprocess = _file_of  # type: ignore[method-assign]
+                move = _only_files(picture.async_move_resource_to_block_cache)
+                picture.async_move_resource_to_block_cache = move  # type: ignore[method-assign]
                 folder = picture.GRADIO_CACHE
                 with gr.Row():
                     draw = gr.Button("Draw a scene", elem_id="draw")
@@ -232,6 +234,17 @@ def _conversation_tab(loaded: Loaded, folder: str, picture: Any, settings: Seque
         )
     for event in (again.click, chat.clear):
         event(lambda: (None, [], "", ""), None, [talk, chat, words, note])
+
+
+def _only_files(move: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep gradio from fetching what a request names by an address."""
+
+    async def moved(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("addresses are not fetched; upload the picture", print_exception=False)
+        return await move(path)
+
+    return moved
 
 
 def _file_of(payload: Any) -> str | None:

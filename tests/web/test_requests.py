@@ -60,9 +60,22 @@ def test_a_picture_that_was_uploaded_is_answered_and_one_of_the_server_is_not(pa
         {"path": str(own)},
         {"path": str(own), "meta": {"_type": "gradio.FileData"}},
         {"path": "/dev/zero"},
+        {"path": "http://192.0.2.1/own.png", "meta": {"_type": "gradio.FileData"}},
     ):
         told = ask(page, picture)
         assert "event: error" in told and "image.png" not in told
+    assert "addresses are not fetched" in told
+
+
+def test_a_drawn_scene_is_answered(page):
+    address = f"{page.local_url}gradio_api/call/_draw"
+    data = json.dumps({"data": ["colour"]}).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    told = urllib.request.urlopen(f"{address}/{event}").read().decode()
+    picture, question = json.loads(told.split("data: ")[1])
+    assert question.startswith("what")
+    assert "event: complete" in ask(page, picture)
 
 
 def test_an_address_in_use_is_told_before_a_model_is_loaded(capsys):
