@@ -17,6 +17,7 @@ from autoprune.engine.tokens.pictures import picture_sizes
 from autoprune.methods.from_text import build_method
 from autoprune.methods.per_picture import ranked_by_picture
 from autoprune.parts.pictures import by_picture, picture_of, totals
+from autoprune.policy.cost import DecoderCost
 from tests import oracle, zoo
 
 IMAGE, BREAK, END, FAKE = 9, 7, 8, 6
@@ -164,8 +165,10 @@ def test_a_share_of_nothing_gets_what_the_others_leave():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_scale_of_shares_does_not_matter(shares, dtype):
     prompts = Prompts([4], [1], pictures=[[2, 2]])
-    state = PromptState(ModelShape(2, zoo.FAMILIES["llava"].config(), False), prompts)
-    seen = Observation(1, [4], torch.arange(4)[None])
+    cost = DecoderCost(2, hidden=8, heads=2, kv_heads=2, head_dim=4, intermediate=8)
+    state = PromptState(ModelShape(2, cost, has_vision_scores=False), prompts)
+    index = torch.arange(4)[None]
+    seen = Observation(1, [4], index, torch.ones_like(index, dtype=torch.bool), None)
     scores = torch.tensor([[9.0, 8, 2, 1]], dtype=dtype)
     order = ranked_by_picture(scores, shares, seen, state)[0].argsort(descending=True)
     assert order.tolist() == [0, 2, 1, 3]
