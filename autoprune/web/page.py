@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..trace import Sample
 from ..viz import kept_at_layer, retention_curves, tokens_against_flat
 from ..viz.page import paragraph, table
 from .asking import Asked, ask, build, compare, warm_up
-from .conversation import Conversation
+from .conversation import Conversation, keep_recent
 from .upload import MAX_BYTES, read_upload
 
 HOURS = 3600
@@ -204,6 +205,8 @@ def _conversation_tab(loaded: Loaded, folder: str, picture: Any, settings: Seque
         send = gr.Button("Send", variant="primary", elem_id="send")
         again = gr.Button("Begin anew", elem_id="anew")
     note = gr.HTML(elem_id="note")
+    # A cache may fill a part of a GPU, and a browser that was closed is known for an hour.
+    recent: list[weakref.ref[Conversation]] = []
 
     def run(
         current: Conversation | None,
@@ -216,6 +219,7 @@ def _conversation_tab(loaded: Loaded, folder: str, picture: Any, settings: Seque
         if current is None:
             current = Conversation(read_upload(path, folder), build(method, percent, with_summary))
         current.ask(loaded, said)
+        keep_recent(recent, current)
         lines = [
             {"role": role, "content": text}
             for turn in current.turns

@@ -164,7 +164,7 @@ def test_merging_at_every_cut_is_refused_as_not_every_layer_attends(name):
     """The cuts behind layers without attention would be left out, and the budget overspent."""
     model = zoo.build(name)
     method = AutoPrune(6, first_cut="pre_llm", mi_layer=1, merger="dpc_knn")
-    with pytest.raises(ValueError, match="merges at every cut .* have none"), method(model):
+    with pytest.raises(ValueError, match=r"merges at every cut .* have none"), method(model):
         pass
 
 
