@@ -76,7 +76,7 @@ def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) ->
                 # Hands over the file itself: the header is read before anything is decoded.
                 picture.preprocess = _file_of  # type: ignore[method-assign]
                 move = _only_files(picture.async_move_resource_to_block_cache)
-                picture.async_move_resource_to_block_cache = move  # type: ignore[method-assign]
+                picture.async_move_resource_to_block_cache = move  # type: ignore
                 folder = picture.GRADIO_CACHE
                 with gr.Row():
                     draw = gr.Button("Draw a scene", elem_id="draw")
