@@ -23,13 +23,26 @@ from .options import (
     Settings,
     by_commas,
     console,
+    given_options,
+    refuse_options,
 )
 
 if TYPE_CHECKING:
     from ..methods.autoprune import AutoPrune
 
 
+_WITH_PAGE = {"model": "--model", "host": "--host", "port": "--port"}
+_WITHOUT_PAGE = {
+    "seed": "--seed",
+    "kinds": "--kinds",
+    "output": "--output",
+    "settings": "--set",
+    "as_json": "--json",
+}
+
+
 def demo(
+    context: typer.Context,
     budget: Budget = "16",
     method: MethodName = "autoprune",
     seed: Annotated[int | None, typer.Option(min=0, help="Which picture to draw.")] = None,
@@ -57,11 +70,15 @@ def demo(
     from ..commands import demo as command
     from ..commands.inputs import build_method, parse_budget
 
+    given = set(given_options(context))
     if web:
+        refuse_options(given, _WITHOUT_PAGE, "the page (--web) has no")
         from ..web import serve_page
 
-        serve_page(model, method, parse_budget(budget), host, port, console())
+        asked = parse_budget(budget) if "budget" in given else None
+        serve_page(model, method, asked, host, port, console())
         return
+    refuse_options(given, _WITH_PAGE, "without --web there is no")
     built = build_method(method, parse_budget(budget), {}, settings or [])
     wanted = by_commas(kinds)
     seed = command.DEFAULT_SEED if seed is None else seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +46,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def by_commas(text: str | None) -> list[str] | None:
     """The names in "a, b"; None if nothing was asked for."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """The parameters that were typed, and not left at their defaults."""
+    return [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    ]
+
+
+def refuse_options(given: Collection[str], others: Mapping[str, str], why: str) -> None:
+    """Raise ValueError where an option was typed that would be ignored.
+
+    Args:
+        others: such options, by the names of their parameters.
+        why: what stands before the option in the message.
+    """
+    for name, option in others.items():
+        if name in given:
+            raise ValueError(f"{why} {option}; leave it out")
 
 
 def console() -> Any:

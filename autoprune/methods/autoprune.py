@@ -307,6 +307,11 @@ class AutoPrune(Method):
                 "model (`autoprune families` says why); use first_cut='peek' or 'after_layer_0', or pass "
                 "vision_scores"
             )
+        if self._recycles and shape.attending is not None:
+            raise ValueError(
+                "merger='dpc_knn' merges at every cut by the attention of the layer before, and some layers of "
+                "this model have none; leave merger out"
+            )
 
     def begin(self, state: PromptState) -> None:
         check_number_of_shares(self.per_picture, state)

@@ -68,7 +68,9 @@ def ranked_by_picture(
     elif given == "equal":
         shares = scores.new_ones(len(scores), most)
     else:
-        shares = scores.new_tensor(given).expand(len(scores), -1)
+        # Only their proportions matter, and a scores' dtype does not have every number.
+        scaled = [share / max(given) for share in given]
+        shares = torch.tensor(scaled, device=scores.device).expand(len(scores), -1)
     return by_picture(required_first(scores, seen), picture, shares)
 
 

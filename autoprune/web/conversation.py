@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..trace import Sample
 from .asking import MAX_NEW_TOKENS, check_question
 
 MAX_TURNS = 20
+MOST_CACHES = 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Conversation:
             # The cache has the picture.
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             inputs |= as_argument(loaded.model, self._cache)
+        # Half an answer may be left in it where one fails.
+        self.forget()
         start = time.perf_counter()
         with self.method(loaded.model) as trace, torch.inference_mode():
             output = loaded.model.generate(
@@ -86,6 +90,10 @@ class Conversation:
         turn = Turn(question, text, seconds, on_cache)
         self.turns.append(turn)
         return turn
+
+    def forget(self) -> None:
+        """Give the cache up; the next question reads all anew."""
+        self._ids = self._cache = None
 
     def _inputs(self, loaded: Loaded, question: str) -> dict[str, Any]:
         """The whole conversation with its picture, as the model takes it."""
@@ -124,6 +132,21 @@ class Conversation:
             return False
         known = len(self._ids)
         return len(ids) > known and torch.equal(ids[:known].cpu(), self._ids)
+
+
+def keep_recent(recent: list[weakref.ref[Conversation]], talk: Conversation) -> None:
+    """Let no more than `MOST_CACHES` conversations have a cache: those of the latest questions.
+
+    Args:
+        recent: of these, the oldest first; it is brought up to date.
+        talk: the one that was just asked.
+    """
+    others = [one for one in recent if one() not in (None, talk)]
+    recent[:] = [*others, weakref.ref(talk)]
+    while len(recent) > MOST_CACHES:
+        oldest = recent.pop(0)()
+        if oldest is not None:
+            oldest.forget()
 
 
 def _keeps_positions(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,42 +22,39 @@ from ..trace import Sample
 from ..viz import kept_at_layer, retention_curves, tokens_against_flat
 from ..viz.page import paragraph, table
 from .asking import Asked, ask, build, compare, warm_up
-from .conversation import Conversation
+from .conversation import Conversation, keep_recent
 from .upload import MAX_BYTES, read_upload
 
 HOURS = 3600
 MOST_METHODS = 8
+MOST_BROWSERS = 32
 _COMPARED = ("autoprune", "divprune", "fastv", "scope")
 # Fonts of the reader's own system: others would be fetched.
 _THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-def launch(loaded: Loaded, method: str, percent: float, host: str, port: int) -> None:
-    """Serve the page until it is interrupted.
+def launch(loaded: Loaded, method: str, percent: float, host: str, port: int) -> gr.Blocks:
+    """Serve the page by threads of its own.
 
     Args:
         method, percent: what is chosen at first.
-
-    Raises:
-        ValueError: the address cannot be used.
     """
     warm_up(loaded)
     page = make_page(loaded, method, percent)
     page.queue(max_size=32)
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            max_file_size=MAX_BYTES,
-            theme=_THEME,
-            footer_links=[],
-            quiet=True,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"nothing can be served at {host}:{port}: {error}; give another --port or --host"
-        ) from error
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        max_file_size=MAX_BYTES,
+        theme=_THEME,
+        footer_links=[],
+        quiet=True,
+        # What a browser was answered is in memory, with its picture and its cache.
+        state_session_capacity=MOST_BROWSERS,
+        prevent_thread_lock=True,
+    )
+    return page
 
 
 def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) -> gr.Blocks:
@@ -77,6 +75,9 @@ def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) ->
                 )
                 # Hands over the file itself: the header is read before anything is decoded.
                 picture.preprocess = _file_of  # type: ignore[method-assign]
+                move = _only_files(picture.async_move_resource_to_block_cache)
+                picture.async_move_resource_to_block_cache = move  # type: ignore
+                folder = picture.GRADIO_CACHE
                 with gr.Row():
                     draw = gr.Button("Draw a scene", elem_id="draw")
                     kind = gr.Dropdown(
@@ -89,7 +90,7 @@ def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) ->
                 question = gr.Textbox(label="Question", elem_id="question")
                 name = gr.Dropdown(list_methods(), value=method, label="Method", elem_id="method")
                 share = gr.Slider(
-                    1,
+                    min(1, percent),
                     100,
                     percent,
                     label="Visual tokens kept, mean of all layers, %",
@@ -101,15 +102,15 @@ def make_page(loaded: Loaded, method: str = "autoprune", percent: float = 11) ->
         draw.click(_draw, kind, [picture, question], concurrency_limit=None)
         asks = [picture, question, name, share, summary]
         with gr.Tab("Ask"):
-            _ask_tab(loaded, asks)
+            _ask_tab(loaded, folder, asks)
         with gr.Tab("Compare methods"):
-            _compare_tab(loaded, [picture, question, share])
+            _compare_tab(loaded, folder, [picture, question, share])
         with gr.Tab("Conversation"):
-            _conversation_tab(loaded, picture, [name, share, summary])
+            _conversation_tab(loaded, folder, picture, [name, share, summary])
     return page
 
 
-def _ask_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
+def _ask_tab(loaded: Loaded, folder: str, asks: Sequence[Any]) -> None:
     button = gr.Button("Ask", variant="primary", elem_id="ask")
     asked = gr.State(time_to_live=HOURS)
     with gr.Row():
@@ -129,7 +130,7 @@ def _ask_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
         curve = gr.Plot(label="Visual tokens over depth", show_label=False, elem_id="curve")
 
     def run(path: str | None, words: str, method: str, percent: float, with_summary: bool) -> Any:
-        found = ask(loaded, read_upload(path), words, build(method, percent, with_summary))
+        found = ask(loaded, read_upload(path, folder), words, build(method, percent, with_summary))
         middle = len(found.sample.kept) // 2
         slider = gr.Slider(maximum=len(found.sample.kept) - 1, value=middle)
         return (
@@ -148,7 +149,7 @@ def _ask_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
     layer.input(_kept, [asked, layer], kept, concurrency_limit=None, show_progress="hidden")
 
 
-def _compare_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
+def _compare_tab(loaded: Loaded, folder: str, asks: Sequence[Any]) -> None:
     names = gr.CheckboxGroup(
         list_methods(),
         value=list(_COMPARED),
@@ -170,7 +171,7 @@ def _compare_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
         if not 1 <= len(chosen) <= MOST_METHODS:
             raise ValueError(f"choose between 1 and {MOST_METHODS} methods, not {len(chosen)}")
         methods = [build(method, percent) for method in chosen]
-        full, found, seen = compare(loaded, read_upload(path), words, methods)
+        full, found, seen = compare(loaded, read_upload(path, folder), words, methods)
         lines = [["all visual tokens", full.text, "", "", "", _ms(full.first_token_seconds)]]
         pictures = []
         for method, result in zip(methods, found, strict=True):
@@ -192,7 +193,7 @@ def _compare_tab(loaded: Loaded, asks: Sequence[Any]) -> None:
     )
 
 
-def _conversation_tab(loaded: Loaded, picture: Any, settings: Sequence[Any]) -> None:
+def _conversation_tab(loaded: Loaded, folder: str, picture: Any, settings: Sequence[Any]) -> None:
     gr.Markdown(
         "The picture is pruned once, for the first question. Later questions go on with the same cache, where "
         "the model's template allows it. The picture, the method and the share are those of the first question."
@@ -204,6 +205,8 @@ def _conversation_tab(loaded: Loaded, picture: Any, settings: Sequence[Any]) -> 
         send = gr.Button("Send", variant="primary", elem_id="send")
         again = gr.Button("Begin anew", elem_id="anew")
     note = gr.HTML(elem_id="note")
+    # A cache may fill a part of a GPU, and a browser that was closed is known for an hour.
+    recent: list[weakref.ref[Conversation]] = []
 
     def run(
         current: Conversation | None,
@@ -214,8 +217,9 @@ def _conversation_tab(loaded: Loaded, picture: Any, settings: Sequence[Any]) -> 
         with_summary: bool,
     ) -> Any:
         if current is None:
-            current = Conversation(read_upload(path), build(method, percent, with_summary))
+            current = Conversation(read_upload(path, folder), build(method, percent, with_summary))
         current.ask(loaded, said)
+        keep_recent(recent, current)
         lines = [
             {"role": role, "content": text}
             for turn in current.turns
@@ -234,6 +238,17 @@ def _conversation_tab(loaded: Loaded, picture: Any, settings: Sequence[Any]) -> 
         )
     for event in (again.click, chat.clear):
         event(lambda: (None, [], "", ""), None, [talk, chat, words, note])
+
+
+def _only_files(move: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep gradio from fetching what a request names by an address."""
+
+    async def moved(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("addresses are not fetched; upload the picture", print_exception=False)
+        return await move(path)
+
+    return moved
 
 
 def _file_of(payload: Any) -> str | None:

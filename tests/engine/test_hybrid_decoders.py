@@ -160,6 +160,14 @@ def test_what_counts_layers_as_alike_is_refused(name):
         model(**arguments)
 
 
+def test_merging_at_every_cut_is_refused_as_not_every_layer_attends(name):
+    """The cuts behind layers without attention would be left out, and the budget overspent."""
+    model = zoo.build(name)
+    method = AutoPrune(6, first_cut="pre_llm", mi_layer=1, merger="dpc_knn")
+    with pytest.raises(ValueError, match=r"merges at every cut .* have none"), method(model):
+        pass
+
+
 def test_the_bytes_of_the_cache_are_those_of_layers_that_attend(name):
     model = model_of(name, "sdpa")
     with RANKED_BEFORE(model) as trace, torch.no_grad():

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune import AutoPrune, Budget, per_prompt
+from autoprune.contract import ModelShape, Observation, Prompts, PromptState
 from autoprune.engine.tokens.layout import Layout
 from autoprune.engine.tokens.pictures import picture_sizes
 from autoprune.methods.from_text import build_method
+from autoprune.methods.per_picture import ranked_by_picture
 from autoprune.parts.pictures import by_picture, picture_of, totals
+from autoprune.policy.cost import DecoderCost
 from tests import oracle, zoo
 
 IMAGE, BREAK, END, FAKE = 9, 7, 8, 6
@@ -156,6 +159,19 @@ def test_prompts_with_other_numbers_of_pictures_share_a_batch():
 def test_a_share_of_nothing_gets_what_the_others_leave():
     assert ranked([2, 2, 1], [1, 2, 9, 8, 3], [1.0, 0.0, 1.0]) == [4, 1, 0, 2, 3]
     assert ranked([2, 2], [1, 2, 9, 8], [float("nan"), 1.0]) == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("shares", [(1e-50, 1e-50), (1e300, 1e300), (70000, 70000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_scale_of_shares_does_not_matter(shares, dtype):
+    prompts = Prompts([4], [1], pictures=[[2, 2]])
+    cost = DecoderCost(2, hidden=8, heads=2, kv_heads=2, head_dim=4, intermediate=8)
+    state = PromptState(ModelShape(2, cost, has_vision_scores=False), prompts)
+    index = torch.arange(4)[None]
+    seen = Observation(1, [4], index, torch.ones_like(index, dtype=torch.bool), None)
+    scores = torch.tensor([[9.0, 8, 2, 1]], dtype=dtype)
+    order = ranked_by_picture(scores, shares, seen, state)[0].argsort(descending=True)
+    assert order.tolist() == [0, 2, 1, 3]
 
 
 def check(sample, equal: bool = True) -> None:

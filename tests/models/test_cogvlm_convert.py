@@ -119,6 +119,30 @@ def test_folders_configurations_and_tokenizers_that_do_not_fit_are_refused(tmp_p
         refused(folder, output, words, part)
 
 
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("model-00003-of-00003.safetensors", lambda b: b[:-1000], "download it once more"),
+        ("model-00002-of-00003.safetensors", lambda b: b[:3], "download it once more"),
+        (INDEX, lambda b: b"{", "cannot be read"),
+        (INDEX, lambda b: b"{}", "is no index of files"),
+        ("config.json", lambda b: b"{", "cannot be read"),
+        ("config.json", lambda b: b"[1]", "holds no object"),
+        ("config.json", lambda b: b.replace(b"64", b'"x"'), "is not that of CogVLM-17B"),
+        ("config.json", lambda b: b.replace(b"96", b"-4"), "fit no CogVLM"),
+    ],
+)
+def test_files_that_are_cut_off_or_damaged_are_refused_in_one_line(
+    tmp_path, words, name, change, part
+):
+    folder = published.write(tmp_path / "published", published.tensors(), 3)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    refused(folder, tmp_path / "converted", words, part)
+
+
 def test_the_command_converts_and_says_in_a_sentence_what_it_cannot(
     tmp_path, words, monkeypatch, capsys
 ):

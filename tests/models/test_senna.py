@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
@@ -206,6 +210,50 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read"):
         convert(tmp_path, tmp_path / "out")
+
+
+def changed(folder: Path, config: dict | None = None, **weights: torch.Tensor | None) -> Path:
+    """A checkpoint with some other weights, None for none, and other settings."""
+    own = tiny.write_checkpoint(folder, as_bin=False) | weights
+    save_file({name: w.contiguous() for name, w in own.items() if w is not None}, folder / FILE)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    return folder
+
+
+FILE, TOWER = "model.safetensors", "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "said"),
+    [
+        ({f"{TOWER}embeddings.patch_embedding.weight": None}, {}, "lack the vision tower"),
+        ({f"{TOWER}encoder.layers.0.mlp.fc1.weight": None}, {}, "layers.0.mlp.fc1.weight"),
+        ({f"{TOWER}embeddings.patch_embedding.weight": torch.zeros(5, 5)}, {}, "shape [5, 5]"),
+        ({"model.img_adapter.adapter.0.weight": torch.zeros(5)}, {}, "shape [5] in the driving"),
+        ({"lm_head.weight": torch.zeros(3, tiny.HIDDEN)}, {}, "head has the shape [3, 64]"),
+        ({}, {"hidden_size": "x"}, "make no Senna"),
+        ({}, {"num_attention_heads": 0}, "no Senna"),
+        ({}, {"mm_vision_select_layer": "x"}, "make no Senna"),
+    ],
+)
+def test_damaged_weights_and_sizes_are_refused_in_one_line(tmp_path, weights, config, said):
+    folder = changed(tmp_path / "upstream", config, **weights)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        convert(folder, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_files_is_not_overwritten(tmp_path):
+    """Least of all the checkpoint itself."""
+    tiny.write_checkpoint(tmp_path / "upstream", as_bin=False)
+    before = (tmp_path / "upstream" / FILE).read_bytes()
+    with pytest.raises(ValueError, match="is there already; give a new or empty folder"):
+        convert(tmp_path / "upstream", tmp_path / "upstream")
+    assert (tmp_path / "upstream" / FILE).read_bytes() == before
+    with pytest.raises(ValueError, match="is there already"):
+        convert(tmp_path / "upstream", tmp_path / "upstream" / FILE)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path, monkeypatch):

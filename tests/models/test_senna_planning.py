@@ -141,13 +141,21 @@ def test_planning_questions_of_a_file_are_read(tmp_path):
         ([{"token": "a"}], "it lacks 'conversations'"),
         ([record(images=5)], "has 6 places for pictures, but there are 5"),
         ([record(answer="go on")], "sample 0 of .*: the answer 'go on' is no plan"),
-        ([record() | {"images": None}], "sample 0 of .* is not in Senna's format"),
+        ([record() | {"images": None}], "its images are no list, but None"),
+        ([record() | {"images": "abcdef"}], "its images are no list, but 'abcdef'"),
+        ([record() | {"conversations": [1, 2]}], "format: 'int' object is not subscriptable"),
     ],
 )
 def test_a_file_of_another_form_is_refused_in_one_sentence(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as refused:
         read_samples(written(tmp_path, content))
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_endless_lists_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_samples(tmp_path / "deep.json")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

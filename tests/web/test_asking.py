@@ -10,8 +10,9 @@ from autoprune import AutoPrune, Budget, tiny
 from autoprune.engine.cache.argument import as_argument, cache_of
 from autoprune.errors import UnsupportedError
 from autoprune.loading import Loaded, load_embedded, prepare
+from autoprune.web import conversation
 from autoprune.web.asking import MAX_CHARACTERS, ask, build, compare
-from autoprune.web.conversation import MAX_TURNS, Conversation
+from autoprune.web.conversation import MAX_TURNS, Conversation, keep_recent
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,45 @@ def test_a_failed_question_is_no_turn(loaded, scene):
     with pytest.raises((ValueError, UnsupportedError), match="smallest feasible budget"):
         talk.ask(loaded, scene[1])
     assert talk.turns == []
+
+
+def test_a_question_that_breaks_off_leaves_no_half_answer_in_the_cache(loaded, scene, monkeypatch):
+    """The whole conversation is read anew, as if the broken question had not been asked."""
+    image, question = scene
+    talk, other = (Conversation(image, build("autoprune", 25)) for _ in range(2))
+    for one in (talk, other):
+        one.ask(loaded, question)
+    decode = loaded.model.lm_head.forward
+    calls = iter(range(100))
+
+    def broken(*given):
+        if next(calls) == 1:
+            raise RuntimeError("out of memory")
+        return decode(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded.model.lm_head, "forward", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            talk.ask(loaded, "what shape is the red object?")
+    assert len(talk.turns) == 1
+    turn = talk.ask(loaded, "what color is the ring?")
+    assert not turn.on_cache
+    monkeypatch.setattr(other, "_ids", None)
+    assert turn.answer == other.ask(loaded, "what color is the ring?").answer
+
+
+def test_only_the_latest_conversations_have_a_cache(loaded, scene, monkeypatch):
+    monkeypatch.setattr(conversation, "MOST_CACHES", 2)
+    recent: list = []
+    first, second, third = (Conversation(scene[0], build("autoprune", 25)) for _ in range(3))
+    for talk in (first, second, first, third):
+        talk.ask(loaded, "what color is the ring?")
+        keep_recent(recent, talk)
+    assert [one() for one in recent] == [first, third]
+    asked = [
+        talk.ask(loaded, "what color is the ring?").on_cache for talk in (first, second, third)
+    ]
+    assert asked == [True, False, True]
 
 
 def test_a_conversation_has_an_end(loaded, scene):

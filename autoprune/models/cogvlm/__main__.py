@@ -26,8 +26,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         convert(given.checkpoint, given.output, given.tokenizer, given.template)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..checkpoints import check_output, one_error, read_object
 from .configuration import CogVLMConfig
 from .model import CogVLMForConditionalGeneration
 from .processing import BOI, EOI, IMAGE, TEMPLATES, CogVLMProcessor, add_tokens
@@ -81,14 +82,15 @@ def convert(
             f"{str(checkpoint)!r} holds no checkpoint (no config.json); fetch the published one by "
             "`hf download zai-org/cogvlm-chat-hf --local-dir FOLDER`"
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{str(output)!r} is there already; give a new or empty folder")
-    published = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    check_output(output)
+    published = read_object(checkpoint / "config.json")
     config = read_config(published)
     template = template or published.get("template_version", "chat")
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
-    files, names = _files(checkpoint), _names(config)
+    with one_error("the sizes in config.json of the checkpoint fit no CogVLM"):
+        names = _names(config)
+    files = _files(checkpoint)
     _check_tensors(files, names)
     processor = _processor(config, tokenizer, TEMPLATES[template])
     output.mkdir(parents=True, exist_ok=True)
@@ -142,12 +144,13 @@ def read_config(published: dict[str, Any]) -> CogVLMConfig:
     if missing:
         raise ValueError(f"config.json of the checkpoint lacks {', '.join(missing)}")
     text = {name: published[name] for name in _TEXT}
-    config = CogVLMConfig(
-        text_config=text | {"num_key_value_heads": text["num_attention_heads"]},
-        vision_config={ours: tower[theirs] for ours, theirs in _VISION.items()},
-        dtype=published.get("torch_dtype", published.get("dtype", "bfloat16")),
-        architectures=["CogVLMForConditionalGeneration"],
-    )
+    with one_error("config.json of the checkpoint is not that of CogVLM-17B"):
+        config = CogVLMConfig(
+            text_config=text | {"num_key_value_heads": text["num_attention_heads"]},
+            vision_config={ours: tower[theirs] for ours, theirs in _VISION.items()},
+            dtype=published.get("torch_dtype", published.get("dtype", "bfloat16")),
+            architectures=["CogVLMForConditionalGeneration"],
+        )
     # The tokens of pictures follow the vocabulary.
     first = config.text_config.vocab_size
     config.image_token_id, config.boi_token_id, config.eoi_token_id = first, first + 1, first + 2
@@ -167,8 +170,9 @@ def _names(config: CogVLMConfig) -> dict[str, tuple[str, list[int]]]:
 def _files(checkpoint: Path) -> list[Path]:
     index = checkpoint / INDEX
     if index.is_file():
-        shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        files = [checkpoint / name for name in sorted(set(shards))]
+        with one_error(f"{str(index)!r} is no index of files"):
+            shards = set(read_object(index)["weight_map"].values())
+            files = [checkpoint / name for name in sorted(shards)]
     else:
         files = [checkpoint / SINGLE]
     lacking = [path.name for path in files if not path.is_file()]
@@ -181,7 +185,8 @@ def _check_tensors(files: list[Path], names: dict[str, tuple[str, list[int]]]) -
     """Compare names and shapes, which stand at the start of each file."""
     shapes: dict[str, list[int]] = {}
     for path in files:
-        with safe_open(path, "pt") as tensors:
+        damaged = f"{str(path)!r} cannot be read; download it once more"
+        with one_error(damaged), safe_open(path, "pt") as tensors:
             shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     found = {name for name in shapes if not _LEFT_OUT.search(name)}
     if unknown := sorted(found - names.keys()):
@@ -206,7 +211,8 @@ def _write_tensors(
             for name, tensor in load_file(path).items()
             if not _LEFT_OUT.search(name)
         }
-        save_file(tensors, output / path.name, metadata={"format": "pt"})
+        with one_error(f"{str(output / path.name)!r} cannot be written"):
+            save_file(tensors, output / path.name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, path.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
         del tensors

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..checkpoints import check_output, one_error
 from .model import SennaConfig, SennaForConditionalGeneration
 from .processor import SennaProcessor, driving_messages
 
@@ -33,6 +34,24 @@ RENAMED = (
     ("model.", "model.language_model."),
 )
 """What Senna's code calls its weights, and what transformers calls them, by the beginning of the name."""
+
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+# Of each part a tensor that the sizes are read from: what the part is called, and the tensor's dimensions.
+_NEEDED = {
+    "model.multi_modal_projector.adapter.0.weight": ("driving adapter (model.img_adapter)", 2),
+    "model.multi_modal_projector.linear_1.weight": ("projector (model.mm_projector)", 2),
+    "model.vision_tower.embeddings.position_embedding.weight": (
+        "vision tower (model.vision_tower)",
+        2,
+    ),
+    "model.vision_tower.embeddings.patch_embedding.weight": (
+        "vision tower (model.vision_tower)",
+        4,
+    ),
+    EMBEDDINGS: ("language model (model.embed_tokens)", 2),
+    HEAD: ("language model's head (lm_head)", 2),
+}
 
 # Tables that transformers computes.
 _COMPUTED = re.compile(r"(position_ids|inv_freq)$")
@@ -52,29 +71,33 @@ def convert(checkpoint: str | Path, output: str | Path) -> None:
 
     Args:
         checkpoint: folder with config.json, the tokenizer, and the weights as .safetensors or .bin files.
-        output: folder that is written.
+        output: a new or empty folder.
 
     Raises:
-        ValueError: a file is missing, or the weights are those of another model.
+        ValueError: a file is missing or damaged, the weights are those of another model, or the folder to write
+            is not empty.
     """
     folder, output = Path(checkpoint), Path(output)
+    check_output(output)
     written = _read_config(folder)
     weights = {_renamed(name): value for name, value in _weights(folder)}
     _check_names(folder, weights)
-    words = weights["model.language_model.embed_tokens.weight"].shape[0]
+    words = weights[EMBEDDINGS].shape[0]
     tokenizer = _tokenizer(folder, words)
     image: int = tokenizer.convert_tokens_to_ids("<image>")
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+    for name in (EMBEDDINGS, HEAD):
         rows = weights[name].new_zeros(image + 1, weights[name].shape[1])
         rows[:words] = weights[name]
         weights[name] = rows
-    config = _config(written, weights, image)
+    with one_error(f"config.json and the weights in {str(folder)!r} make no Senna"):
+        config = _config(written, weights, image)
     config.text_config.pad_token_id = tokenizer.pad_token_id
     processor = _processor(config, tokenizer)
     _check_split(processor)
     model = _model(config, weights, folder)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    with one_error(f"{str(output)!r} cannot be written"):
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,20 +145,22 @@ def _renamed(name: str) -> str:
 
 
 def _check_names(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError where a part of the model is missing."""
-    for part, name in {
-        "driving adapter (model.img_adapter)": "model.multi_modal_projector.adapter.0.weight",
-        "projector (model.mm_projector)": "model.multi_modal_projector.linear_1.weight",
-        "vision tower (model.vision_tower)": (
-            "model.vision_tower.embeddings.position_embedding.weight"
-        ),
-        "language model (model.embed_tokens)": "model.language_model.embed_tokens.weight",
-        "language model's head (lm_head)": "lm_head.weight",
-    }.items():
+    """Raise ValueError where a part of the model is missing or has another shape."""
+    for name, (part, dimensions) in _NEEDED.items():
         if name not in weights:
             raise ValueError(
                 f"the weights in {str(folder)!r} lack the {part}; convert a full checkpoint of Senna"
             )
+        shape = list(weights[name].shape)
+        if len(shape) != dimensions:
+            raise ValueError(
+                f"the weights in {str(folder)!r} have the shape {shape} in the {part}, which is none of Senna's"
+            )
+    head, words = list(weights[HEAD].shape), list(weights[EMBEDDINGS].shape)
+    if head != words:
+        raise ValueError(
+            f"the language model's head has the shape {head}, but its embeddings {words}; expected the same"
+        )
 
 
 def _tokenizer(folder: Path, words: int) -> Any:
@@ -198,7 +223,10 @@ def _config(written: Mapping[str, Any], weights: Mapping[str, torch.Tensor], ima
 
 
 def _model(config: Any, weights: Weights, folder: Path) -> SennaForConditionalGeneration:
-    with torch.device("meta"):
+    with (
+        one_error(f"the sizes in config.json of {str(folder)!r} fit no Senna"),
+        torch.device("meta"),
+    ):
         model = SennaForConditionalGeneration(config)
     wanted = model.state_dict().keys()
     missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)

@@ -116,7 +116,7 @@ def read_samples(path: str | Path, images: str | Path = "") -> list[PlanningSamp
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the data file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"the data file {str(path)!r} holds no list of samples")
@@ -125,7 +125,7 @@ def read_samples(path: str | Path, images: str | Path = "") -> list[PlanningSamp
         try:
             sample = _sample(record, Path(images))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            said = error if isinstance(error, ValueError) else f"it lacks {error}"
+            said = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"sample {number} of {str(path)!r} is not in Senna's format: {said}"
             ) from error
@@ -141,6 +141,8 @@ def _sample(record: Mapping[str, Any], images: Path) -> PlanningSample | None:
     question, answer = (turn["value"] for turn in record["conversations"][:2])
     if _PLANS not in question:
         return None
+    if not isinstance(record["images"], list):
+        raise ValueError(f"its images are no list, but {record['images']!r}")
     paths = tuple(images / name for name in record["images"])
     if question.count(_IMAGE) != len(paths):
         raise ValueError(
