@@ -11,7 +11,8 @@ DOCS ?= .venv-docs
 VLLM ?= .venv-vllm
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
-OLDEST_TESTS := tests/engine tests/test_oracle.py tests/policy
+OLDEST_TESTS := tests/test_oracle.py tests/models $(addprefix tests/engine/test_,oracle_equality.py core_families.py hybrid_decoders.py \
+	generation.py later_turns.py static_cache.py moved_caches.py backends.py observations.py vision_scores.py summaries.py peek.py)
 NEWEST_TESTS := tests/test_oracle.py tests/engine/test_oracle_equality.py tests/engine/test_generation.py tests/engine/test_later_turns.py
 EVAL_TESTS := $(wildcard tests/harness tests/cluster)
 
