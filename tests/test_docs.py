@@ -99,5 +99,6 @@ def test_the_notebook_runs():
         assert printed(cell.outputs) == printed(before), "run `make notebook`"
 
 
-def printed(outputs) -> list[str]:
-    return [output.text for output in outputs if output.get("name") == "stdout"]
+def printed(outputs) -> str:
+    """What a cell prints may come in several pieces."""
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
