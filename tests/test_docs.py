@@ -12,7 +12,9 @@ import pytest
 import typer
 from click.core import Context
 
+from autoprune import tiny
 from autoprune.cli import app
+from autoprune.engine.locate import locate
 from tests import processors, zoo
 from tests.test_readme_models import run_block
 
@@ -85,6 +87,40 @@ def test_blocks_of_families_run(capsys):
     block, _ = blocks_of((ROOT / "docs" / "families.md").read_text(encoding="utf-8"))
     exec(compile(block, "families.md", "exec"), {})
     assert capsys.readouterr().out.strip() == "found"
+
+
+def test_the_block_of_explain_draws_two_pictures(tmp_path, monkeypatch):
+    (block,) = blocks_of((ROOT / "docs" / "explain.md").read_text(encoding="utf-8"))
+    model, processor = tiny.load()
+    first, second = (tiny.draw_scene(seed).image for seed in (3, 4))
+    text = tiny.prompt(processor, "what color is the ring?").replace("<image>", "<image> <image>")
+    inputs = processor(images=[[first, second]], text=[text], return_tensors="pt")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"model": model, "inputs": inputs, "first": first, "second": second})
+    for name in ("kept.png", "attention.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_block_of_models_loads_a_thinker(tmp_path):
+    (block,) = blocks_of((ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    zoo.build("qwen2_5_omni_thinker").save_pretrained(tmp_path)
+    names: dict = {}
+    exec(block.replace('"Qwen/Qwen2.5-Omni-7B"', repr(str(tmp_path))), names)
+    assert locate(names["model"]).present_cost() is not None
+
+
+def test_every_block_is_run_somewhere():
+    """That of serving.md by tests/serving, what vllm.md shows by vllm/tests, the README's by test_examples."""
+    known = {
+        "README.md",
+        "index.md",
+        "families.md",
+        "explain.md",
+        "models.md",
+        "serving.md",
+        "vllm.md",
+    }
+    assert {page.name for page in PAGES if blocks_of(page.read_text(encoding="utf-8"))} == known
 
 
 def test_the_notebook_runs():
