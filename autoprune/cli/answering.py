@@ -13,10 +13,12 @@ from .options import (
     K0,
     X0,
     Budget,
+    Compare,
     Device,
     Dtype,
     Gamma,
     Json,
+    MaxNewTokens,
     MethodName,
     MethodOrFile,
     Model,
@@ -137,10 +139,8 @@ def run(
     k0: K0 = None,
     gamma: Gamma = None,
     settings: Settings = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also answer without pruning.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    compare: Compare = False,
     picture: Annotated[
         Path | None, typer.Option(help="Write the kept patches to this PNG.")
     ] = None,
@@ -190,7 +190,7 @@ def explain(
         Path | None, typer.Option(help="Write one page of all to this HTML file.")
     ] = None,
     dark: Annotated[bool, typer.Option("--dark", help="Pictures on dark paper.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

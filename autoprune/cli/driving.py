@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Json, MethodOrFile, Settings, console
+from .options import Compare, Device, Dtype, Json, MaxNewTokens, MethodOrFile, Settings, console
 
 
 def drive(
@@ -28,10 +28,8 @@ def drive(
     ] = None,
     method: MethodOrFile = "autoprune",
     settings: Settings = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also answer without pruning.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    compare: Compare = False,
     picture: Annotated[
         Path | None, typer.Option(help="Write the views with their kept tokens to this PNG.")
     ] = None,

@@ -41,6 +41,8 @@ Workers = Annotated[
 ]
 Timing = Annotated[bool, typer.Option(help="Measure prefill times, too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer at most.")]
+Compare = Annotated[bool, typer.Option("--compare", help="Also answer without pruning.")]
 
 
 def by_commas(text: str | None) -> list[str] | None:
