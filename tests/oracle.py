@@ -54,7 +54,7 @@ def oracle_logits(
         logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
         return logits[:, prompt - 1 :]
     with contextlib.ExitStack() as stack:
-        for layer, bias in zip(model.get_decoder().layers, biases, strict=True):
+        for layer, bias in zip(decoder(model).layers, biases, strict=True):
             handle = layer.register_forward_pre_hook(_add(bias), with_kwargs=True)
             stack.callback(handle.remove)
         logits = oracle_forward(model, grown, kept_columns, positions, states, summary)
@@ -174,7 +174,7 @@ def hiding(
     summary: Summary | None = None,
 ) -> Iterator[None]:
     """Hide dropped tokens in forwards without a cache, `generate(use_cache=False)` included."""
-    text = model.get_decoder()
+    text = decoder(model)
     layers = text.layers
     _check(kept_columns, len(layers))
     rotary = text.rotary_emb if positions == "compacted" else None
@@ -194,6 +194,12 @@ def hiding(
                 stack.callback(hook.remove)
             before = kept
         yield
+
+
+def decoder(model: nn.Module) -> Any:
+    """The stack of layers; Llama 4 gives a language model that holds it."""
+    text = model.get_decoder()
+    return text if hasattr(text, "layers") else text.model
 
 
 def append(model: nn.Module, inputs: Inputs, tokens: torch.Tensor | None) -> Inputs:
@@ -261,7 +267,7 @@ class Comparison:
 
 def compare(model: nn.Module, inputs: Inputs, method: Any, steps: int = 3) -> Comparison:
     """Prune with `method`, then compute the same logits the slow way."""
-    batch, layers = inputs["attention_mask"], len(model.get_decoder().layers)
+    batch, layers = inputs["attention_mask"], len(decoder(model).layers)
     with method(model) as trace:
         logits, tokens = generate_logits(model, inputs, steps)
         samples = list(trace.samples)
@@ -368,7 +374,7 @@ def _check(kept_columns: Sequence[torch.Tensor], layers: int) -> None:
 @contextlib.contextmanager
 def _eager_decoder(model: nn.Module) -> Iterator[None]:
     """Only eager attention always gets an explicit additive mask."""
-    config = model.get_decoder().config
+    config = decoder(model).config
     before = config._attn_implementation
     config._attn_implementation = "eager"
     try:

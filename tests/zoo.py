@@ -141,6 +141,8 @@ def visual_mask(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 def randomise(model: nn.Module, seed: int) -> None:
     """Replace the weights: unit-variance features, spiky attention, logits of deviation 5."""
     generator = torch.Generator().manual_seed(seed)
+    # Gemma 4 does not divide scores by the root of the head's size.
+    unscaled = model.get_decoder().config.model_type == "gemma4_text"
 
     def normal(parameter: torch.Tensor, std: float) -> torch.Tensor:
         return torch.randn(parameter.shape, generator=generator) * std
@@ -149,7 +151,7 @@ def randomise(model: nn.Module, seed: int) -> None:
         for name, parameter in model.named_parameters():
             leaf = name.split(".")[-2]
             if parameter.ndim < 2:
-                lift = 0.5 if leaf in ("q_norm", "k_norm") else 0.0
+                lift = (-0.3 if unscaled else 0.5) if leaf in ("q_norm", "k_norm") else 0.0
                 # Linear attention that remembers for some ten tokens, not for one.
                 lift = -4.0 if name.endswith("A_log") else lift
                 parameter.add_(lift + normal(parameter, 0.1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tests import zoo_core_configs as configs
 from tests.zoo_configs import EXPERTS, LATENT, qwen
@@ -26,12 +27,17 @@ from tests.zoo_pictures import (
     paced_video,
     padded_patches,
     patch_image,
+    placed_image,
     pooled_image,
     rows_image,
     square,
     timed_video,
     unmerged_image,
 )
+
+# Llama 4 of transformers 5.24 asks the output of its language model for this, which has nothing of the kind.
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 # Video-LLaVA had a name of its own for pictures before.
 VIDEO_LLAVA_PIXELS = (
@@ -150,5 +156,10 @@ CORE: dict[str, Family] = {
         token_types="mm_token_type_ids",
         collate=join_pooled,
     ),
+    "gemma4": _made("Gemma4", configs.gemma4, placed_image, token_types="mm_token_type_ids"),
+    "gemma4_moe": _made(
+        "Gemma4", configs.gemma4_moe, placed_image, token_types="mm_token_type_ids"
+    ),
+    "llama4": _made("Llama4", configs.llama4, square(16, 112)),
 }
 CORE = {name: family for name, family in CORE.items() if hasattr(transformers, family.model)}

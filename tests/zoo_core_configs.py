@@ -267,3 +267,84 @@ def lfm2_vl() -> Any:
         image_token_id=IMAGE,
         projector_hidden_size=48,
     )
+
+
+def gemma4(**changes: Any) -> Any:
+    """As E2B and E4B: the last three layers read the keys of layers 1 and 2, and each has inputs of its own."""
+    small = {
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    }
+    return config(
+        "Gemma4Config",
+        text_config=text(
+            "gemma4_text",
+            global_head_dim=32,
+            sliding_window=12,
+            layer_types=["sliding_attention", "full_attention"] * 3,
+            **small | changes,
+        ),
+        vision_config={
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": GRID_PATCH,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 32,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+
+
+def gemma4_moe() -> Any:
+    """As 26B-A4B: pictures see themselves in both directions, and values are keys in some layers."""
+    return gemma4(
+        num_kv_shared_layers=0,
+        use_double_wide_mlp=False,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        use_bidirectional_attention="vision",
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+    )
+
+
+def llama4() -> Any:
+    """Chunks and temperatures change within a prompt."""
+    return config(
+        "Llama4Config",
+        text_config=text(
+            "llama4_text",
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 1, 0, 1, 1, 0],
+            attention_chunk_size=16,
+            floor_scale=4,
+            attn_scale=1.0,
+        ),
+        vision_config=tower(
+            "llama4_vision_model",
+            image_size=112,
+            num_hidden_layers=2,
+            vision_output_dim=32,
+            projector_input_dim=32,
+            projector_output_dim=32,
+            intermediate_size=128,
+        ),
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )

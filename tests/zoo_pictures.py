@@ -75,6 +75,17 @@ def padded_patches(which: int, generator: torch.Generator) -> Visual:
     return Visual([START, *[IMAGE] * (height * width // 4), END], payload)
 
 
+def placed_image(which: int, generator: torch.Generator) -> Visual:
+    """As `padded_patches`; each patch says where it is, as (x, y)."""
+    height, width = [(8, 8), (4, 12), (6, 8)][which]
+    visual = padded_patches(which, generator)
+    places = torch.full((1, 64, 2), -1)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places[0, : height * width] = torch.stack([columns, rows], dim=-1).flatten(0, 1)
+    payload = {"pixel_values": visual.payload["pixel_values"], "image_position_ids": places}
+    return Visual(visual.ids, payload)
+
+
 # Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
 CROP, PATCH = 56, 14
 PINPOINTS = [[CROP, CROP], [CROP, 2 * CROP], [2 * CROP, CROP]]

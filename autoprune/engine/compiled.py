@@ -48,6 +48,15 @@ class CompiledLayers:
                 f"compile_prefill needs attn_implementation='sdpa', and this model has "
                 f"{located.implementation!r}; load it with sdpa, or prune it without compile_prefill()"
             )
+        if any(
+            named in inspect.signature(layer.forward).parameters
+            for layer in located.layers
+            for named in (SHARED_KEYS,)
+        ):
+            raise UnsupportedError(
+                f"the layers of {type(located.text).__name__} hand keys and values to each other beside the cache, "
+                "which a compiled layer does not; prune it without compile_prefill()"
+            )
         _try(backend, next(located.text.parameters()).device)
         self.backend = backend
         self._compiled: dict[Any, Callable[..., Any]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from .attention.masks import as_mask, biased, decode_mask, shown_columns
 from .attention.tap import no_plans
 from .cache.pruned import MEMORY, LayerMemory, PrunedCache, refuse_moved_rows
 from .cache.static import Slots, narrowed
-from .locate import Located
+from .locate import Located, Window
 from .refusals import refuse_sizes
 
 
@@ -68,9 +69,17 @@ class Decode:
             valid = _so_far(valid, int(cache.get_seq_length()) + self.queries)
             pruned.note_hidden(cache, valid)
         self.valid = valid if pruned.has_gaps else None
+        columns = pruned.prompt_length + self.past + self.queries
+        # Those that hide anything by now.
+        self.windows = [
+            window if window is not None and (static or window.binds(columns)) else None
+            for window in located.windows
+        ]
         # Whether a new token sees all that is there, so that it needs no mask.
-        self.sees_all = not several and not static and pruned.sees_all(located.windows)
+        self.sees_all = not several and not static and pruned.sees_all(self.windows)
         self._made: dict[Any, Any] = {}
+        # Keys of layers that others read, as these find them.
+        self._read: dict[int, int] = {}
 
     @property
     def has_to_do(self) -> bool:
@@ -90,15 +99,21 @@ class Decode:
         mask = kwargs.get("attention_mask")
         if self.sees_all:
             return None if mask is None else (args, {**kwargs, "attention_mask": None})
-        layer, window = self.cache.layers[index], self.located.windows[index]
+        read, window = self.located.reads[index], self.windows[index]
+        layer = self.cache.layers[index if read is None else read]
         memory: LayerMemory = getattr(layer, MEMORY)
-        memory.expected = True
+        if read is None:
+            memory.expected = True
+            keys = self._read[index] = self._keys(layer, memory)
+        else:
+            memory = replace(memory, stage=self.pruned.readers[index])
+            keys = self._read[read]
         if self.pruned.slots is not None:
             fitting = self._static_mask(mask, self.pruned.slots, memory.number, layer)
         else:
             fitting = self._once(
-                ("mask", memory.stage, memory.held, id(mask), window, self._keys(layer, memory)),
-                lambda: self._mask(mask, memory, layer, window),
+                ("mask", memory.stage, memory.held, id(mask), window, keys),
+                lambda: self._mask(mask, memory, layer, window, keys),
             )
         kwargs = {**kwargs, "attention_mask": fitting}
         if memory.renumbered:
@@ -153,7 +168,9 @@ class Decode:
             return layer.keys.shape[-2] + self.queries
         return memory.width + self.past + self.queries
 
-    def _mask(self, mask: Any, memory: LayerMemory, layer: Any, window: int | None) -> Any:
+    def _mask(
+        self, mask: Any, memory: LayerMemory, layer: Any, window: Window | None, keys: int
+    ) -> Any:
         several = self.queries > 1 or window is not None or self.valid is not None
         if not (several or self.pruned.padded or self.pruned.weighed):
             return None
@@ -166,12 +183,12 @@ class Decode:
         first, held = self.pruned.prompt_length, memory.column
         new = torch.arange(first, first + self.past + self.queries, device=held.device)
         column = torch.cat([held, new.expand(len(held), -1)], dim=1)
-        column = column[:, column.shape[1] - self._keys(layer, memory) :]
+        column = column[:, column.shape[1] - keys :]
         if "flash" in self.implementation:
             if self.pruned.weighed:
                 refuse_sizes(self.implementation)
             return self._flash_mask(column, new[self.past :], window)
-        seen = decode_mask(column, new[self.past :], window, self.valid)
+        seen = decode_mask(column, new[self.past :], window, self.valid, memory.held.first)
         bias = memory.held.bias_of_stage(memory.stage)
         if bias is None:
             return as_mask(seen, mask)
@@ -180,20 +197,20 @@ class Decode:
         return biased(seen, bias, _dtype(mask, layer))
 
     def _flash_mask(
-        self, column: torch.Tensor, new: torch.Tensor, window: int | None
+        self, column: torch.Tensor, new: torch.Tensor, window: Window | None
     ) -> torch.Tensor:
         """The 2-D mask of keys; one new token's sliding window is said by it, in positions."""
         real = column >= 0
         if self.valid is not None:
             real = real & self.valid.gather(1, column.clamp(min=0))
         if window is not None:
-            if self.queries > 1 and self.pruned.prompt_length + self.past + self.queries > window:
+            if self.queries > 1 or window.chunked:
                 raise UnsupportedError(
-                    f"flash attention would count its sliding window of {window} in kept tokens, "
+                    f"flash attention would count its sliding window of {window.size} in kept tokens, "
                     "not in positions, for several new tokens at once; "
                     "use attn_implementation='sdpa'"
                 )
-            real = real & (column > new[-1] - window)
+            real = real & (column > new[-1] - window.size)
         return real.long()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from dataclasses import dataclass, replace
@@ -25,7 +26,10 @@ NOT_SUPPORTED = (
 )
 
 # Kinds of attention layers whose masks are known here.
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+# Gemma 4: an input of its own that each layer has for every token, and the keys and values of earlier layers.
+PER_LAYER_INPUT, SHARED_KEYS = "per_layer_input", "shared_kv_states"
 
 # What decoder layers may take: an argument that is not here may follow the sequence and miss a cut.
 LAYER_ARGUMENTS = {
@@ -36,15 +40,24 @@ LAYER_ARGUMENTS = {
     *cache_argument.NAMES,
     "use_cache",
     "output_attentions",
+    PER_LAYER_INPUT,
+    SHARED_KEYS,
 }
 
 
-# Why layers that take these cannot be cut, where that is known (Gemma 3n and Gemma 4).
-REASONS = {
-    "per_layer_input": "each layer has an input of its own for every token",
-    "shared_kv_states": "layers read the keys and values of earlier ones, from which a token that is dropped "
-    "later would have to go as well",
-}
+@dataclass(frozen=True)
+class Window:
+    """What a layer sees of the tokens before a new one.
+
+    size: so many, itself included; where `chunked`, those of its own chunk, of which each has so many.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def binds(self, columns: int) -> bool:
+        """Whether a token sees less than all in a prompt of so many columns."""
+        return columns > self.size
 
 
 # A model of transformers, or its decoder: what else they have differs by family.
@@ -60,7 +73,8 @@ class Located:
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
     attentions: the attention module of each decoder layer; None where a layer passes a state on instead.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
-    windows: the sliding window of each decoder layer, in positions; None where it sees all before it.
+    reads: for each decoder layer the earlier one whose keys and values it attends to; None where it has its own.
+    windows: what each decoder layer sees of the tokens before a new one; None where it sees all.
     """
 
     outer: Model
@@ -70,7 +84,8 @@ class Located:
     attentions: list[nn.Module | None]
     vision: nn.Module
     visual_ids: tuple[int, ...]
-    windows: list[int | None]
+    reads: list[int | None]
+    windows: list[Window | None]
     cost: DecoderCost
 
     @property
@@ -89,6 +104,11 @@ class Located:
     def is_hybrid(self) -> bool:
         """Whether some layers pass a state on instead of attending."""
         return None in self.attentions
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some layers attend to the keys and values of earlier ones."""
+        return any(read is not None for read in self.reads)
 
     @property
     def implementation(self) -> str:
@@ -129,6 +149,9 @@ def locate(model: Model) -> Located:
             "found; if AutoModelForImageTextToText loaded it, its family is not supported (docs/families.md)"
         )
     text = model.get_decoder()
+    if not _stacks(text) and hasattr(text, "lm_head"):
+        # Llama 4 has a whole causal language model in this place.
+        text = text.model
     try:
         return _located(model, base, text, vision, visual_ids)
     except DiffersByLayer as error:
@@ -148,17 +171,19 @@ def _located(
     layers = _layers(text)
     windows = _windows(text, len(layers))
     kinds = getattr(text.config, "layer_types", None) or [None] * len(layers)
+    attentions = [
+        _attention(layer) if _attends(text, layer, kind) else None
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
     return Located(
         outer=model,
         base=base,
         text=text,
         layers=layers,
-        attentions=[
-            _attention(layer) if _attends(text, layer, kind) else None
-            for layer, kind in zip(layers, kinds, strict=True)
-        ],
+        attentions=attentions,
         vision=vision,
         visual_ids=tuple(dict.fromkeys(visual_ids)),
+        reads=_reads(attentions),
         windows=windows,
         cost=DecoderCost.from_config(text.config, dtype_bytes=_element_size(text)),
     )
@@ -177,9 +202,14 @@ def warn_if_untested(located: Located) -> None:
         )
 
 
+def _stacks(text: Model) -> list[nn.ModuleList]:
+    depth = getattr(text.config, "num_hidden_layers", None)
+    return [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+
+
 def _layers(text: Model) -> list[nn.Module]:
     depth = getattr(text.config, "num_hidden_layers", None)
-    stacks = [m for m in text.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    stacks = _stacks(text)
     if not stacks:
         raise UnsupportedError(
             f"{type(text).__name__} does not hold the list of its {depth} layers itself, by which a decoder is "
@@ -196,12 +226,37 @@ def _layers(text: Model) -> list[nn.Module]:
     return layers
 
 
-def _windows(text: Model, depth: int) -> list[int | None]:
-    window = getattr(text.config, "sliding_window", None)
+def _windows(text: Model, depth: int) -> list[Window | None]:
+    sizes = {
+        "sliding_attention": getattr(text.config, "sliding_window", None),
+        "chunked_attention": getattr(text.config, "attention_chunk_size", None),
+    }
     kinds = getattr(text.config, "layer_types", None) or ["sliding_attention"] * depth
     if unknown := sorted(set(kinds) - {*LAYER_TYPES, *RECURRENT_TYPES}):
         _refuse_kinds(text, unknown)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    windows = {
+        kind: None if size is None else Window(size, kind == "chunked_attention")
+        for kind, size in sizes.items()
+    }
+    return [windows.get(kind) for kind in kinds]
+
+
+def _reads(attentions: list[nn.Module | None]) -> list[int | None]:
+    """The layer that each reads keys and values from: the last one before it that keeps those of its kind."""
+    reads: list[int | None] = []
+    kept: dict[Any, int] = {}
+    for index, attention in enumerate(attentions):
+        kind = getattr(attention, "layer_type", None)
+        shared = getattr(attention, "is_kv_shared_layer", False)
+        if shared and kind not in kept:
+            raise UnsupportedError(
+                f"layer {index} of the decoder reads keys and values of an earlier layer ({kind}), which was not "
+                f"found; {NOT_SUPPORTED}"
+            )
+        reads.append(kept[kind] if shared else None)
+        if getattr(attention, "store_full_length_kv", False):
+            kept[kind] = index
+    return reads
 
 
 def _refuse_kinds(text: Model, kinds: list[str]) -> NoReturn:
@@ -223,6 +278,11 @@ def _attends(text: Model, layer: nn.Module, kind: str | None) -> bool:
 def _check_arguments(layer: nn.Module) -> None:
     if isinstance(layer, OptimizedModule):
         refuse_compiled("decoder layers")
+    if hasattr(layer, "altup"):
+        raise UnsupportedError(
+            f"{type(layer).__name__} keeps several states of every token (AltUp), and cuts are made of one; "
+            f"{NOT_SUPPORTED}"
+        )
     parameters = inspect.signature(layer.forward).parameters.values()
     taken = {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
     unknown = sorted(taken - LAYER_ARGUMENTS)
@@ -231,10 +291,8 @@ def _check_arguments(layer: nn.Module) -> None:
         missing.append("a cache")
     if unknown or missing:
         differs = f"takes {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-        reasons = "; ".join(f"{name}: {REASONS[name]}" for name in unknown if name in REASONS)
         raise UnsupportedError(
-            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut"
-            f"{f' ({reasons})' if reasons else ''}; {NOT_SUPPORTED}"
+            f"{type(layer).__name__} {differs}, unlike the decoder layers that can be cut; {NOT_SUPPORTED}"
         )
 
 
@@ -249,18 +307,21 @@ def refuse_compiled(part: str) -> None:
 def _attention(layer: nn.Module) -> nn.Module:
     for module in layer.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
-            _check_counting(module)
             return module
     raise UnsupportedError(f"{type(layer).__name__} has no causal self-attention; {NOT_SUPPORTED}")
 
 
-def _check_counting(attention: nn.Module) -> None:
-    """Llama 4 scales attention by positions that it counts itself, where a cut is not seen."""
-    if getattr(attention, "attn_temperature_tuning", False):
-        raise UnsupportedError(
-            f"{type(attention).__name__} counts positions itself (config.attn_temperature_tuning), and would "
-            f"count what a cut leaves; {NOT_SUPPORTED}"
-        )
+def named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What a layer is called with, all but the hidden states by name."""
+    if len(args) == 1:
+        return args, kwargs
+    return args[:1], {**kwargs, **dict(zip(_names(type(layer))[1:], args[1:], strict=False))}
+
+
+@functools.cache
+def _names(layer: type[nn.Module]) -> tuple[str, ...]:
+    """The arguments of a kind of layers."""
+    return tuple(inspect.signature(layer.forward).parameters)[1:]
 
 
 def _element_size(text: nn.Module) -> int:

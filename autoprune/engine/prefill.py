@@ -16,9 +16,10 @@ from .attention.ahead import LooksAhead, few_projections, has_own_projections
 from .attention.arguments import LayerArguments
 from .attention.rows import Observer, SeenEnough, at_slots
 from .attention.tap import no_plans
+from .attention.temperature import at_positions, counts_positions
 from .cache.argument import cache_of, without_cache
 from .cache.pruned import PrunedCache
-from .locate import Located
+from .locate import SHARED_KEYS, Located, named
 from .record import Record
 from .refusals import refuse_unseen_attention, refuse_unseen_layer
 from .tokens.cut import Columns, Cut, Plan, Stage
@@ -67,6 +68,8 @@ class Prefill:
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
+        # What layers read of the keys of earlier ones, by these, since the last cut.
+        self._shared: dict[int, Any] = {}
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
@@ -88,6 +91,7 @@ class Prefill:
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Cut what is due before layer `index`, then hand the layer what fits the remaining tokens."""
         self._settle()
+        args, kwargs = named(self.located.layers[index], args, kwargs)
         if index == 0:
             self._begin(kwargs)
         self._note_bytes(index)
@@ -131,6 +135,8 @@ class Prefill:
     def _fit(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
         """The layer's keyword arguments for the tokens that are present."""
         if len(self.stages) > 1:
+            if (read := self.located.reads[index]) is not None:
+                kwargs = {**kwargs, SHARED_KEYS: self._shared_keys(read, kwargs[SHARED_KEYS])}
             layers = getattr(self.cache, "layers", ())
             return self.arguments.fit(
                 layers[index] if index < len(layers) else None,
@@ -141,6 +147,23 @@ class Prefill:
         if self.counts_positions:
             return {**kwargs, "position_embeddings": self.arguments.compacted(hidden)}
         return kwargs
+
+    def _shared_keys(self, layer: int, shared: Any) -> Any:
+        """The keys and values that layers keep for later ones, those of `layer` for the tokens present."""
+        stage = self.stage_of(layer)
+        if stage is self.stages[-1]:
+            return shared
+        if layer not in self._shared:
+            attention: Any = self.located.attentions[layer]
+            kept = shared[attention.layer_type]
+            place = self.tokens.places_in(stage.tokens)[:, None, :, None].to(kept[0].device)
+            present = tuple(
+                states.gather(2, place.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in kept
+            )
+            own = {attention.layer_type: present}
+            self._shared[layer] = type(shared)({**shared, **own})
+        return self._shared[layer]
 
     def _peek(
         self, index: int, needs: Needs, hidden: torch.Tensor, args: tuple, kwargs: dict
@@ -213,10 +236,19 @@ class Prefill:
                 layer.keys, layer.values = key, value
                 self.unsettled = None
             self.attention_seen = True
+        if len(self.stages) > 1 and counts_positions(module):
+            query = at_positions(module, query, self._counted(), self.tokens.some_column)
         self.observer.see(self.tokens, query, key, attention_mask, **kwargs)
         with no_plans if len(self.stages) > 1 else nullcontext():
             output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         return (output if packing is None else packing.pack(output)), weights
+
+    def _counted(self) -> torch.Tensor:
+        """LongTensor [batch or 1, n], what attention counts as the positions of the tokens it is given."""
+        if self.packing is not None:
+            # In a packed row, prompt behind prompt.
+            return self.packing.place
+        return torch.arange(self.tokens.width, device=self.tokens.column.device)[None]
 
     def _settle(self) -> None:
         """Bring what the last layer has put into its cache from a packed row into the form of a batch.
@@ -467,6 +499,7 @@ class Prefill:
                 earlier.columns = None
         self.stages.append(stage)
         self.arguments.follow(stage)
+        self._shared = {}
 
     def _in_form(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of hidden states as the layers take them."""
@@ -475,7 +508,7 @@ class Prefill:
     @cached_property
     def _may_pack(self) -> bool:
         """Whether ragged batches may be packed into one row."""
-        if self.tokens.batch == 1 or self.located.is_hybrid:
+        if self.tokens.batch == 1 or self.located.is_hybrid or self.located.shares_keys:
             return False
         has_windows = any(self.located.windows)
         # Something hooked into the layers may count on the batch dimension.
@@ -524,7 +557,7 @@ class Prefill:
             entering = [self.stage_of(layer).tokens for layer in range(len(self.located.layers))]
             compacted = self.method.positions == "compacted"
             PrunedCache.remember(
-                self.cache, entering, self.layout, compacted, backend=self.implementation
+                self.cache, entering, self.layout, compacted, self.located, self.implementation
             )
         return output
 

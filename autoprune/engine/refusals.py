@@ -12,6 +12,7 @@ from torch._dynamo import OptimizedModule
 
 from ..contract import MethodContract, Needs
 from ..errors import UnsupportedError
+from .attention.temperature import counts_positions
 from .cache.argument import cache_of, is_paged
 from .cache.static import is_static
 from .locate import Located, refuse_compiled
@@ -28,7 +29,11 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
 
 
 def refuse_hybrid(method: MethodContract, located: Located) -> None:
-    """What counts all layers as alike, where some pass a state on instead of attending."""
+    """What counts all layers as alike, where some pass a state on instead of attending, or cost more."""
+    if method.needs_speed and not located.is_hybrid and (differs := located.cost.differs):
+        raise UnsupportedError(
+            f"cut_every='auto' needs layers that are all alike, but {differs}; use a number"
+        )
     if not located.is_hybrid:
         return
     asked = {
@@ -77,6 +82,12 @@ def refuse_positions(method: MethodContract, located: Located) -> None:
     rope = getattr(located.text.config, "rope_parameters", None) or {}
     rotary = getattr(located.text, "rotary_emb", None)
     by_layer = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+    if any(map(counts_positions, located.attending)):
+        raise UnsupportedError(
+            f"{type(located.text).__name__} scales its attention by positions in the prompt "
+            "(config.attn_temperature_tuning), which positions='compacted' would not change; use "
+            "positions='original'"
+        )
     if rotary is None or by_layer or "mrope_section" in rope:
         raise UnsupportedError(
             f"{type(located.text).__name__} has no one-dimensional rotary positions, the same for all layers, "
@@ -100,6 +111,11 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
             f"a static cache of {type(located.text).__name__}, some of whose layers do not attend, cannot be "
             "pruned; use the default cache"
         )
+    if located.shares_keys and any(map(is_static, layers)):
+        raise UnsupportedError(
+            f"a static cache of {type(located.text).__name__}, some of whose layers read the keys of earlier ones, "
+            "cannot be pruned; use the default cache"
+        )
     if any(is_static(layer) and getattr(layer, "is_sliding", False) for layer in layers):
         raise UnsupportedError(
             "static caches of models with sliding layers cannot be pruned; use the default cache"
@@ -109,7 +125,7 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
             "flash attention cannot prune a static cache; use the default cache, or "
             "attn_implementation='sdpa'"
         )
-    windows = {window for window in located.windows if window is not None}
+    windows = [window.size for window in located.windows if window is not None]
     if "flash" in located.implementation and windows and min(windows) < length:
         raise UnsupportedError(
             f"flash attention would count its sliding window of {min(windows)} in kept tokens, "

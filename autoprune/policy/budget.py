@@ -236,11 +236,10 @@ class Budget:
                 f"a budget of {self} needs the decoder's cost; "
                 "pass cost=DecoderCost.from_config(config)"
             )
-        if cost.recurrent is not None:
+        if (differs := cost.differs) is not None:
             raise ValueError(
-                f"a budget of {self} is spent over layers that are all alike, but "
-                f"{sum(cost.recurrent.layers)} of these {cost.layers} do not attend; give a budget of tokens "
-                "or a ratio"
+                f"a budget of {self} is spent over layers that are all alike, but {differs}; give a budget of "
+                "tokens or a ratio"
             )
         if cost.layers != num_layers:
             raise ValueError(

@@ -120,6 +120,63 @@ class Recurrent:
 
 
 @dataclass(frozen=True)
+class OwnLayer:
+    """One layer of a decoder whose layers differ in their dimensions (Gemma 4).
+
+    Attributes:
+        head_dim, kv_heads, intermediate: as of `DecoderCost`.
+        projections: how many of keys and values it projects: 2, 1 where both are one, 0 where it reads those of an
+            earlier layer. It caches none then.
+        inputs: width of the layer's own input for every token; 0 without one.
+    """
+
+    head_dim: int
+    kv_heads: int
+    intermediate: int
+    projections: int = 2
+    inputs: int = 0
+
+    @classmethod
+    def all_from_config(cls, text: Any) -> tuple[OwnLayer, ...] | None:
+        """Of a text config, one for each layer; None if it describes all layers alike."""
+        sharing = _read(text, "num_kv_shared_layers", default=0)
+        inputs = _read(text, "hidden_size_per_layer_input", default=0)
+        kinds = tuple(getattr(text, "layer_types", None) or ())
+        own = getattr(text, "is_heterogeneous", False)
+        if not (sharing or inputs or own) or not kinds:
+            return None
+        experts = 0
+        if getattr(text, "enable_moe_block", False):
+            experts = _read(text, "top_k_experts") * _read(text, "moe_intermediate_size")
+        layers = []
+        for index, kind in enumerate(kinds):
+            layer = text.per_layer_config[index]
+            reads = index >= len(kinds) - sharing
+            wide = 2 if reads and getattr(text, "use_double_wide_mlp", False) else 1
+            alike = getattr(text, "attention_k_eq_v", False) and kind == "full_attention"
+            layers.append(
+                cls(
+                    head_dim=_read(layer, "head_dim"),
+                    kv_heads=_read(layer, "num_key_value_heads"),
+                    intermediate=wide * _read(layer, "intermediate_size") + experts,
+                    projections=0 if reads else 1 if alike else 2,
+                    inputs=inputs,
+                )
+            )
+        return tuple(layers)
+
+    def linear_flops(self, hidden: int, heads: int) -> int:
+        """FLOPs per token of projections, MLP, and what is made of the layer's own input."""
+        attention = hidden * self.head_dim * (2 * heads + self.projections * self.kv_heads)
+        return 2 * (attention + 3 * hidden * self.intermediate + 2 * hidden * self.inputs)
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers that one token has in its cache."""
+        return 2 * self.kv_heads * self.head_dim if self.projections else 0
+
+
+@dataclass(frozen=True)
 class DecoderCost:
     """Dimensions of a decoder that decide its FLOPs and KV bytes.
 
@@ -133,6 +190,8 @@ class DecoderCost:
         latent: of attention whose cache holds latents, None where it holds keys and values; head_dim is what
             is rotated then, and kv_heads does not matter.
         recurrent: the layers that do not attend; None where all do.
+        own: the layers one by one where they differ, with a gated MLP each. What is said of all layers is of the
+            widest then.
         vocab_size: rows of the lm_head.
         dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
             bfloat16).
@@ -150,6 +209,7 @@ class DecoderCost:
     fused_mlp: bool = False
     latent: Latent | None = None
     recurrent: Recurrent | None = None
+    own: tuple[OwnLayer, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -179,6 +239,18 @@ class DecoderCost:
         text = _text_config(config)
         hidden = _read(text, "hidden_size", "n_embd", "d_model")
         heads = _read(text, "num_attention_heads", "n_head")
+        if (own := OwnLayer.all_from_config(text)) is not None:
+            return cls(
+                layers=len(own),
+                hidden=hidden,
+                heads=heads,
+                kv_heads=max(layer.kv_heads for layer in own),
+                head_dim=max(layer.head_dim for layer in own),
+                intermediate=max(layer.intermediate for layer in own),
+                vocab_size=_read(text, "vocab_size", default=0),
+                dtype_bytes=dtype_bytes,
+                own=own,
+            )
         return cls(
             layers=_read(text, "num_hidden_layers", "n_layer"),
             hidden=hidden,
@@ -193,6 +265,15 @@ class DecoderCost:
             latent=Latent.from_config(text),
             recurrent=Recurrent.from_config(text, hidden),
         )
+
+    @property
+    def differs(self) -> str | None:
+        """What sets some layers apart from others, in words; None where all cost the same."""
+        if self.recurrent is not None:
+            return f"{sum(self.recurrent.layers)} of these {self.layers} do not attend"
+        if self.own is not None and len(set(self.own)) > 1:
+            return f"these {self.layers} are of {len(set(self.own))} kinds"
+        return None
 
     @property
     def linear_flops(self) -> int:
@@ -223,7 +304,7 @@ class DecoderCost:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token occupies in one layer's cache."""
+        """Bytes that one token occupies in one layer's cache; where layers differ, in that of the widest."""
         if (latent := self.latent) is not None:
             return (latent.rank + latent.rotated + latent.indexed) * self.dtype_bytes
         return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
@@ -259,7 +340,7 @@ class DecoderCost:
             ValueError: `visual_per_layer` does not have one entry per layer.
         """
         tokens = self._tokens(visual_per_layer, num_text)
-        flops = self._by_kind(np.asarray(self.layer_flops(tokens)), tokens)
+        flops = self._by_kind(np.asarray(self.layer_flops(tokens)), tokens, tokens * tokens)
         return int_or_rows(flops.sum(axis=-1) + (self.lm_head_flops if lm_head else 0))
 
     def look_flops(
@@ -321,15 +402,15 @@ class DecoderCost:
             # transformers makes the keys and values of all cached latents anew at each step.
             made = 2 * self.latent.expansion(self.heads)
             per_key, flops = per_key + made, flops - made
-        by_layer = self._by_kind(flops + per_key * keys, np.ones_like(keys))
+        by_layer = self._by_kind(flops + per_key * keys, np.ones_like(keys), keys)
         return int_or_rows(by_layer.sum(axis=-1) + (self.lm_head_flops if lm_head else 0))
 
     def kv_bytes(self, visual_per_layer: ArrayLike, num_text: ArrayLike = 0) -> Any:
         """Bytes of keys and values (or of latents) after prefill, text included; arguments as above. The state
         of a layer that does not attend has a fixed size and is not counted.
         """
-        held = self._held(self._tokens(visual_per_layer, num_text))
-        return int_or_rows(held.sum(axis=-1) * self.kv_bytes_per_token)
+        held = self._held_bytes(self._tokens(visual_per_layer, num_text))
+        return int_or_rows(held.sum(axis=-1))
 
     def peak_bytes(
         self,
@@ -389,25 +470,37 @@ class DecoderCost:
         looks = np.asarray(looked, dtype=np.int64)
         attending = (states + self.heads * self.head_dim * tokens + rotary) * self.dtype_bytes
         working = np.where(looks > 0, np.maximum(working, attending + looks), working)
-        columns = self._held(tokens if cached is None else np.asarray(cached, dtype=np.int64))
-        cache = columns.cumsum(axis=-1) * self.kv_bytes_per_token
+        held = self._held_bytes(tokens if cached is None else np.asarray(cached, dtype=np.int64))
+        cache = held.cumsum(axis=-1)
         rotated = 2 * self.head_dim * (first // sharing) * self.dtype_bytes
         looks = np.asarray(ahead, dtype=np.int64)
-        look = np.where(looks > 0, cache - columns * self.kv_bytes_per_token + rotated + looks, 0)
+        look = np.where(looks > 0, cache - held + rotated + looks, 0)
         return int_or_rows(np.maximum(cache + working, look).max(axis=-1))
 
     def _by_kind(
-        self, attending: NDArray[np.int64], tokens: NDArray[np.int64]
+        self, alike: NDArray[np.int64], tokens: NDArray[np.int64], pairs: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """FLOPs of each layer, of what they are in layers that attend, for so many tokens."""
-        if self.recurrent is None:
-            return attending
-        passed_on = (2 * self.recurrent.products + self.mlp_flops) * tokens
-        return np.where(self.recurrent.layers, passed_on, attending)
+        """FLOPs of each layer, of what they are in layers that are all alike and attend.
 
-    def _held(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens that each layer's cache holds."""
-        return tokens if self.recurrent is None else np.where(self.recurrent.layers, 0, tokens)
+        Args:
+            tokens: that run through each layer; pairs: of a query and a key that it attends over.
+        """
+        if self.own is not None:
+            linear = [layer.linear_flops(self.hidden, self.heads) for layer in self.own]
+            pair = [4 * self.heads * layer.head_dim for layer in self.own]
+            return np.array(linear) * tokens + np.array(pair) * pairs
+        if self.recurrent is None:
+            return alike
+        passed_on = (2 * self.recurrent.products + self.mlp_flops) * tokens
+        return np.where(self.recurrent.layers, passed_on, alike)
+
+    def _held_bytes(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes that each layer's cache holds."""
+        if self.own is not None:
+            sizes = [layer.kv_size * self.dtype_bytes for layer in self.own]
+            return tokens * np.array(sizes)
+        held = tokens if self.recurrent is None else np.where(self.recurrent.layers, 0, tokens)
+        return held * self.kv_bytes_per_token
 
     def _tokens(self, visual_per_layer: ArrayLike, num_text: ArrayLike) -> NDArray[np.int64]:
         visual = np.asarray(visual_per_layer, dtype=np.int64)

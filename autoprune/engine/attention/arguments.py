@@ -12,14 +12,20 @@ from ...contract import Positions
 from ...errors import UnsupportedError
 from ..cache import argument as cache_argument
 from ..cache.static import is_static
-from ..locate import Located
+from ..locate import PER_LAYER_INPUT, Located
 from ..refusals import refuse_sizes, refuse_sizes_in_hybrid
 from ..tokens.cut import Stage
 from ..tokens.present import Tokens
 from .masks import BlockMask, CausalMasks, gather_block_mask, gather_mask, weighed
 
 # Arguments that follow the sequence but are sliced here, or are known not to matter.
-HANDLED = {"attention_mask", "position_embeddings", "position_ids", *cache_argument.NAMES}
+HANDLED = {
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    PER_LAYER_INPUT,
+    *cache_argument.NAMES,
+}
 
 # Attention that reads no position ids; a user's own may.
 WITHOUT_IDS = ("sdpa", "eager")
@@ -78,6 +84,9 @@ class LayerArguments:
             fitting["position_embeddings"] = self._once(
                 "rotary", embeddings, lambda: self._rotary(embeddings, hidden)
             )
+        if (inputs := kwargs.get(PER_LAYER_INPUT)) is not None:
+            # Each layer has another, so nothing is gained by taking it for later cuts, too.
+            fitting[PER_LAYER_INPUT] = self._in_stage(inputs)
         if self._needs_ids and (ids := kwargs.get("position_ids")) is not None:
             fitting["position_ids"] = self._once("ids", ids, lambda: self._position_ids(ids))
         return {**kwargs, **fitting}
@@ -160,6 +169,13 @@ class LayerArguments:
         taken = columns.take(values, source, dim).narrow(dim, rows.start, rows.stop - rows.start)
         batch = 1 if self.stage.packing is not None else self.tokens.batch
         return taken.unflatten(dim, (batch, -1))
+
+    def _in_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """[batch, S, ...], of the tokens present, in the form of hidden states."""
+        column = self.tokens.some_column.to(values.device)
+        first = torch.arange(len(column), device=column.device)[:, None] * values.shape[1]
+        rows = values.flatten(0, 1)[(column + first).flatten()]
+        return self._packed(rows.unflatten(0, column.shape), -2)
 
     def _packed(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """[..., batch, n, ...], the batch in dimension `dim`, in the form of hidden states."""

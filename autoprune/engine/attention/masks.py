@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 
+from ..locate import Window
 from ..tokens.present import Tokens, blocked_by_half
 
 
@@ -221,21 +222,26 @@ def _finish(mask: torch.Tensor, tokens: Tokens, key_length: int) -> torch.Tensor
 def decode_mask(
     column: torch.Tensor,
     query_column: torch.Tensor,
-    window: int | None,
+    window: Window | None,
     valid: torch.Tensor | None,
+    first: torch.Tensor,
 ) -> torch.Tensor:
     """bool [batch, 1, queries, keys]: which cached tokens new tokens may see.
 
     Args:
         column: [batch, keys], original columns of the cached and new tokens, -1 for padding.
         query_column: [queries], columns of the new tokens.
-        window: sliding window in original positions, or None.
+        window: what the layer sees, in original positions, or None for all.
         valid: bool [batch, columns], the caller's own 2-D mask over all columns so far, or None.
+        first: LongTensor [batch], the column of each prompt's first token, from which chunks are counted.
     """
-    keys = column[:, None, :]
-    allowed = (keys >= 0) & (keys <= query_column[None, :, None])
-    if window is not None:
-        allowed = allowed & (keys > query_column[None, :, None] - window)
+    keys, queries = column[:, None, :], query_column[None, :, None]
+    allowed = (keys >= 0) & (keys <= queries)
+    if window is not None and window.chunked:
+        start = first.to(column.device)[:, None, None]
+        allowed = allowed & ((keys - start) // window.size == (queries - start) // window.size)
+    elif window is not None:
+        allowed = allowed & (keys > queries - window.size)
     if valid is not None:
         allowed = allowed & valid.gather(1, column.clamp(min=0))[:, None, :]
     return allowed[:, None]

@@ -6,6 +6,7 @@ function. A module that nobody tagged runs the original directly. The shadow is 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -93,12 +94,16 @@ def _shadow(name: str, original: Callable | None) -> Callable:
 
 
 def _eager(module: nn.Module) -> Callable:
-    """transformers does not register "eager": each modelling file has its own function of that name."""
+    """transformers does not register "eager": each modelling file has its own, which the attention names."""
+    default = "eager_attention_forward"
     for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise RuntimeError(f"no eager_attention_forward beside {type(module).__name__}")
+        code = getattr(inspect.unwrap(getattr(cls, "forward", _eager)), "__code__", None)
+        named = [name for name in getattr(code, "co_names", ()) if name.endswith(default)]
+        for name in (*named, default):
+            function = getattr(sys.modules.get(cls.__module__), name, None)
+            if function is not None:
+                return function
+    raise RuntimeError(f"no {default} beside {type(module).__name__}")
 
 
 class NoPlans:

@@ -45,6 +45,7 @@ class HeldColumns:
         columns: LongTensor [batch, all stages' places]. The column of the prompt that each token came from; -1
             for padding, which is on the left.
         starts, widths: where each stage's tokens begin in it, and how many there are.
+        first: LongTensor [batch], the column of each row's first token.
         bias: float32, as `columns`: what is added to the scores of attention on each token (`Tokens.bias`).
             None for nothing.
     """
@@ -54,14 +55,15 @@ class HeldColumns:
         columns: torch.Tensor,
         starts: Sequence[int],
         widths: Sequence[int],
+        first: torch.Tensor,
         bias: torch.Tensor | None = None,
     ):
         self.columns, self.starts, self.widths = columns, tuple(starts), tuple(widths)
-        self.bias = bias
+        self.first, self.bias = first, bias
         self._clear()
 
     @classmethod
-    def of(cls, stages: Sequence[Tokens]) -> HeldColumns:
+    def of(cls, stages: Sequence[Tokens], first: torch.Tensor) -> HeldColumns:
         widths = [tokens.width for tokens in stages]
         sizes = [aligned(width) for width in widths]
         # What aligns a stage is never read, so any columns do.
@@ -80,7 +82,7 @@ class HeldColumns:
                 for part in (_bias_of(tokens), none[:, : size - tokens.width])
             ]
             bias = torch.cat(pieces, dim=1)
-        return cls(torch.cat(parts, dim=1), starts_of(sizes), widths, bias)
+        return cls(torch.cat(parts, dim=1), starts_of(sizes), widths, first, bias)
 
     def _clear(self) -> None:
         """Forget what was made of the columns."""
@@ -89,7 +91,8 @@ class HeldColumns:
         self._moved: tuple[str, Any, int | None, HeldColumns] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("columns", "starts", "widths", "bias")}
+        names = "columns", "starts", "widths", "first", "bias"
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -144,7 +147,7 @@ class HeldColumns:
     def without_last(self, columns: int) -> HeldColumns:
         """Without the last columns of the prompt, which are text in every row."""
         widths = [width - columns for width in self.widths]
-        return HeldColumns(self.columns, self.starts, widths, self.bias)
+        return HeldColumns(self.columns, self.starts, widths, self.first, self.bias)
 
     def moved(self, how: str, argument: Any) -> HeldColumns:
         """As the method `how` of `MOVES` leaves them.
@@ -158,7 +161,8 @@ class HeldColumns:
                 return answer
         move = MOVES[how]
         bias = None if self.bias is None else move(self.bias, argument)
-        answer = HeldColumns(move(self.columns, argument), self.starts, self.widths, bias)
+        columns, first = move(self.columns, argument), move(self.first, argument)
+        answer = HeldColumns(columns, self.starts, self.widths, first, bias)
         for dtype, made in self._masks.items():
             answer._masks[dtype] = made._replace(values=move(made.values, argument))
         self._moved = how, argument, version, answer

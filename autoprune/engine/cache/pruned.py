@@ -18,6 +18,8 @@ from packaging.version import Version
 from transformers.cache_utils import DynamicLayer
 
 from ...errors import UnsupportedError
+from ..attention.temperature import counts_positions
+from ..locate import Located, Window
 from ..tokens.layout import Layout
 from ..tokens.present import Tokens
 from .columns import MOVES, HeldColumns
@@ -56,7 +58,7 @@ class LayerMemory:
     held, stage: its tokens are those of this stage, in rows that are moved as the layer's.
     renumbered: whether new tokens go on with compacted positions, where they are others than the model's own.
     dropped: how many tokens of the prompt its own count lacks, a tensor [] on a static layer. None if none, and
-        on all layers but the first, which is the one that is asked.
+        on all layers that are not asked: the first one is, and those whose attention counts positions.
     expected: whether the next tokens come with a mask and positions for them.
     """
 
@@ -95,6 +97,7 @@ class PrunedCache:
     weighed: whether a token in it counts for several.
     slots: what new tokens see of a static cache; None for one that grows.
     backend: the attention that the cache was filled by.
+    readers: of the layers that read the keys of earlier ones, which stage's tokens they see of these.
     has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
     """
 
@@ -105,11 +108,18 @@ class PrunedCache:
     weighed: bool
     slots: Slots | None
     backend: str
+    readers: dict[int, int]
     has_gaps: bool = False
 
     @classmethod
     def remember(
-        cls, cache: Any, entering: Sequence[Tokens], layout: Layout, compacted: bool, backend: str
+        cls,
+        cache: Any,
+        entering: Sequence[Tokens],
+        layout: Layout,
+        compacted: bool,
+        located: Located,
+        backend: str,
     ) -> None:
         """Let the layers of a cache remember what a prefill left in them.
 
@@ -118,10 +128,11 @@ class PrunedCache:
             compacted: whether the method compacts positions.
             backend: the attention that the cache was filled by.
         """
+        entering = _as_held(entering, located.reads)
         own: list[Tokens] = list(dict.fromkeys(entering))
         stages = [own.index(tokens) for tokens in entering]
         held = [tokens.without_last(layout.drafts) for tokens in own]
-        columns = HeldColumns.of(held)
+        columns = HeldColumns.of(held, entering[0].prompts.first)
         # Positions are counted by the first layer that holds tokens; others hold a state.
         first = next(n for n, layer in enumerate(cache.layers) if hasattr(layer, "update"))
         dropped = layout.length - held[stages[first]].width
@@ -131,12 +142,17 @@ class PrunedCache:
             slots = kept.slots = Slots.of(cache.layers, by_layer, layout.length, kept.slots)
         padded = any(tokens.padded for tokens in held)
         weighed = columns.bias is not None
-        pruned = cls(layout.length, layout.tail, compacted, padded, weighed, slots, backend)
+        readers = {n: stages[n] for n, read in enumerate(located.reads) if read is not None}
+        pruned = cls(
+            layout.length, layout.tail, compacted, padded, weighed, slots, backend, readers
+        )
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
             renumbered = compacted and held[stage].renumbered
             memory = LayerMemory(pruned, number, columns, stage, renumbered)
             if number == first and dropped:
                 memory.dropped = dropped if slots is None else slots.dropped
+            elif counts_positions(located.attentions[number]):
+                memory.dropped = layout.length - held[stage].width
             base: type = type(layer)
             layer.__class__ = _pruned_class(base)
             setattr(layer, MEMORY, memory)
@@ -147,7 +163,7 @@ class PrunedCache:
         memory = LayerMemory.of(layers[0]) if layers else None
         return None if memory is None else memory.pruned
 
-    def sees_all(self, windows: Sequence[int | None]) -> bool:
+    def sees_all(self, windows: Sequence[Window | None]) -> bool:
         """Whether a new token sees all that is there at the model's own positions, and needs no mask."""
         special = self.padded or self.weighed or self.has_gaps or self.compacted
         return not (special or any(windows))
@@ -224,6 +240,21 @@ def refuse_moved_rows(cache: Any, batch: int) -> None:
                 "its rows by reorder_cache, batch_select_indices or batch_repeat_interleave, or run the "
                 "prompts anew"
             )
+
+
+def _as_held(entering: Sequence[Tokens], reads: Sequence[int | None]) -> list[Tokens]:
+    """The tokens that each layer sees of what is cached: a layer that reads an earlier one's finds them there."""
+    held: list[Tokens] = []
+    views: dict[tuple[Tokens, Tokens], Tokens] = {}
+    for tokens, read in zip(entering, reads, strict=True):
+        if read is None:
+            held.append(tokens)
+            continue
+        pair = entering[read], tokens
+        if pair not in views:
+            views[pair] = entering[read].only(tokens)
+        held.append(views[pair])
+    return held
 
 
 def refuse_lost_memory(cache: Any, batch: int) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ...errors import UnsupportedError
 from ...parts.transfer import to_device
 from .layout import Layout
 
@@ -43,6 +44,11 @@ class OnDevice:
     def ascending(self) -> torch.Tensor:
         """LongTensor [S]: 0, 1, ..."""
         return torch.arange(self.columns, device=self.device)
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """LongTensor [batch]: the column of each prompt's first token."""
+        return to_device(self.layout.real.argmax(axis=1), self.device)
 
     @cached_property
     def kept_always(self) -> torch.Tensor:
@@ -193,6 +199,43 @@ class Tokens:
             return self.prompts.ascending[self.width - 1][None, None]
         place = self.prompts.ascending[: self.width].where(self.column >= 0, -1)
         return place.amax(dim=1, keepdim=True)
+
+    def places_in(self, before: Tokens) -> torch.Tensor:
+        """LongTensor [batch, n]: where each token stood among those of an earlier depth; 0 for padding.
+
+        Raises:
+            UnsupportedError: a cut between them made new tokens, which stood nowhere.
+        """
+        if self.has_new:
+            raise UnsupportedError(
+                "some layers of this decoder read the keys and values of earlier ones, which have none for tokens "
+                "that a later cut made of others; use a method that merges before the decoder only, or none"
+            )
+        # A column more takes padding.
+        end = self.prompts.columns
+        place = torch.zeros(self.batch, end + 1, dtype=torch.long, device=self.column.device)
+        column = before.column.where(before.column >= 0, end) if before.padded else before.column
+        place.scatter_(1, column, self.prompts.ascending[: before.width].expand_as(column))
+        return place.gather(1, self.some_column)
+
+    def only(self, left: Tokens) -> Tokens:
+        """These tokens, with padding in the place of those that later cuts have dropped."""
+        if left is self:
+            return self
+        place, real = left.places_in(self), left.column >= 0
+        none = torch.full_like(self.column, -1)
+        bias = None
+        if left.bias is not None:
+            zeros = torch.zeros(self.column.shape, device=self.column.device)
+            bias = self._put(zeros, place, real, left.bias)
+        return replace(
+            self,
+            planned_padding_mask=None,
+            column=self._put(none, place, real, left.column),
+            lengths=left.lengths,
+            counts=left.counts,
+            bias=bias,
+        )
 
     def _places(self, chosen: torch.Tensor, most: int) -> torch.Tensor:
         """Places of the True entries of bool [batch, n], at most so many, ascending; then 0."""
