@@ -66,10 +66,10 @@ DEEPSTACK = "deepstack features are cut too"
 THINKER = "give the part that answers: model.thinker"
 LATENT = "caches latents instead of keys and values"
 HYBRID = "ranked before the decoder and behind layers that attend (docs/models.md)"
-SHARED_KEYS = "dropped from keys that later layers share, too; no static cache"
 GLM_FLASH = "GLM-4.6V-Flash is of type glm4v"
 RESAMPLED = "a resampler mixes all patches"
 SLIDING = "no static cache, because of sliding layers"
+SHARED_KEYS = f"dropped from the keys that layers share, too; {SLIDING}"
 
 FULLY_TRIED = (
     Family(
@@ -238,12 +238,20 @@ CORE_FAMILIES = tuple(
             note="convolutions join patches",
         ),
         Family("molmo2", "Molmo 2", "allenai/Molmo2-8B", "received"),
-        Family("gemma4", "Gemma 4 E2B, E4B", "google/gemma-4-E4B-it", "received", note=SHARED_KEYS),
+        Family(
+            "gemma4",
+            "Gemma 4 E2B, E4B",
+            "google/gemma-4-E4B-it",
+            "received",
+            video=True,
+            note=SHARED_KEYS,
+        ),
         Family(
             "gemma4_moe",
             "Gemma 4 26B-A4B, 31B",
             "google/gemma-4-26B-A4B-it",
             "received",
+            video=True,
             note=SLIDING,
             type_name="gemma4",
         ),
@@ -251,8 +259,8 @@ CORE_FAMILIES = tuple(
             "llama4",
             "Llama 4",
             "meta-llama/Llama-4-Scout-17B-16E-Instruct",
-            None,
-            note="transformers 5.24 fails by itself (docs/models.md)",
+            "cls",
+            note=f"{SLIDING}; transformers 5.24 needs a line of yours (docs/models.md)",
         ),
     )
 )

@@ -433,6 +433,8 @@ def _hide(
         hidden[:, : kept.shape[1]] = ~kept.repeat_interleave(copies, dim=0)  # beams of a prompt
         # A dropped token still sees itself, which keeps its unused row finite.
         blocked = hidden[:, None, None, :] & ~torch.eye(length, dtype=torch.bool)
+        # Gemma 4 goes on with the last token alone in its last layers.
+        blocked = blocked[:, :, -mask.shape[2] :]
         mask = mask.expand(hidden.shape[0], -1, -1, -1)
         changed = {"attention_mask": mask.masked_fill(blocked, torch.finfo(mask.dtype).min)}
         if rotary is not None:

@@ -5,6 +5,7 @@ Those that the installed transformers lacks are left out.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import transformers
@@ -28,6 +29,7 @@ from tests.zoo_pictures import (
     padded_patches,
     patch_image,
     placed_image,
+    placed_video,
     pooled_image,
     rows_image,
     square,
@@ -53,6 +55,15 @@ def _made(cls: str, make: Any, image: Any, video: Any = None, **more: Any) -> Fa
 
 def _with_types(cls: str, make: Any, video: Any = grid_video) -> Family:
     return _made(cls, make, grid_image, video, token_types="mm_token_type_ids")
+
+
+def _gemma4(make: Any) -> Family:
+    joined = (
+        "num_frames_per_video" in signature(transformers.Gemma4Model.get_video_features).parameters
+    )
+    return _made(
+        "Gemma4", make, placed_image, placed_video(joined), token_types="mm_token_type_ids"
+    )
 
 
 CORE: dict[str, Family] = {

@@ -86,6 +86,34 @@ def placed_image(which: int, generator: torch.Generator) -> Visual:
     return Visual(visual.ids, payload)
 
 
+def placed_video(joined: bool) -> Callable[[int, torch.Generator], Visual]:
+    """Two frames of `placed_image`, each behind the words of its time stamp.
+
+    Args:
+        joined: whether the frames of all videos stand behind each other, as since transformers 5.24.
+    """
+
+    def video(which: int, generator: torch.Generator) -> Visual:
+        frames = [placed_image(which, generator) for _ in range(2)]
+        ids = [
+            token
+            for frame in frames
+            for token in (*words(2, generator), *(VIDEO if i == IMAGE else i for i in frame.ids))
+        ]
+        pixels, places = (
+            torch.cat([frame.payload[name] for frame in frames])
+            for name in ("pixel_values", "image_position_ids")
+        )
+        if not joined:
+            return Visual(
+                ids, {"pixel_values_videos": pixels[None], "video_position_ids": places[None]}
+            )
+        payload = {"pixel_values_videos": pixels, "video_position_ids": places}
+        return Visual(ids, payload | {"num_frames_per_video": torch.tensor([2])})
+
+    return video
+
+
 # Crops of 4 x 4 patches: one tile, or two side by side, or two stacked.
 CROP, PATCH = 56, 14
 PINPOINTS = [[CROP, CROP], [CROP, 2 * CROP], [2 * CROP, CROP]]

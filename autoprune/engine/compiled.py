@@ -16,7 +16,7 @@ from transformers.utils import output_capturing
 from ..errors import UnsupportedError
 from .attention.tap import no_plans, traced
 from .cache.argument import NAMES, cache_of, without_cache
-from .locate import Located
+from .locate import SHARED_KEYS, Located, names_of
 from .prefill import Prefill
 from .refusals import refuse_compiled_parts
 
@@ -48,11 +48,7 @@ class CompiledLayers:
                 f"compile_prefill needs attn_implementation='sdpa', and this model has "
                 f"{located.implementation!r}; load it with sdpa, or prune it without compile_prefill()"
             )
-        if any(
-            named in inspect.signature(layer.forward).parameters
-            for layer in located.layers
-            for named in (SHARED_KEYS,)
-        ):
+        if any(SHARED_KEYS in names_of(type(layer)) for layer in located.layers):
             raise UnsupportedError(
                 f"the layers of {type(located.text).__name__} hand keys and values to each other beside the cache, "
                 "which a compiled layer does not; prune it without compile_prefill()"

@@ -262,7 +262,7 @@ def _reads(attentions: list[nn.Module | None]) -> list[int | None]:
 def _refuse_kinds(text: Model, kinds: list[str]) -> NoReturn:
     raise UnsupportedError(
         f"{type(text).__name__} has layers of type {', '.join(kinds)}, but only the masks of "
-        f"{' and '.join(LAYER_TYPES)} are known; {NOT_SUPPORTED}"
+        f"{', '.join(LAYER_TYPES[:-1])} and {LAYER_TYPES[-1]} are known; {NOT_SUPPORTED}"
     )
 
 
@@ -315,11 +315,11 @@ def named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     """What a layer is called with, all but the hidden states by name."""
     if len(args) == 1:
         return args, kwargs
-    return args[:1], {**kwargs, **dict(zip(_names(type(layer))[1:], args[1:], strict=False))}
+    return args[:1], {**kwargs, **dict(zip(names_of(type(layer))[1:], args[1:], strict=False))}
 
 
 @functools.cache
-def _names(layer: type[nn.Module]) -> tuple[str, ...]:
+def names_of(layer: type[nn.Module]) -> tuple[str, ...]:
     """The arguments of a kind of layers."""
     return tuple(inspect.signature(layer.forward).parameters)[1:]
 

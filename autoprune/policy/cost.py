@@ -576,6 +576,8 @@ def _active_intermediate(config: Any, hidden: int) -> int:
     if not experts:
         return dense
     width = _read(config, "moe_intermediate_size", default=dense)
-    shared = _read(config, "n_shared_experts", "moe_num_shared_experts", default=0) * width
+    # Llama 4 always has one that is shared.
+    of_llama = int(getattr(config, "interleave_moe_layer_step", None) is not None)
+    shared = _read(config, "n_shared_experts", "moe_num_shared_experts", default=of_llama) * width
     names = ("shared_expert_intermediate_size", "shared_intermediate_size")
     return experts * width + _read(config, *names, default=shared)

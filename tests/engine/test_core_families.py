@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autoprune import AutoPrune, Budget
+from autoprune.engine.locate import locate
 from autoprune.engine.vision.maps import PATCH_LAYOUTS
 from tests import oracle, zoo
 from tests.engine.test_oracle_equality import TOLERANCE
@@ -63,11 +64,17 @@ def check_budgets(arguments, visual, result):
 def test_a_budget_of_everything_is_the_plain_model_bit_for_bit(name):
     model = model_of(name, zoo.CORE[name].attentions[0])
     arguments = zoo.inputs(name, model, "padded3_text")
-    plain, tokens = oracle.generate_logits(model, arguments, steps=1)
-    with AutoPrune(budget=1000)(model):
-        whole, same_tokens = oracle.generate_logits(model, arguments, steps=1)
-    assert torch.equal(whole, plain)
-    assert torch.equal(same_tokens, tokens)
+    # Where layers share keys, `generate` skips some work that pruning does: equal, but not in every bit.
+    with torch.no_grad():
+        plain = run(model, arguments)
+        with AutoPrune(budget=1000)(model):
+            assert torch.equal(run(model, arguments), plain)
+
+
+def run(model, arguments):
+    if locate(model).shares_keys:
+        return model(**arguments).logits
+    return oracle.generate_logits(model, arguments, steps=1)[0]
 
 
 @pytest.mark.parametrize("name", zoo.CORE)

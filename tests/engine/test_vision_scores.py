@@ -29,7 +29,7 @@ SETTINGS = [
 ]
 # These decode from the output of the last block but one.
 SECOND_TO_LAST = {"llava", "llava_next", "llava_next_video", "video_llava"}
-WITH_CLS = SECOND_TO_LAST | {"internvl", "cogvlm"}
+WITH_CLS = SECOND_TO_LAST | {"internvl", "cogvlm", "llama4"}
 EVERY_PATCH = slice(None)
 PATCHES_TRIED = 10
 
@@ -77,13 +77,16 @@ def what_the_decoder_sees(model, arguments, patch: int | slice | None) -> torch.
     seen = []
 
     def disturb(block, inputs, output):
-        rows = output.flatten(0, -2).clone()
+        states = output[0] if isinstance(output, tuple) else output
+        rows = states.flatten(0, -2).clone()
         real = torch.arange(len(rows))
         if has_cls(model):
-            real = real[real % output.shape[1] != 0]
+            cls = states.shape[1] - 1 if model.config.model_type == "llama4" else 0
+            real = real[real % states.shape[1] != cls]
         noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
         rows[real[patch]] += noise[real[patch]]
-        return rows.view_as(output)
+        changed = rows.view_as(states)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def keep(text, args, kwargs):
         seen.append(kwargs["inputs_embeds"])

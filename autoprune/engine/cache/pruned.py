@@ -97,6 +97,7 @@ class PrunedCache:
     weighed: whether a token in it counts for several.
     slots: what new tokens see of a static cache; None for one that grows.
     backend: the attention that the cache was filled by.
+    window: the narrowest that a layer sees, in positions; None where all see all.
     readers: of the layers that read the keys of earlier ones, which stage's tokens they see of these.
     has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
     """
@@ -108,6 +109,7 @@ class PrunedCache:
     weighed: bool
     slots: Slots | None
     backend: str
+    window: int | None
     readers: dict[int, int]
     has_gaps: bool = False
 
@@ -143,8 +145,17 @@ class PrunedCache:
         padded = any(tokens.padded for tokens in held)
         weighed = columns.bias is not None
         readers = {n: stages[n] for n, read in enumerate(located.reads) if read is not None}
+        windows = [window.size for window in located.windows if window is not None]
         pruned = cls(
-            layout.length, layout.tail, compacted, padded, weighed, slots, backend, readers
+            prompt_length=layout.length,
+            tail=layout.tail,
+            compacted=compacted,
+            padded=padded,
+            weighed=weighed,
+            slots=slots,
+            backend=backend,
+            window=min(windows, default=None),
+            readers=readers,
         )
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
             renumbered = compacted and held[stage].renumbered
@@ -168,8 +179,8 @@ class PrunedCache:
         special = self.padded or self.weighed or self.has_gaps or self.compacted
         return not (special or any(windows))
 
-    def refuse_plain_model(self, new: int) -> None:
-        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens."""
+    def refuse_plain_model(self, new: int, before: int) -> None:
+        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens, after `before`."""
         if self.slots is not None:
             reason = "the slots of its layers do not hold the columns of the prompt any more"
         elif self.padded:
@@ -178,6 +189,8 @@ class PrunedCache:
             reason = "its positions were numbered anew, which only pruning goes on with"
         elif self.weighed:
             reason = "a token in it counts for several, which only pruning makes masks for"
+        elif self.window is not None and self.prompt_length + before + new > self.window:
+            reason = f"a window of {self.window} positions would be counted in kept tokens"
         elif new > 1 and "flash" not in self.backend:
             reason = "several new tokens at once need masks of each layer's own"
         else:
@@ -282,7 +295,9 @@ def _pruned_class(base: type) -> type:
         def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             memory = getattr(self, MEMORY)
             if not memory.expected:
-                memory.pruned.refuse_plain_model(key_states.shape[-2])
+                static = memory.pruned.slots is not None
+                before = 0 if static else super().get_seq_length() - memory.width
+                memory.pruned.refuse_plain_model(key_states.shape[-2], before)
             memory.expected = False
             return super().update(key_states, *args, **kwargs)
 

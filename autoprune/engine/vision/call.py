@@ -52,6 +52,8 @@ class Call:
             query, key = merged.spread(query), merged.spread(key)
         strategy = setting(self.tower.base, self.arguments, "vision_feature_select_strategy")
         first = int(strategy == "default")
+        if self.tower.layout is not None and self.tower.layout.cls_last:
+            query, key, first = query.roll(1, dims=2), key.roll(1, dims=2), 1
         pictures = [(query, key)]
         if cu_seq_lens_q is not None:
             lengths = cu_seq_lens_q.diff().tolist()

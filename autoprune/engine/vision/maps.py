@@ -26,12 +26,14 @@ from .packed_maps import (
     merge_grids,
     merge_neighbours,
     merge_padded,
+    merge_placed,
     merge_pooled,
     merge_rows,
     merge_sized,
     merge_windows,
     padded_grids,
     picture_grids,
+    placed_grids,
     pooled_grids,
 )
 
@@ -45,6 +47,7 @@ class PatchLayout:
         deepest one whose output the decoder receives. Negative if there is none.
     squares: whether `pixel_values` are [pictures, 3, height, width] with patches in row-major
         order, so that the border of a picture padded to a square can be seen in them.
+    cls_last: whether the tower's CLS token stands behind the patches.
     merges: whether patches may merge inside the tower: it runs once for all pictures, of one number
         of patches, and its maps take every visual token from one patch.
     """
@@ -53,6 +56,7 @@ class PatchLayout:
     video: Map | None = None
     block: Callable[[Any], int] = lambda config: selected_block(config)
     squares: bool = False
+    cls_last: bool = False
     merges: bool = False
 
 
@@ -190,6 +194,13 @@ def _shuffle_projected(base: Model, patches: Tensor, arguments: Arguments) -> Te
     return _mean_of_shuffled(base.multi_modal_projector.pixel_shuffle(patches), patches)
 
 
+def _shuffle_llama(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
+    shuffle = sys.modules[type(base).__module__].pixel_shuffle
+    return _mean_of_shuffled(
+        shuffle(patches, base.config.vision_config.pixel_shuffle_ratio), patches
+    )
+
+
 def _mean_of_shuffled(shuffled: Tensor, patches: Tensor) -> Tensor:
     """A pixel shuffle puts the channels of a token's patches behind each other."""
     return shuffled.reshape(-1, shuffled.shape[-1] // patches.shape[-1], patches.shape[-1]).mean(1)
@@ -225,6 +236,7 @@ _GRIDS: dict[Map, Callable[[Model, Tensor, Arguments], Grids]] = {
     merge_sized: frame_grids,
     merge_pooled: pooled_grids,
     merge_padded: padded_grids,
+    merge_placed: placed_grids,
     merge_grids: picture_grids,
 }
 
@@ -280,4 +292,6 @@ PATCH_LAYOUTS: dict[str, PatchLayout] = {
     "deepseek_vl": PatchLayout(_each_patch),
     "janus": PatchLayout(_each_patch),
     "molmo2": PatchLayout(merge_pooled, block=_deepest_of_adapter),
+    "gemma4": PatchLayout(merge_placed, merge_placed),
+    "llama4": PatchLayout(_shuffle_llama, squares=True, cls_last=True),
 }

@@ -121,6 +121,32 @@ def padded_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
     ]
 
 
+def merge_placed(base: Model, patches: Tensor, arguments: Arguments) -> Tensor:
+    """Gemma 4 says of each patch where it is, and pads pictures; a token is made of the patches of a square."""
+    merged, side = [], base.config.vision_config.pooling_kernel_size
+    for picture, places in zip(patches, _places(arguments), strict=True):
+        columns, rows = places[(places >= 0).all(dim=-1)].unbind(dim=-1)
+        token = rows // side * ((columns.max() + 1) // side) + columns // side
+        tokens = picture.new_zeros(len(token) // side**2, picture.shape[-1])
+        tokens.index_add_(0, token.to(picture.device), picture[: len(token)])
+        merged.append(tokens / side**2)
+    return torch.cat(merged)
+
+
+def placed_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
+    side = base.config.vision_config.pooling_kernel_size
+    most = [(places.amax(dim=0) + 1).tolist() for places in _places(arguments)]
+    return [(rows // side, columns // side) for columns, rows in most]
+
+
+def _places(arguments: Arguments) -> Tensor:
+    """LongTensor [pictures, patches, 2], the (x, y) of each patch; -1 for padding, which comes last."""
+    places = arguments.get("image_position_ids")
+    places = arguments["video_position_ids"] if places is None else places
+    # Until transformers 5.23 the frames of each video stood together.
+    return places.flatten(0, -3)
+
+
 def pooled_grids(base: Model, patches: Tensor, arguments: Arguments) -> Grids:
     """Of each picture the small version, then its tiles."""
     return [

@@ -101,5 +101,7 @@ def _blocks(vision: nn.Module, depth: int | None) -> list[nn.Module]:
 
 
 def _attention(block: nn.Module) -> nn.Module | None:
-    """The attention module of a block."""
-    return next((module for module in block.modules() if hasattr(module, "is_causal")), None)
+    """The attention module of a block; that of Llama 4 does not say whether it is causal."""
+    return next(
+        (m for m in block.modules() if hasattr(m, "is_causal") or hasattr(m, "scaling")), None
+    )

@@ -1,0 +1,265 @@
+"""Gemma 4 and Llama 4: layers that read the keys of earlier ones, chunks, and temperatures by position."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import StaticCache
+
+from autoprune import AutoPrune, Budget
+from autoprune.engine.cache.argument import cache_of
+from autoprune.engine.locate import Window, locate
+from autoprune.errors import UnsupportedError
+from autoprune.methods.fastv import FastV
+from autoprune.policy.cost import DecoderCost
+from tests import oracle, zoo
+from tests.scattered import DEEP, PRE_LLM, Scattered
+
+TOLERANCE = 2e-4
+NAMES = ["gemma4", "gemma4_moe", "llama4"]
+HALF = AutoPrune(Budget.ratio(0.5))
+# Layers 3 to 5 of the tiny Gemma 4 read the keys of layers 1 and 2; cuts before, between and behind these.
+BETWEEN = ({2: 0.6, 3: 0.5, 5: 0.2}, {4: 0.3}, {5: 0.0})
+model_of = functools.cache(zoo.build)
+every_family = pytest.mark.parametrize("name", NAMES)
+close = functools.partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def expected(model, arguments, samples, tokens=None):
+    columns = oracle.columns_from_trace(samples, arguments["attention_mask"], zoo.LAYERS)
+    return oracle.oracle_logits(model, arguments, columns, tokens)
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("schedules", [DEEP, PRE_LLM, BETWEEN], ids=["deep", "pre_llm", "between"])
+def test_cuts_before_any_layer_equal_the_oracle(name, attention, schedules):
+    model = model_of(name, attention)
+    for batch in ("single", "padded3"):
+        arguments = zoo.inputs(name, model, batch)
+        result = oracle.compare(model, arguments, Scattered(schedules), steps=3)
+        assert result.worst < TOLERANCE
+    assert max(result.effect) > 1.0
+
+
+@every_family
+def test_a_right_padded_forward_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3", padding_side="right")
+    with Scattered(DEEP)(model) as trace:
+        logits = model(**arguments).logits
+    columns = oracle.columns_from_trace(trace.samples, arguments["attention_mask"], zoo.LAYERS)
+    whole = oracle.oracle_forward(model, arguments, columns)
+    last, rows = arguments["attention_mask"].sum(dim=1) - 1, torch.arange(3)
+    close(logits[rows, last], whole[rows, last])
+
+
+@every_family
+def test_chunks_and_windows_go_on_while_tokens_are_generated(name):
+    """A chunk of Llama 4 has 16 tokens here, and a window of Gemma 4 has 12."""
+    model = model_of(name, "sdpa")
+    for batch in ("single", "padded3_text"):
+        arguments = zoo.inputs(name, model, batch)
+        result = oracle.compare(model, arguments, Scattered(DEEP), steps=20)
+        assert result.worst < TOLERANCE
+
+
+# Beams of Llama 4 with pictures fail in transformers itself.
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_moe"])
+def test_beams_equal_those_of_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3_text")
+    with HALF(model) as trace:
+        pruned = model.generate(**arguments, max_new_tokens=6, num_beams=3, do_sample=False)
+        samples = trace.samples[::3] if len(trace.samples) == 9 else trace.samples
+    columns = oracle.columns_from_trace(samples, arguments["attention_mask"], zoo.LAYERS)
+    with oracle.hiding(model, columns):
+        slow = model.generate(
+            **arguments, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False
+        )
+    assert torch.equal(pruned, slow)
+
+
+@every_family
+def test_a_second_turn_of_several_tokens_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3_text")
+    turn = torch.tensor([[7, 8, 9]]).expand(3, -1)
+    with Scattered(BETWEEN)(model) as trace:
+        conversation = oracle.Conversation(model, arguments)
+        conversation.feed(turn)
+        actual = conversation.feed(turn)
+    slow = expected(model, arguments, trace.samples, torch.cat([turn, turn], dim=1))
+    close(actual, slow[:, -3:])
+
+
+@every_family
+def test_a_batch_without_a_cache_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    with Scattered(BETWEEN)(model) as trace:
+        actual = model(**arguments, use_cache=False).logits[:, -1:]
+    close(actual, expected(model, arguments, trace.samples))
+
+
+@every_family
+def test_a_summary_equals_that_of_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    method = AutoPrune(Budget.ratio(0.4), merger="summary")
+    assert oracle.compare(model, arguments, method, steps=2).worst < TOLERANCE
+
+
+@every_family
+def test_compacted_positions_are_refused(name):
+    with pytest.raises(UnsupportedError, match="use positions='original'"):
+        AutoPrune(8, positions="compacted")(model_of(name, "sdpa"))
+
+
+@every_family
+def test_a_static_cache_is_refused(name):
+    model = model_of(name, "sdpa")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
+    with pytest.raises(UnsupportedError, match="use the default cache"), HALF(model):
+        model(**zoo.inputs(name, model), past_key_values=cache)
+
+
+class TestSharedKeys:
+    """Of Gemma 4 E2B and E4B."""
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        return zoo.build("gemma4")
+
+    def test_the_layers_that_read_are_found(self, model):
+        located = locate(model)
+        assert located.reads == [None, None, None, 1, 2, 1]
+        assert located.windows == [Window(12), None] * 3
+
+    def test_what_is_dropped_later_is_gone_from_shared_keys(self, model):
+        """The oracle notices if the last layer goes on to see what was dropped before it."""
+        arguments = zoo.inputs("gemma4", model)
+        with Scattered(({5: 0.0},))(model) as trace:
+            actual = model(**arguments).logits[:, -1:]
+        whole = expected(model, arguments, trace.samples)
+        assert (oracle.plain_logits(model, arguments) - whole).abs().max() > 0.1
+        close(actual, whole)
+
+    def test_layers_that_read_have_no_cache_and_cost_none(self, model):
+        arguments = zoo.inputs("gemma4", model)
+        with Scattered(DEEP)(model) as trace:
+            cache = cache_of(model(**arguments, use_cache=True))
+        (sample,) = trace.samples
+        assert all(layer.keys is None for layer in cache.layers[3:])
+        assert sample.kv_bytes < sample.kv_bytes_full
+        full = locate(model).cost.kv_bytes([sample.num_visual] * 6, sample.num_text)
+        width = sample.num_visual + sample.num_text
+        # Keys and values of two heads, in float32: of 16 numbers in sliding layers, of 32 in others.
+        assert sample.kv_bytes_full == full == width * 4 * 2 * 2 * (16 + 32 + 16)
+
+    def test_its_flops_are_those_of_the_decoder(self, model):
+        eager, text = zoo.build("gemma4", "eager"), locate(model).text
+        text = locate(eager).text
+        embeds, inputs = torch.randn(1, 20, 64), torch.randn(1, 20, 6, 8)
+        with FlopCounterMode(display=False) as counter:
+            text(inputs_embeds=embeds, per_layer_inputs=inputs)
+        # What is made of the embeddings for all layers at once stands before them.
+        before = 2 * 20 * 64 * (6 * 8)
+        cost = DecoderCost.from_config(text.config)
+        assert counter.get_total_flops() - before == cost.prefill_flops([20] * 6)
+
+    def test_the_last_layers_run_on_all_that_is_kept(self, model):
+        """`generate` skips all but the last token there, and a method looks at the others, too."""
+        arguments = zoo.inputs("gemma4", model)
+        seen = []
+        layer = locate(model).layers[5]
+        hook = layer.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        with Scattered(DEEP)(model) as trace:
+            model.generate(**arguments, max_new_tokens=1)
+        hook.remove()
+        assert seen[0] == trace.samples[0].tokens_per_layer[5] + trace.samples[0].num_text
+
+    def test_tokens_that_are_made_later_are_refused(self, model):
+        arguments = zoo.inputs("gemma4", model)
+        method = AutoPrune(Budget.ratio(0.5), merger="dpc_knn")
+        with pytest.raises(UnsupportedError, match="have none for tokens that a later cut made"):
+            with method(model):
+                model(**arguments)
+
+    def test_decoding_outside_of_the_context_is_refused(self, model):
+        arguments = zoo.inputs("gemma4", model)
+        with Scattered(({5: 0.2},))(model):
+            conversation = oracle.Conversation(model, arguments)
+        with pytest.raises(UnsupportedError, match="which only pruning makes masks for"):
+            conversation.feed(torch.tensor([[7]]))
+
+    def test_compiled_layers_are_refused(self, model):
+        handle = HALF.attach(model)
+        try:
+            with pytest.raises(UnsupportedError, match="hand keys and values to each other"):
+                handle.compile_prefill("eager")
+        finally:
+            handle.detach()
+
+    def test_budgets_over_layers_that_are_alike_are_refused(self, model):
+        arguments = zoo.inputs("gemma4", model)
+        for budget in (Budget.flops(0.5), Budget.kv_bytes(4000)):
+            with pytest.raises(ValueError, match="these 6 are of 4 kinds; give a budget of tokens"):
+                with AutoPrune(budget)(model):
+                    model(**arguments)
+        with pytest.raises(UnsupportedError, match="cut_every='auto' needs layers that are all"):
+            AutoPrune(8, cut_every="auto")(model)
+
+
+class TestLlama4:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return zoo.build("llama4")
+
+    def test_chunks_are_found(self, model):
+        chunk = Window(16, chunked=True)
+        assert locate(model).windows == [chunk, chunk, None] * 2
+
+    def test_temperatures_follow_positions(self, model):
+        """The tiny model's change every 4 tokens, so a cut would change those of all text behind it."""
+        arguments = zoo.inputs("llama4", model)
+        with Scattered(({0: 0.2},))(model) as trace:
+            actual = model(**arguments).logits[:, -1:]
+        close(actual, expected(model, arguments, trace.samples))
+        tuned = [layer.self_attn for layer in locate(model).layers]
+        for attention in tuned:
+            attention.attn_temperature_tuning = False
+        flat = expected(model, arguments, trace.samples)
+        for attention in tuned:
+            attention.attn_temperature_tuning = True
+        assert (flat - actual).abs().max() > 0.1
+
+    def test_a_token_outside_of_the_context_is_refused(self, model):
+        arguments = zoo.inputs("llama4", model)
+        with FastV(Budget.tokens(4))(model):
+            conversation = oracle.Conversation(model, arguments)
+        with pytest.raises(UnsupportedError, match="a window of 16 positions would be counted"):
+            conversation.feed(torch.tensor([[7]]))
+
+    def test_it_counts_positions_outside_of_the_context_too(self):
+        """Where no chunk ends, the model goes on by itself."""
+        family = zoo.CORE["llama4"]
+        config = family.config()
+        config.text_config.attention_chunk_size = 64
+        model = zoo.build_family(replace(family, config=lambda: config))
+        arguments = zoo.inputs("llama4", model)
+        with FastV(Budget.tokens(4))(model) as trace:
+            conversation = oracle.Conversation(model, arguments)
+        tokens = torch.tensor([[7], [8]]).T
+        actual = torch.stack([conversation.feed(tokens[:, i : i + 1])[:, -1] for i in range(2)], 1)
+        close(actual, expected(model, arguments, trace.samples, tokens)[:, 1:])
