@@ -11,12 +11,12 @@ DOCS ?= .venv-docs
 VLLM ?= .venv-vllm
 # One thread per worker: the models of the tests are too small to share.
 SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
-OLDEST_TESTS := tests/test_oracle.py tests/models $(addprefix tests/engine/test_,oracle_equality.py core_families.py hybrid_decoders.py \
+OLDEST_TESTS := tests/test_oracle.py tests/models $(addprefix tests/engine/test_,oracle_equality.py core_families.py shared_keys.py hybrid_decoders.py \
 	generation.py later_turns.py static_cache.py moved_caches.py backends.py observations.py vision_scores.py summaries.py peek.py)
 NEWEST_TESTS := tests/test_oracle.py tests/engine/test_oracle_equality.py tests/engine/test_generation.py tests/engine/test_later_turns.py
 EVAL_TESTS := $(wildcard tests/harness tests/cluster)
 
-.PHONY: demo test test-oldest test-newest test-eval test-vllm check format readme docs gallery notebook clean
+.PHONY: demo test test-oldest test-release test-newest test-eval test-vllm check format readme docs gallery notebook clean
 
 demo: $(INSTALLED)
 	$(BIN)/autoprune demo
@@ -27,6 +27,15 @@ test: $(INSTALLED)
 # What depends on transformers, with the oldest release that is supported.
 test-oldest: $(OLDEST)/.installed
 	$(SETTINGS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
+
+# The same with any release between: make test-release TRANSFORMERS=5.23.0
+test-release:
+	test -n '$(TRANSFORMERS)' || { echo 'give a release, as in TRANSFORMERS=5.23.0'; exit 2; }
+	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
+	grep -v '^transformers==' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
+	.venv-$(TRANSFORMERS)/bin/python -m pip install --constraint .venv-$(TRANSFORMERS)/constraints.txt \
+		transformers==$(TRANSFORMERS) --editable '.[dev]'
+	$(SETTINGS) .venv-$(TRANSFORMERS)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
 
 # What `pip install` gives today: no constraints, so the newest releases that pyproject.toml allows.
 test-newest:
@@ -104,5 +113,5 @@ $(VLLM)/.installed: vllm/constraints.txt vllm/pyproject.toml pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(EVAL) $(DOCS) $(VLLM) build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(EVAL) $(DOCS) $(VLLM) .venv-5.* build dist demo site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,10 +48,10 @@ class CompiledLayers:
                 f"compile_prefill needs attn_implementation='sdpa', and this model has "
                 f"{located.implementation!r}; load it with sdpa, or prune it without compile_prefill()"
             )
-        if any(SHARED_KEYS in names_of(type(layer)) for layer in located.layers):
+        if any(SHARED_KEYS in names_of(layer) for layer in located.layers):
             raise UnsupportedError(
-                f"the layers of {type(located.text).__name__} hand keys and values to each other beside the cache, "
-                "which a compiled layer does not; prune it without compile_prefill()"
+                f"the layers of {type(located.text).__name__} hand keys and values to each other beside the "
+                "cache, which compiled layers do not; prune it without compile_prefill()"
             )
         _try(backend, next(located.text.parameters()).device)
         self.backend = backend

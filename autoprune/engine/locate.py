@@ -73,7 +73,7 @@ class Located:
     text: the decoder stack (it sees `inputs_embeds`, the cache and the positions); layers: its layers.
     attentions: the attention module of each decoder layer; None where a layer passes a state on instead.
     vision: the vision tower; visual_ids: token ids that stand for image or video features.
-    reads: for each decoder layer the earlier one whose keys and values it attends to; None where it has its own.
+    reads: the earlier layer whose keys and values each decoder layer attends to; None where it has its own.
     windows: what each decoder layer sees of the tokens before a new one; None where it sees all.
     """
 
@@ -250,8 +250,8 @@ def _reads(attentions: list[nn.Module | None]) -> list[int | None]:
         shared = getattr(attention, "is_kv_shared_layer", False)
         if shared and kind not in kept:
             raise UnsupportedError(
-                f"layer {index} of the decoder reads keys and values of an earlier layer ({kind}), which was not "
-                f"found; {NOT_SUPPORTED}"
+                f"layer {index} of the decoder reads keys and values of an earlier layer ({kind}), which is "
+                f"not found; {NOT_SUPPORTED}"
             )
         reads.append(kept[kind] if shared else None)
         if getattr(attention, "store_full_length_kv", False):
@@ -315,13 +315,18 @@ def named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     """What a layer is called with, all but the hidden states by name."""
     if len(args) == 1:
         return args, kwargs
-    return args[:1], {**kwargs, **dict(zip(names_of(type(layer))[1:], args[1:], strict=False))}
+    return args[:1], {**kwargs, **dict(zip(names_of(layer)[1:], args[1:], strict=False))}
+
+
+def names_of(layer: nn.Module) -> tuple[str, ...]:
+    """The arguments of a layer."""
+    kind: Any = type(layer)
+    return _names_of(kind)
 
 
 @functools.cache
-def names_of(layer: type[nn.Module]) -> tuple[str, ...]:
-    """The arguments of a kind of layers."""
-    return tuple(inspect.signature(layer.forward).parameters)[1:]
+def _names_of(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _element_size(text: nn.Module) -> int:

@@ -113,8 +113,8 @@ def refuse_cache(located: Located, cache: Any, length: int) -> None:
         )
     if located.shares_keys and any(map(is_static, layers)):
         raise UnsupportedError(
-            f"a static cache of {type(located.text).__name__}, some of whose layers read the keys of earlier ones, "
-            "cannot be pruned; use the default cache"
+            f"a static cache of {type(located.text).__name__}, some of whose layers read the keys of earlier "
+            "ones, cannot be pruned; use the default cache"
         )
     if any(is_static(layer) and getattr(layer, "is_sliding", False) for layer in layers):
         raise UnsupportedError(

@@ -125,8 +125,8 @@ class OwnLayer:
 
     Attributes:
         head_dim, kv_heads, intermediate: as of `DecoderCost`.
-        projections: how many of keys and values it projects: 2, 1 where both are one, 0 where it reads those of an
-            earlier layer. It caches none then.
+        projections: how many of keys and values it projects: 2, or 1 where both are one. 0 where it reads those
+            of an earlier layer; it caches none then.
         inputs: width of the layer's own input for every token; 0 without one.
     """
 
@@ -190,8 +190,8 @@ class DecoderCost:
         latent: of attention whose cache holds latents, None where it holds keys and values; head_dim is what
             is rotated then, and kv_heads does not matter.
         recurrent: the layers that do not attend; None where all do.
-        own: the layers one by one where they differ, with a gated MLP each. What is said of all layers is of the
-            widest then.
+        own: the layers one by one where they differ, with a gated MLP each. What is said of all layers is said
+            of the widest then.
         vocab_size: rows of the lm_head.
         dtype_bytes: bytes per element of the cache and of hidden states (2 for float16 and
             bfloat16).
@@ -488,7 +488,8 @@ class DecoderCost:
         if self.own is not None:
             linear = [layer.linear_flops(self.hidden, self.heads) for layer in self.own]
             pair = [4 * self.heads * layer.head_dim for layer in self.own]
-            return np.array(linear) * tokens + np.array(pair) * pairs
+            by_token, by_pair = np.array(linear, np.int64), np.array(pair, np.int64)
+            return by_token * tokens + by_pair * pairs
         if self.recurrent is None:
             return alike
         passed_on = (2 * self.recurrent.products + self.mlp_flops) * tokens
@@ -498,7 +499,7 @@ class DecoderCost:
         """Bytes that each layer's cache holds."""
         if self.own is not None:
             sizes = [layer.kv_size * self.dtype_bytes for layer in self.own]
-            return tokens * np.array(sizes)
+            return tokens * np.array(sizes, np.int64)
         held = tokens if self.recurrent is None else np.where(self.recurrent.layers, 0, tokens)
         return held * self.kv_bytes_per_token
 

@@ -137,9 +137,9 @@ def test_a_static_cache_is_refused(name):
 class TestSharedKeys:
     """Of Gemma 4 E2B and E4B."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def model(self):
-        return zoo.build("gemma4")
+        return model_of("gemma4", "sdpa")
 
     def test_the_layers_that_read_are_found(self, model):
         located = locate(model)
@@ -167,9 +167,8 @@ class TestSharedKeys:
         # Keys and values of two heads, in float32: of 16 numbers in sliding layers, of 32 in others.
         assert sample.kv_bytes_full == full == width * 4 * 2 * 2 * (16 + 32 + 16)
 
-    def test_its_flops_are_those_of_the_decoder(self, model):
-        eager, text = zoo.build("gemma4", "eager"), locate(model).text
-        text = locate(eager).text
+    def test_its_flops_are_those_of_the_decoder(self):
+        text = locate(zoo.build("gemma4", "eager")).text
         embeds, inputs = torch.randn(1, 20, 64), torch.randn(1, 20, 6, 8)
         with FlopCounterMode(display=False) as counter:
             text(inputs_embeds=embeds, per_layer_inputs=inputs)
@@ -192,9 +191,9 @@ class TestSharedKeys:
     def test_tokens_that_are_made_later_are_refused(self, model):
         arguments = zoo.inputs("gemma4", model)
         method = AutoPrune(Budget.ratio(0.5), merger="dpc_knn")
-        with pytest.raises(UnsupportedError, match="have none for tokens that a later cut made"):
-            with method(model):
-                model(**arguments)
+        reason = "have none for tokens that a later cut made"
+        with pytest.raises(UnsupportedError, match=reason), method(model):
+            model(**arguments)
 
     def test_decoding_outside_of_the_context_is_refused(self, model):
         arguments = zoo.inputs("gemma4", model)
@@ -213,18 +212,18 @@ class TestSharedKeys:
 
     def test_budgets_over_layers_that_are_alike_are_refused(self, model):
         arguments = zoo.inputs("gemma4", model)
+        reason = "these 6 are of 4 kinds; give a budget of tokens"
         for budget in (Budget.flops(0.5), Budget.kv_bytes(4000)):
-            with pytest.raises(ValueError, match="these 6 are of 4 kinds; give a budget of tokens"):
-                with AutoPrune(budget)(model):
-                    model(**arguments)
+            with pytest.raises(ValueError, match=reason), AutoPrune(budget)(model):
+                model(**arguments)
         with pytest.raises(UnsupportedError, match="cut_every='auto' needs layers that are all"):
             AutoPrune(8, cut_every="auto")(model)
 
 
 class TestLlama4:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def model(self):
-        return zoo.build("llama4")
+        return model_of("llama4", "sdpa")
 
     def test_chunks_are_found(self, model):
         chunk = Window(16, chunked=True)

@@ -116,17 +116,12 @@ def test_an_argument_that_may_follow_the_sequence_is_refused():
 
 
 def test_several_states_of_a_token_are_refused():
-    config = transformers.Gemma3nConfig(
-        text_config=TEXT
-        | {
-            "intermediate_size": [64] * 4,
-            "num_kv_shared_layers": 0,
-            "layer_types": ["full_attention"] * 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-        }
-    )
+    """As Gemma 3n has them."""
+    model = zoo.build("llava", "sdpa")
+    for layer in model.get_decoder().layers:
+        layer.altup = torch.nn.Identity()
     with pytest.raises(UnsupportedError, match=r"keeps several states of every token \(AltUp\)"):
-        METHOD(skeleton(config))
+        METHOD(model)
 
 
 COMPLEX = {
@@ -215,8 +210,8 @@ def test_a_layer_of_an_unknown_type_is_refused(kind):
         METHOD(model)
     assert str(caught.value) == (
         f"LlamaModel has layers of type {kind}, but only the masks of full_attention, sliding_attention and "
-        "chunked_attention are known; this decoder is not supported: take a model of a family that `autoprune families` "
-        "lists, or see docs/families.md"
+        "chunked_attention are known; this decoder is not supported: take a model of a family that `autoprune "
+        "families` lists, or see docs/families.md"
     )
 
 
@@ -226,8 +221,8 @@ def test_a_decoder_without_a_list_of_layers_of_its_own_is_refused():
     with pytest.raises(UnsupportedError) as caught:
         METHOD(model)
     assert str(caught.value).startswith(
-        "LlamaModel does not hold the list of its 5 layers itself, by which a decoder is known; this decoder is "
-        "not supported: take a model of a family that `autoprune families` lists"
+        "LlamaModel does not hold the list of its 5 layers itself, by which a decoder is known; this decoder "
+        "is not supported: take a model of a family that `autoprune families` lists"
     )
 
 

@@ -1,7 +1,7 @@
 """Attention whose temperature follows from a token's position, counted by the attention itself (Llama 4).
 
-It counts the tokens that it is given. Behind a cut these are fewer, and its queries are scaled for positions that
-are too small. Here they are scaled for their own.
+It counts the tokens that it is given. Behind a cut these are fewer, so it scales their queries for positions
+that are too small. Here they are scaled for the right ones.
 """
 
 from __future__ import annotations

@@ -180,7 +180,11 @@ class PrunedCache:
         return not (special or any(windows))
 
     def refuse_plain_model(self, new: int, before: int) -> None:
-        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens, after `before`."""
+        """Raise UnsupportedError if the model without hooks cannot go on with so many new tokens.
+
+        Args:
+            before: new tokens that are in the cache already.
+        """
         if self.slots is not None:
             reason = "the slots of its layers do not hold the columns of the prompt any more"
         elif self.padded:
@@ -256,7 +260,7 @@ def refuse_moved_rows(cache: Any, batch: int) -> None:
 
 
 def _as_held(entering: Sequence[Tokens], reads: Sequence[int | None]) -> list[Tokens]:
-    """The tokens that each layer sees of what is cached: a layer that reads an earlier one's finds them there."""
+    """The tokens that each layer sees of what is cached, which may be the cache of an earlier layer."""
     held: list[Tokens] = []
     views: dict[tuple[Tokens, Tokens], Tokens] = {}
     for tokens, read in zip(entering, reads, strict=True):

@@ -208,8 +208,9 @@ class Tokens:
         """
         if self.has_new:
             raise UnsupportedError(
-                "some layers of this decoder read the keys and values of earlier ones, which have none for tokens "
-                "that a later cut made of others; use a method that merges before the decoder only, or none"
+                "some layers of this decoder read the keys and values of earlier ones, which have none for "
+                "tokens that a later cut made of others; use a method that merges before the decoder only, or "
+                "not at all"
             )
         # A column more takes padding.
         end = self.prompts.columns
