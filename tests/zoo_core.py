@@ -167,10 +167,8 @@ CORE: dict[str, Family] = {
         token_types="mm_token_type_ids",
         collate=join_pooled,
     ),
-    "gemma4": _made("Gemma4", configs.gemma4, placed_image, token_types="mm_token_type_ids"),
-    "gemma4_moe": _made(
-        "Gemma4", configs.gemma4_moe, placed_image, token_types="mm_token_type_ids"
-    ),
+    "gemma4": _gemma4(configs.gemma4),
+    "gemma4_moe": _gemma4(configs.gemma4_moe),
     "llama4": _made("Llama4", configs.llama4, square(16, 112)),
 }
 CORE = {name: family for name, family in CORE.items() if hasattr(transformers, family.model)}
