@@ -84,10 +84,10 @@ class Decode:
     @property
     def has_to_do(self) -> bool:
         """Whether the layers' hooks have anything to do. A new token that sees all needs nothing, if the model
-        makes no mask by the length of the first layer either.
+        makes no mask by the length of some layer either, as it does for eager attention and for windows.
         """
         plain = self.implementation == "sdpa" or "flash" in self.implementation
-        return not (self.sees_all and plain)
+        return not (self.sees_all and plain) or any(self.located.windows)
 
     def before_layer(
         self, index: int, args: tuple, kwargs: dict[str, Any]
@@ -97,13 +97,14 @@ class Decode:
             # Its state holds what it was given; new tokens come one behind the other.
             return None
         mask = kwargs.get("attention_mask")
-        if self.sees_all:
-            return None if mask is None else (args, {**kwargs, "attention_mask": None})
         read, window = self.located.reads[index], self.windows[index]
         layer = self.cache.layers[index if read is None else read]
         memory: LayerMemory = getattr(layer, MEMORY)
         if read is None:
             memory.expected = True
+        if self.sees_all:
+            return None if mask is None else (args, {**kwargs, "attention_mask": None})
+        if read is None:
             keys = self._read[index] = self._keys(layer, memory)
         else:
             memory = replace(memory, stage=self.pruned.readers[index])

@@ -74,6 +74,33 @@ def test_chunks_and_windows_go_on_while_tokens_are_generated(name):
         assert result.worst < TOLERANCE
 
 
+@every_family
+def test_windows_and_chunks_that_end_while_tokens_are_generated(name):
+    """They hide nothing of the prompt: the third token is the first that does not see all."""
+    family, arguments = zoo.CORE[name], zoo.inputs(name, model_of(name, "sdpa"))
+    config = family.config()
+    size = arguments["input_ids"].shape[1] + 2
+    config.text_config.sliding_window = config.text_config.attention_chunk_size = size
+    model = zoo.build_family(replace(family, config=lambda: config))
+    result = oracle.compare(model, arguments, Scattered(DEEP), steps=6)
+    assert result.worst < TOLERANCE
+
+
+@every_family
+def test_rows_that_are_moved_keep_their_prompts_chunks(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "padded3")
+    order = torch.tensor([2, 0, 0, 1])
+    turns = torch.tensor([[7, 8, 9]]).expand(4, -1)
+    with Scattered(DEEP)(model) as trace:
+        conversation = oracle.Conversation(model, arguments)
+        conversation.cache.batch_select_indices(order)
+        conversation.mask = conversation.mask[order]
+        actual = torch.cat([conversation.feed(turns[:, i : i + 1]) for i in range(3)], dim=1)
+    slow = expected(model, arguments, trace.samples, turns[:3])[:, 1:]
+    close(actual, slow[order])
+
+
 # Beams of Llama 4 with pictures fail in transformers itself.
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_moe"])
 def test_beams_equal_those_of_the_oracle(name):

@@ -193,7 +193,7 @@ class PrunedCache:
             reason = "its positions were numbered anew, which only pruning goes on with"
         elif self.weighed:
             reason = "a token in it counts for several, which only pruning makes masks for"
-        elif self.window is not None and self.prompt_length + before + new > self.window:
+        elif self.window is not None and self.prompt_length + before + new >= self.window:
             reason = f"a window of {self.window} positions would be counted in kept tokens"
         elif new > 1 and "flash" not in self.backend:
             reason = "several new tokens at once need masks of each layer's own"
