@@ -224,7 +224,7 @@ def decode_mask(
     query_column: torch.Tensor,
     window: Window | None,
     valid: torch.Tensor | None,
-    first: torch.Tensor,
+    first: torch.Tensor | None,
 ) -> torch.Tensor:
     """bool [batch, 1, queries, keys]: which cached tokens new tokens may see.
 
@@ -233,11 +233,13 @@ def decode_mask(
         query_column: [queries], columns of the new tokens.
         window: what the layer sees, in original positions, or None for all.
         valid: bool [batch, columns], the caller's own 2-D mask over all columns so far, or None.
-        first: LongTensor [batch], the column of each prompt's first token, from which chunks are counted.
+        first: LongTensor [batch], the column of each prompt's first token, from which chunks are counted; None
+            without any.
     """
     keys, queries = column[:, None, :], query_column[None, :, None]
     allowed = (keys >= 0) & (keys <= queries)
     if window is not None and window.chunked:
+        assert first is not None
         start = first.to(column.device)[:, None, None]
         allowed = allowed & ((keys - start) // window.size == (queries - start) // window.size)
     elif window is not None:

@@ -45,7 +45,8 @@ class HeldColumns:
         columns: LongTensor [batch, all stages' places]. The column of the prompt that each token came from; -1
             for padding, which is on the left.
         starts, widths: where each stage's tokens begin in it, and how many there are.
-        first: LongTensor [batch], the column of each row's first token.
+        first: LongTensor [batch], the column of each row's first token, from which chunks are counted. None for
+            layers without chunks.
         bias: float32, as `columns`: what is added to the scores of attention on each token (`Tokens.bias`).
             None for nothing.
     """
@@ -55,7 +56,7 @@ class HeldColumns:
         columns: torch.Tensor,
         starts: Sequence[int],
         widths: Sequence[int],
-        first: torch.Tensor,
+        first: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ):
         self.columns, self.starts, self.widths = columns, tuple(starts), tuple(widths)
@@ -63,7 +64,7 @@ class HeldColumns:
         self._clear()
 
     @classmethod
-    def of(cls, stages: Sequence[Tokens], first: torch.Tensor) -> HeldColumns:
+    def of(cls, stages: Sequence[Tokens], first: torch.Tensor | None) -> HeldColumns:
         widths = [tokens.width for tokens in stages]
         sizes = [aligned(width) for width in widths]
         # What aligns a stage is never read, so any columns do.
@@ -160,8 +161,11 @@ class HeldColumns:
             if before == how and given is argument and version == its_version is not None:
                 return answer
         move = MOVES[how]
-        bias = None if self.bias is None else move(self.bias, argument)
-        columns, first = move(self.columns, argument), move(self.first, argument)
+        columns, first, bias = (
+            None if rows is None else move(rows, argument)
+            for rows in (self.columns, self.first, self.bias)
+        )
+        assert columns is not None
         answer = HeldColumns(columns, self.starts, self.widths, first, bias)
         for dtype, made in self._masks.items():
             answer._masks[dtype] = made._replace(values=move(made.values, argument))

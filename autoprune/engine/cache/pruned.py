@@ -134,7 +134,9 @@ class PrunedCache:
         own: list[Tokens] = list(dict.fromkeys(entering))
         stages = [own.index(tokens) for tokens in entering]
         held = [tokens.without_last(layout.drafts) for tokens in own]
-        columns = HeldColumns.of(held, entering[0].prompts.first)
+        windows = [window for window in located.windows if window is not None]
+        chunked = any(window.chunked for window in windows)
+        columns = HeldColumns.of(held, entering[0].prompts.first if chunked else None)
         # Positions are counted by the first layer that holds tokens; others hold a state.
         first = next(n for n, layer in enumerate(cache.layers) if hasattr(layer, "update"))
         dropped = layout.length - held[stages[first]].width
@@ -145,7 +147,6 @@ class PrunedCache:
         padded = any(tokens.padded for tokens in held)
         weighed = columns.bias is not None
         readers = {n: stages[n] for n, read in enumerate(located.reads) if read is not None}
-        windows = [window.size for window in located.windows if window is not None]
         pruned = cls(
             prompt_length=layout.length,
             tail=layout.tail,
@@ -154,7 +155,7 @@ class PrunedCache:
             weighed=weighed,
             slots=slots,
             backend=backend,
-            window=min(windows, default=None),
+            window=min((window.size for window in windows), default=None),
             readers=readers,
         )
         for number, (layer, stage) in enumerate(zip(cache.layers, stages, strict=False)):
