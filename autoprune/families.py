@@ -260,7 +260,7 @@ CORE_FAMILIES = tuple(
             "Llama 4",
             "meta-llama/Llama-4-Scout-17B-16E-Instruct",
             "cls",
-            note=f"{SLIDING}; transformers 5.24 needs a line of yours (docs/models.md)",
+            note=f"{SLIDING}; transformers 5.24 needs two lines of yours (docs/models.md)",
         ),
     )
 )

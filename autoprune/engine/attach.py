@@ -25,7 +25,7 @@ from .hooks import (
     served_by,
 )
 from .locate import locate, warn_if_untested
-from .refusals import refuse_hybrid, refuse_mode, refuse_positions
+from .refusals import refuse_hybrid, refuse_mode, refuse_positions, refuse_speed
 from .user_inputs import checked_mask, checked_scores, model_of
 
 
@@ -55,6 +55,7 @@ class Attachment:
         self.vision = self._context.vision
         refuse_positions(method, self.located)
         refuse_hybrid(method, self.located)
+        refuse_speed(method, self.located)
         method.check(self.shape)
 
     @property

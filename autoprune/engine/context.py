@@ -226,9 +226,6 @@ class Context:
         PrunedCache.forget(cache)
         deepstack = kwargs.get("deepstack_visual_embeds") or ()
         prefill = self._prefill(inputs, embeds, cache, deepstack, copies)
-        if prefill is not None and self.located.shares_keys and "logits_to_keep" in kwargs:
-            # The model would compute the layers that read earlier keys for the last tokens alone.
-            kwargs["logits_to_keep"] = 0
         if prefill is not None and deepstack:
             # The model would add these at full length; the layers' hooks add what is left of them.
             kwargs |= {"deepstack_visual_embeds": None, "visual_pos_masks": None}

@@ -348,6 +348,9 @@ class Hooks:
         forward = context.forward
         context.drop_run()
         forward.run = context.before_text(kwargs, self._thread.copies)
+        if forward.run is not None and self.located.shares_keys and "logits_to_keep" in kwargs:
+            # The model would run the layers that read earlier keys for the last tokens alone.
+            kwargs["logits_to_keep"] = 0
         self.on_layers.begin(needed or (forward.run is not None and forward.run.has_to_do))
         return args, kwargs
 

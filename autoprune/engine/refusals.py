@@ -29,17 +29,12 @@ def refuse_mode(model: nn.Module, arguments: dict[str, Any] | None = None) -> No
 
 
 def refuse_hybrid(method: MethodContract, located: Located) -> None:
-    """What counts all layers as alike, where some pass a state on instead of attending, or cost more."""
-    if method.needs_speed and not located.is_hybrid and (differs := located.cost.differs):
-        raise UnsupportedError(
-            f"cut_every='auto' needs layers that are all alike, but {differs}; use a number"
-        )
+    """What counts all layers as alike, where some pass a state on instead of attending."""
     if not located.is_hybrid:
         return
     asked = {
         "a summary of dropped tokens": (method.summary is not None, "no summary"),
         "compacted positions": (method.positions != "original", "positions='original'"),
-        "cut_every='auto'": (method.needs_speed, "a number"),
     }
     for what, (wanted, instead) in asked.items():
         if wanted:
@@ -47,6 +42,14 @@ def refuse_hybrid(method: MethodContract, located: Located) -> None:
                 f"{what} needs layers that are all alike, but {type(located.text).__name__} has "
                 f"{located.attentions.count(None)} layers that do not attend; use {instead}"
             )
+
+
+def refuse_speed(method: MethodContract, located: Located) -> None:
+    """A number of cuts that follows from what a layer costs, where layers differ in that."""
+    if method.needs_speed and (differs := located.cost.differs):
+        raise UnsupportedError(
+            f"cut_every='auto' needs layers that are all alike, but {differs}; use a number"
+        )
 
 
 def refuse_sizes_in_hybrid(located: Located) -> NoReturn:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 from autoprune import AutoPrune, Budget
-from autoprune.engine.cache.argument import cache_of
+from autoprune.engine.cache.argument import as_argument, cache_of
 from autoprune.engine.locate import Window, locate
 from autoprune.errors import UnsupportedError
 from autoprune.methods.fastv import FastV
@@ -131,6 +131,46 @@ def test_a_second_turn_of_several_tokens_equals_the_oracle(name):
 
 
 @every_family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_turn_of_which_a_few_logits_are_wanted_equals_the_oracle(name, attention, kept):
+    """As `generate` wants them. Layers that read earlier keys would run for these tokens alone."""
+    model = model_of(name, attention)
+    arguments = zoo.inputs(name, model, "padded3_text")
+    turn = torch.tensor([[7, 8, 9]]).expand(3, -1)
+    with Scattered(BETWEEN)(model) as trace:
+        conversation = oracle.Conversation(model, arguments)
+        mask = torch.cat([arguments["attention_mask"], torch.ones_like(turn)], dim=1)
+        cache = as_argument(model, conversation.cache)
+        actual = model(input_ids=turn, attention_mask=mask, logits_to_keep=kept, **cache).logits
+    slow = expected(model, arguments, trace.samples, turn)
+    close(actual, slow[:, -kept:])
+
+
+@every_family
+def test_a_turn_through_generate_equals_the_oracle(name):
+    model = model_of(name, "sdpa")
+    arguments = zoo.inputs(name, model, "single")
+    turn = torch.tensor([[7, 8, 9, 10]])
+    with Scattered(BETWEEN)(model) as trace:
+        conversation = oracle.Conversation(model, arguments)
+        samples = list(trace.samples)
+        ids = torch.cat([arguments["input_ids"], turn], dim=1)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=conversation.cache,
+            max_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    new = torch.cat([turn, out.sequences[:, ids.shape[1] :]], dim=1)
+    slow = expected(model, arguments, samples, new)
+    close(torch.stack(out.logits, dim=1), slow[:, 4:7])
+
+
+@every_family
 def test_a_batch_without_a_cache_equals_the_oracle(name):
     model = model_of(name, "sdpa")
     arguments = zoo.inputs(name, model, "padded3")
@@ -187,6 +227,7 @@ class TestSharedKeys:
         with Scattered(DEEP)(model) as trace:
             cache = cache_of(model(**arguments, use_cache=True))
         (sample,) = trace.samples
+        assert [layer.keys is None for layer in cache.layers[:3]] == [False] * 3
         assert all(layer.keys is None for layer in cache.layers[3:])
         assert sample.kv_bytes < sample.kv_bytes_full
         full = locate(model).cost.kv_bytes([sample.num_visual] * 6, sample.num_text)
@@ -226,7 +267,8 @@ class TestSharedKeys:
         arguments = zoo.inputs("gemma4", model)
         with Scattered(({5: 0.2},))(model):
             conversation = oracle.Conversation(model, arguments)
-        with pytest.raises(UnsupportedError, match="which only pruning makes masks for"):
+        reason = "cache was pruned, and some layers see less of the keys of an earlier layer than"
+        with pytest.raises(UnsupportedError, match=reason):
             conversation.feed(torch.tensor([[7]]))
 
     def test_compiled_layers_are_refused(self, model):

@@ -97,6 +97,7 @@ class PrunedCache:
     weighed: whether a token in it counts for several.
     slots: what new tokens see of a static cache; None for one that grows.
     backend: the attention that the cache was filled by.
+    partly_read: whether a layer that reads the keys of an earlier one sees less than all of them.
     window: the narrowest that a layer sees, in positions; None where all see all.
     readers: of the layers that read the keys of earlier ones, which stage's tokens they see of these.
     has_gaps: whether a later turn hid tokens that came before it, or brought padding of its own.
@@ -109,6 +110,7 @@ class PrunedCache:
     weighed: bool
     slots: Slots | None
     backend: str
+    partly_read: bool
     window: int | None
     readers: dict[int, int]
     has_gaps: bool = False
@@ -155,6 +157,11 @@ class PrunedCache:
             weighed=weighed,
             slots=slots,
             backend=backend,
+            partly_read=any(
+                stages[n] != stages[read]
+                for n, read in enumerate(located.reads)
+                if read is not None
+            ),
             window=min((window.size for window in windows), default=None),
             readers=readers,
         )
@@ -188,6 +195,8 @@ class PrunedCache:
         """
         if self.slots is not None:
             reason = "the slots of its layers do not hold the columns of the prompt any more"
+        elif self.partly_read:
+            reason = "some layers see less of the keys of an earlier layer than this still holds"
         elif self.padded:
             reason = "its prompts have different lengths in it, which only pruning makes masks for"
         elif self.compacted:
