@@ -15,6 +15,7 @@ from transformers.utils import output_capturing
 
 from ..errors import UnsupportedError
 from .attention.tap import no_plans, traced
+from .attention.temperature import counts_positions
 from .cache.argument import NAMES, cache_of, without_cache
 from .locate import SHARED_KEYS, Located, names_of
 from .prefill import Prefill
@@ -52,6 +53,11 @@ class CompiledLayers:
             raise UnsupportedError(
                 f"the layers of {type(located.text).__name__} hand keys and values to each other beside the "
                 "cache, which compiled layers do not; prune it without compile_prefill()"
+            )
+        if any(map(counts_positions, located.attending)):
+            raise UnsupportedError(
+                f"the attention of {type(located.text).__name__} counts positions, which a cut changes and a "
+                "compiled layer does not see; prune it without compile_prefill()"
             )
         _try(backend, next(located.text.parameters()).device)
         self.backend = backend

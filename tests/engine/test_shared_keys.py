@@ -312,6 +312,14 @@ class TestLlama4:
             attention.attn_temperature_tuning = True
         assert (flat - actual).abs().max() > 0.1
 
+    def test_compiled_layers_are_refused(self, model):
+        handle = HALF.attach(model)
+        try:
+            with pytest.raises(UnsupportedError, match="counts positions, which a cut changes"):
+                handle.compile_prefill("eager")
+        finally:
+            handle.detach()
+
     def test_a_token_outside_of_the_context_is_refused(self, model):
         arguments = zoo.inputs("llama4", model)
         with FastV(Budget.tokens(4))(model):
