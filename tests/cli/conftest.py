@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor
 
 from autoprune import cli, tiny
 from autoprune.bench import policy
 from autoprune.evaluation import timing
 from autoprune.tiny.recipe.architecture import build_model
+from autoprune.tiny.recipe.chat import make_processor
 
 LAYERS = 6
 VISUAL = 144
@@ -37,8 +37,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the embedded model's architecture, with fewer layers and random weights."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
-    # The shipped one is what `make_processor` makes; to train its tokenizer again takes seconds.
-    processor = AutoProcessor.from_pretrained(tiny.path(), local_files_only=True)
+    processor = make_processor()
     build_model(processor.tokenizer, layers=LAYERS, vision_layers=2).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

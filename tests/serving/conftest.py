@@ -16,7 +16,6 @@ import pytest
 import torch
 import uvicorn
 from PIL import Image
-from transformers import AutoProcessor
 
 from autoprune import AutoPrune, create, tiny
 from autoprune.loading import Loaded
@@ -25,6 +24,7 @@ from autoprune.serving.job import Event, Finished, Job, Piece
 from autoprune.serving.limits import Limits
 from autoprune.serving.service import Options, Service
 from autoprune.tiny.recipe.architecture import build_model
+from autoprune.tiny.recipe.chat import make_processor
 
 LAYERS = 6
 VISUAL = 144
@@ -71,8 +71,7 @@ def uri(scene: Image.Image) -> str:
 def loaded() -> Loaded:
     """The embedded model's architecture with fewer layers and random weights: it hardly ever ends by itself."""
     torch.manual_seed(0)
-    # The shipped one is what `make_processor` makes; to train its tokenizer again takes seconds.
-    processor = AutoProcessor.from_pretrained(tiny.path(), local_files_only=True)
+    processor = make_processor()
     model = build_model(processor.tokenizer, layers=LAYERS, vision_layers=2).eval()
     return Loaded(model, processor, "small")
 
