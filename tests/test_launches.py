@@ -23,7 +23,18 @@ def counted():
     spec.loader.exec_module(launches)
     # The case of 2880 tokens launches what that of 576 does, and takes longer.
     cases = {name: case for name, case in launches.CASES.items() if case[1] == 1}
-    return launches.measure(cases)
+    count = launches.count
+
+    def count_two(model, inputs, method):
+        """Eight plain prompts launch what two do, and take longer."""
+        few = inputs if method else {name: values[:2] for name, values in inputs.items()}
+        return count(model, few, method)
+
+    launches.count = count_two
+    try:
+        return launches.measure(cases)
+    finally:
+        launches.count = count
 
 
 def test_launches_are_those_that_were_committed(counted):

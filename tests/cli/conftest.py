@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from autoprune import cli, tiny
+from autoprune.bench import policy
+from autoprune.evaluation import timing
 from autoprune.tiny.recipe.architecture import build_model
 from autoprune.tiny.recipe.chat import make_processor
 
@@ -39,6 +41,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_model(processor.tokenizer, layers=LAYERS, vision_layers=2).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` times its planning 20 times, not a thousand, and `compare` two batches, not twelve."""
+    monkeypatch.setattr(timing, "BATCHES", 2)
+    monkeypatch.setattr(policy, "REPEATS", 20)
+    monkeypatch.setattr(policy, "BLOCKS", 1)
 
 
 @pytest.fixture(scope="session")

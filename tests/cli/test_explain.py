@@ -30,6 +30,13 @@ def explain(call, picture, model_folder, tmp_path):
     return run
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spares the drawing of figures that a test does not look at."""
+    for module in ("explain", "explain_page"):
+        monkeypatch.setattr(f"autoprune.commands.{module}.to_png", lambda picture: b"\x89PNG")
+
+
 def test_the_pictures_are_written_and_listed(explain, tmp_path):
     record = explain("--set", "merger=summary", "--json").record
     names = ["kept.png", "summary.png", "attention.png", "retention.png", "tokens.png", "kept.webp"]
@@ -62,7 +69,7 @@ def test_the_page_holds_all_that_was_measured_and_nothing_of_elsewhere(explain, 
     assert per_layer == ", ".join(map(str, record["tokens_per_layer"]))
 
 
-def test_the_command_on_the_page_repeats_it(explain, call, tmp_path):
+def test_the_command_on_the_page_repeats_it(explain, call, tmp_path, undrawn):
     path, question = tmp_path / "page.html", "-1? it's a ring?"
     first = explain(
         "--report", path, "--set", "k0=0.8", "--layers", "0,3", "--json", question=question
@@ -103,12 +110,12 @@ def test_the_strip_is_of_the_trace_and_the_curve_between_its_ends(picture, model
     assert this == found.sample.tokens_per_layer
 
 
-def test_a_method_without_information_has_no_curve(explain, tmp_path):
+def test_a_method_without_information_has_no_curve(explain, undrawn):
     record = explain("--method", "random", "--json").record
     assert "retention.png" not in " ".join(record["files"])
 
 
-def test_a_family_whose_grid_is_not_known_gets_a_sentence(explain, monkeypatch, tmp_path):
+def test_a_family_whose_grid_is_not_known_gets_a_sentence(explain, monkeypatch, tmp_path, undrawn):
     def unknown(*_):
         raise ValueError("no grid")
 

@@ -39,6 +39,7 @@ from autoprune.evaluation.encoding import encoder
 from autoprune.evaluation.results import results
 from autoprune.evaluation.run_directory import Answers
 from autoprune.evaluation.settings import REFERENCE
+from autoprune.evaluation.statistics import FEWEST
 from autoprune.evaluation.timing import PROMPTS, timed_batches
 from autoprune.evaluation.workers import run_all
 
@@ -67,7 +68,9 @@ def tasks():
 def finished(loaded, tasks, tmp_path_factory):
     """The rows of a comparison, and its folder."""
     folder = tmp_path_factory.mktemp("run") / "new" / "folder"
-    return compare(*loaded, SETTINGS, tasks, folder, Options(batch_size=3)), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "BATCHES", 2)
+        return compare(*loaded, SETTINGS, tasks, folder, Options(batch_size=3)), folder
 
 
 @pytest.fixture
@@ -130,10 +133,12 @@ def test_prefill_times_are_of_one_prompt(finished):
         assert row["prefill_ms_low"] is row["prefill_speedup_high"] is None
 
 
-def test_every_figure_has_an_interval(loaded, tmp_path):
+def test_every_figure_has_an_interval(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "PROMPTS", 3)
+    monkeypatch.setattr(timing, "BATCHES", FEWEST)
     settings = [SETTINGS[0], Setting("random", "1/4", autoprune.create("random", 3))]
     # Questions of one kind with texts of different lengths.
-    tasks = [replace(task, kind="all") for task in embedded_tasks(5 * PROMPTS, KINDS)]
+    tasks = [replace(task, kind="all") for task in embedded_tasks(3 * FEWEST // len(KINDS), KINDS)]
     full, pruned, floor = compare(*loaded, settings, tasks, tmp_path)
     for name in ("flops_share", "kv_bytes_share", "accuracy", "prefill_ms", "prefill_speedup"):
         assert pruned[f"{name}_low"] < pruned[name] < pruned[f"{name}_high"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autoprune.errors import UnsupportedError
+from autoprune.evaluation.harness import runs
 from autoprune.evaluation.harness.evaluation import (
     Evaluation,
     Incomplete,
@@ -25,6 +26,12 @@ RIGHT = "write_results(folder, [1] * 12, task, entering=576)"
 WORSE = "write_results(folder, [1, 0, 1] * 4, task)"
 FASTV = Setting("fastv", "64", FastV(64))
 OTHER = Setting("fastv", "32", FastV(32))
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that end at once are looked after more often than those of a real run."""
+    monkeypatch.setattr(runs, "_POLL", 0.02)
 
 
 def wanted(tasks: str = "pope,gqa", limit: int | None = None) -> Evaluation:

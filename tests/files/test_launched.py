@@ -18,20 +18,18 @@ def free_port():
         return str(bound.getsockname()[1])
 
 
-def launchers():
-    run = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return {"torchrun": run, "accelerate": [*accelerate, "--main_process_port"]}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ACCELERATE += ["--main_process_port"]
+TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_share_the_questions(eight, tmp_path, call, launcher):
+def test_two_processes_share_the_questions(eight, tmp_path, call):
     assert call(*data.words(eight, tmp_path / "one.jsonl", "--batch-size", 2))[0] == 0
     path = tmp_path / "two.jsonl"
     command = data.words(eight, path, "--batch-size", 2)
-    python = [*launchers()[launcher], free_port(), "-m", "autoprune"]
-    process = data.shell(*command, python=python)
+    process = data.shell(*command, python=[*TORCHRUN, free_port(), "-m", "autoprune"])
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert path.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
@@ -40,6 +38,24 @@ def test_two_processes_share_the_questions(eight, tmp_path, call, launcher):
         lines = data.read_lines(tmp_path / f"two.jsonl.run/answers-{rank}.jsonl")
         shares.append([[position for position, _ in line["answers"]] for line in lines])
     assert shares == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_accelerate_tells_its_processes_what_torchrun_does(tmp_path, monkeypatch):
+    script, port = tmp_path / "tell.py", free_port()
+    script.write_text(
+        "import json, os, pathlib\n"
+        f"told = {{name: os.environ[name] for name in {TOLD}}}\n"
+        f"pathlib.Path({str(tmp_path)!r}, told['RANK']).write_text(json.dumps(told))\n"
+    )
+    process = data.shell(str(script), python=[*ACCELERATE, port])
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for rank in (0, 1):
+        told = json.loads((tmp_path / str(rank)).read_text())
+        assert told["MASTER_PORT"] == port and told["MASTER_ADDR"]
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        assert Processes.launched() == Processes(rank, 2, rank)
 
 
 def test_one_process_goes_on_where_two_were_killed(eight, tmp_path, call):

@@ -96,7 +96,7 @@ def test_the_library_s_methods_spend_what_the_convention_says():
     assert plan == pytest.approx(published_schedule("pdrop", 270))
 
 
-@examples(300)
+@examples(200)
 @given(st.sampled_from(FIXED), st.integers(1, 3000), st.integers(3, 80), st.floats(0.001, 1))
 def test_there_and_back(convention, visual, layers, share):
     if convention == "pdrop":

@@ -56,7 +56,7 @@ def settings(draw):
     return method, layers, visual, draw(st.floats(0, 2))
 
 
-@examples(300)
+@examples(200)
 @given(settings())
 def test_the_budget_is_spent_exactly_and_at_most_one_token_falls_between_steps(setting):
     method, layers, visual, bits = setting

@@ -69,7 +69,7 @@ def plans(method, layers, visual, text, cost, bits):
     return method._schedule().after_measuring(sizes, bits)
 
 
-@examples(300)
+@examples(200)
 @given(settings(), st.integers(0, 2**32))
 def test_no_prompt_needs_more_than_the_capacity(setting, seed):
     method, layers, visual, text, cost = setting

@@ -108,7 +108,7 @@ def spent_and_allowed(plan, budget, visual, text, cost):
     return sum(left), round(layers * mean)
 
 
-@examples(400)
+@examples(200)
 @given(asked())
 def test_no_method_of_fixed_shape_exceeds_its_budget_and_no_costlier_setting_fits(setting):
     method, layers, visual, text, cost = setting

@@ -74,7 +74,7 @@ def settings(draw):
     return method, layers, visual, cost, draw(st.floats(0, 3))
 
 
-@examples(400)
+@examples(200)
 @given(settings())
 def test_the_budget_stays_exact_and_what_comes_before_knows_nothing_of_the_information(setting):
     method, layers, visual, cost, bits = setting

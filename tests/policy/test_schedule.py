@@ -107,7 +107,7 @@ def check_exact(problem: Problem, share: float) -> None:
         assert abs(count - ideal) < 1 + 1e-6
 
 
-@examples(500)
+@examples(200)
 @given(problems(), st.floats(0, 1))
 def test_spends_any_feasible_budget_exactly_and_follows_the_curve(problem, share):
     check_exact(problem, share)
@@ -183,7 +183,7 @@ def leaving_sum(counts: list[int]) -> int:
     return sum([*counts[1:], counts[-1]])
 
 
-@examples(300)
+@examples(200)
 @given(problems(max_layers=5), st.data())
 def test_leaving_budgets_are_exact_wherever_that_is_possible(problem, data):
     assume(problem.visual <= 9)
@@ -261,7 +261,7 @@ def raised(problem: Problem, counts: list[int]) -> list[list[int]]:
     return results
 
 
-@examples(400)
+@examples(200)
 @given(problems(), costs(), st.integers(0, 300), st.floats(1e-3, 1.0))
 def test_flops_are_never_exceeded_and_no_token_more_fits(problem, cost, text, share):
     cost = replace(cost, layers=problem.layers)
@@ -278,7 +278,7 @@ def test_flops_are_never_exceeded_and_no_token_more_fits(problem, cost, text, sh
         assert cost.prefill_flops(more, text) > share * full
 
 
-@examples(300)
+@examples(200)
 @given(problems(), costs(), st.integers(0, 300), st.floats(1e-3, 1.2))
 def test_kv_bytes_are_never_exceeded_and_no_token_more_fits(problem, cost, text, share):
     cost = replace(cost, layers=problem.layers)
@@ -365,7 +365,7 @@ def test_inputs_are_left_as_they_were():
 # Refusals ----------------------------------------------------------------------------------------
 
 
-@examples(300)
+@examples(200)
 @given(problems(), st.sampled_from(["entering", "leaving", "ratio"]))
 def test_the_smallest_feasible_budget_works_and_one_token_less_does_not(problem, unit):
     total = sum(problem.lower)

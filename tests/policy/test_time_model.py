@@ -95,7 +95,7 @@ def problems(draw):
     return plain, choices, DeviceSpeed(draw(second), draw(second), draw(second), 1e12)
 
 
-@examples(300)
+@examples(200)
 @given(problems())
 def test_no_other_choice_is_predicted_faster_by_3_percent_of_the_plain_prefill(problem):
     plain, choices, speed = problem

@@ -36,7 +36,7 @@ def test_it_is_an_ordinary_llava_with_144_tokens_and_16_layers(embedded):
 
 
 def test_it_answers_heldout_questions(embedded):
-    result = accuracy(*embedded, tiny.heldout_questions(135, seed=3), batch_size=45)
+    result = accuracy(*embedded, tiny.heldout_questions(72, seed=3), batch_size=36)
     assert result.accuracy(tiny.EASY) >= 0.93
     assert result.accuracy(tiny.HARD) >= 0.80
 
@@ -44,14 +44,14 @@ def test_it_answers_heldout_questions(embedded):
 def test_it_answers_a_second_turn_on_the_same_picture(embedded):
     model, processor = embedded
     right = 0
-    for scene, question in tiny.heldout_questions(20, ["shape"], seed=4):
+    for scene, question in tiny.heldout_questions(12, ["shape"], seed=4):
         (earlier,) = tiny.ask(scene, 0, ["exists"])
         text = tiny.prompt(processor, question.text, ((earlier.text, earlier.answer),))
         inputs = processor(images=scene.image, text=text, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         reply = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += tiny.is_correct(question, reply)
-    assert right >= 17
+    assert right >= 10
 
 
 def test_it_describes_a_picture_in_a_long_answer(embedded):

@@ -67,10 +67,14 @@ def test_bad_trials_stop_at_a_share_of_the_prompts(tmp_path):
     assert len(model.asked) < 4 * 30
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A search of 20 trials that nothing interrupted."""
+    return search(tmp_path_factory.mktemp("whole"), Model(), 20)
+
+
 @pytest.mark.parametrize("kill_at", [1, 6, 37])
-def test_a_killed_search_goes_on_to_the_same_result(tmp_path, kill_at):
-    (tmp_path / "whole").mkdir()
-    whole = search(tmp_path / "whole", Model(), 20)
+def test_a_killed_search_goes_on_to_the_same_result(whole, tmp_path, kill_at):
     with pytest.raises(SystemExit):
         search(tmp_path, Model(kill_at=kill_at), 20)
     again = search(tmp_path, Model(), 20)

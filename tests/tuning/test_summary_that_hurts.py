@@ -18,7 +18,7 @@ def test_the_search_picks_no_summary_where_it_hurts(tmp_path, monkeypatch):
     options = Options(trials=2, methods=("autoprune",), new_tokens=8, timing=False)
     model, processor = tiny.load()
     budget = Budget.tokens(16)
-    result = tune(model, processor, built_in_prompts(100), budget, tmp_path / "run", options)
+    result = tune(model, processor, built_in_prompts(40), budget, tmp_path / "run", options)
     agreement = {trial.candidate["autoprune.merger"]: trial.agreement for trial in result.trials}
     # It truly hurts: by far more than a few answers.
     assert agreement[HURTS] < agreement[None] - 0.1

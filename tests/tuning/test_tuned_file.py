@@ -8,6 +8,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 import autoprune
 from autoprune import AutoPrune, Budget, tiny
@@ -15,7 +16,6 @@ from autoprune.methods.fastv import FastV
 from autoprune.methods.sparsevlm import SparseVLM
 from autoprune.methods.tuned_file import ModelIdentity, TunedFile, settings_of
 from autoprune.tiny.recipe.architecture import build_model
-from autoprune.tiny.recipe.chat import make_processor
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,8 @@ def test_the_model_itself_is_found_in_the_file(write):
 def test_it_prunes_its_own_model_and_no_other(write, model):
     loaded = AutoPrune.load(write(AutoPrune(16)))
     loaded(model)
-    other = build_model(make_processor().tokenizer, layers=6, vision_layers=2).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.path(), local_files_only=True)
+    other = build_model(tokenizer, layers=6, vision_layers=2).eval()
     with pytest.raises(
         ValueError, match=r"tuned for 'embedded model', llava with 16 layers.*6 layers"
     ):
