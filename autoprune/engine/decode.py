@@ -205,7 +205,12 @@ class Decode:
         if self.valid is not None:
             real = real & self.valid.gather(1, column.clamp(min=0))
         if window is not None:
-            if self.queries > 1 or window.chunked:
+            if window.chunked:
+                raise UnsupportedError(
+                    f"flash attention cannot follow chunks of {window.size} positions once the conversation is "
+                    "longer; use attn_implementation='sdpa'"
+                )
+            if self.queries > 1:
                 raise UnsupportedError(
                     f"flash attention would count its sliding window of {window.size} in kept tokens, "
                     "not in positions, for several new tokens at once; "

@@ -148,9 +148,9 @@ class OwnLayer:
         experts = 0
         if getattr(text, "enable_moe_block", False):
             experts = _read(text, "top_k_experts") * _read(text, "moe_intermediate_size")
-        layers = []
+        layers, by_layer = [], getattr(text, "per_layer_config", None)
         for index, kind in enumerate(kinds):
-            layer = text.per_layer_config[index]
+            layer = text if by_layer is None else by_layer[index]
             reads = index >= len(kinds) - sharing
             wide = 2 if reads and getattr(text, "use_double_wide_mlp", False) else 1
             alike = getattr(text, "attention_k_eq_v", False) and kind == "full_attention"
@@ -234,7 +234,7 @@ class DecoderCost:
             dtype_bytes: bytes per element of the cache and of hidden states.
 
         Raises:
-            ValueError: an attribute that decides the cost is missing; the message names it.
+            ValueError: an attribute that decides the cost is missing, or is a list; the message names it.
         """
         text = _text_config(config)
         hidden = _read(text, "hidden_size", "n_embd", "d_model")
@@ -551,6 +551,11 @@ def _read(config: Any, *names: str, default: int | None = None) -> int:
     """
     for name in names:
         value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {value!r}, where one number for all layers was expected; "
+                "build DecoderCost from its dimensions"
+            )
         if value is not None:
             return int(value)
     if default is None:

@@ -118,6 +118,40 @@ def test_mixture_of_experts_counts_the_active_ones():
     assert DecoderCost.from_config(config).intermediate == 8 * 24
 
 
+def test_llama_4_has_a_shared_expert_beside_the_chosen_ones():
+    config = SimpleNamespace(
+        model_type="llama4_text", num_hidden_layers=2, hidden_size=64, num_attention_heads=4,
+        intermediate_size=24, num_experts_per_tok=1, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    assert DecoderCost.from_config(config).intermediate == 24 + 24
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    """Two layers: one has keys of its own, one reads those and has an MLP of twice the width."""
+    config = SimpleNamespace(
+        model_type="gemma4_text", num_hidden_layers=2, hidden_size=10, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, intermediate_size=7, hidden_size_per_layer_input=3,
+        num_kv_shared_layers=1, use_double_wide_mlp=True, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    cost = DecoderCost.from_config(config)
+    # Queries, output, keys and values; gate, up and down; the layer's input and what is made of it.
+    first = 10 * 8 + 8 * 10 + 2 * 10 * 4 + 3 * 10 * 7 + 2 * 10 * 3
+    second = 10 * 8 + 8 * 10 + 3 * 10 * 14 + 2 * 10 * 3
+    pairs = 2 * (8 + 8)
+    assert cost.prefill_flops([5, 3]) == 2 * first * 5 + pairs * 25 + 2 * second * 3 + pairs * 9
+    assert cost.decode_flops([5, 3]) == 2 * first + pairs * 6 + 2 * second + pairs * 4
+    assert cost.kv_bytes([5, 3]) == 5 * 2 * 4 * 2
+    assert cost.differs == "these 2 are of 2 kinds"
+
+
+def test_numbers_for_each_layer_are_refused_by_name():
+    config = SimpleNamespace(
+        num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=[64, 128]
+    )
+    with pytest.raises(ValueError, match=r"intermediate_size is \[64, 128\], where one number"):
+        DecoderCost.from_config(config)
+
+
 def test_tying_the_lm_head_changes_no_flops():
     config = SimpleNamespace(
         num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128,
