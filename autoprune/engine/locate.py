@@ -17,7 +17,8 @@ from transformers.integrations.heterogeneity.configuration_utils import (
 
 from ..errors import UnsupportedError
 from ..families import MODEL_TYPES
-from ..policy.cost import RECURRENT_TYPES, DecoderCost
+from ..policy.cost import DecoderCost
+from ..policy.dimensions import RECURRENT_TYPES
 from .cache import argument as cache_argument
 
 NOT_SUPPORTED = (
