@@ -57,8 +57,8 @@ class Prefill:
         # Prompts that have rotary embeddings in common.
         self.sharing = 1
         self.observer = Observer(layout, vision, device)
-        # What layers read of the keys of earlier ones, by these, since the last cut.
-        self._shared: dict[int, Any] = {}
+        # What layers read of the keys of earlier ones, by these, since the last cut, and its bytes.
+        self._shared: dict[int, tuple[Any, int]] = {}
         self.deepstack = deepstack
         # Without position ids the model numbers padding too; compacted positions never do, in any layer.
         self.counts_positions = self.method.positions == "compacted" and self.tokens.padded
@@ -107,6 +107,8 @@ class Prefill:
         if (columns := self.cuts.present.columns) is not None:
             held = columns.nbytes * (1 - self.cuts.present.share)
             self.observed[index] = self.observed.get(index, 0) + round(held)
+        if copied := sum(size for _, size in self._shared.values()):
+            self.observed[index] = self.observed.get(index, 0) + copied
         return (hidden, *args[1:]), fitting
 
     def _begin(self, kwargs: dict) -> None:
@@ -153,8 +155,9 @@ class Prefill:
                 for states in kept
             )
             own = {attention.layer_type: present}
-            self._shared[layer] = type(shared)({**shared, **own})
-        return self._shared[layer]
+            size = sum(states.nbytes for states in present)
+            self._shared[layer] = type(shared)({**shared, **own}), size
+        return self._shared[layer][0]
 
     def _peek(
         self, index: int, needs: Needs, hidden: torch.Tensor, args: tuple, kwargs: dict
