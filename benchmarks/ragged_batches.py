@@ -29,7 +29,7 @@ from autoprune.bench.measure import time_once
 from autoprune.bench.results import describe, padding_waste
 from autoprune.bench.subjects import build
 from autoprune.bench.variants import SpreadAutoPrune
-from autoprune.engine import prefill
+from autoprune.engine import cuts
 from autoprune.files import write_whole
 from autoprune.loading import pick_device
 
@@ -39,11 +39,11 @@ RESULTS = Path(__file__).parent / "results"
 @contextmanager
 def padded() -> Iterator[None]:
     """The engine without packing."""
-    before, prefill.WORTH_PACKING = prefill.WORTH_PACKING, float("inf")
+    before, cuts.WORTH_PACKING = cuts.WORTH_PACKING, float("inf")
     try:
         yield
     finally:
-        prefill.WORTH_PACKING = before
+        cuts.WORTH_PACKING = before
 
 
 def seconds(model, prompts, budget, bits, clock) -> dict[str, float]:

@@ -10,7 +10,7 @@ from autoprune.bench.measure import hold_once
 from autoprune.bench.memory import AllocationCounter, PeakMemory
 from autoprune.bench.results import padding_waste
 from autoprune.bench.variants import Replay, spread_curves
-from autoprune.engine import prefill
+from autoprune.engine import cuts
 from autoprune.methods.no_pruning import NoPruning
 from tests import zoo
 
@@ -107,7 +107,7 @@ def test_the_peak_of_a_ragged_batch_is_what_the_trace_says():
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_peak_knows_whether_layers_compute_padding(packed, monkeypatch):
     if not packed:
-        monkeypatch.setattr(prefill, "WORTH_PACKING", float("inf"))
+        monkeypatch.setattr(cuts, "WORTH_PACKING", float("inf"))
     model = wide("llava")
     counts = [14, 1, 1, 1]
     method = Replay(tuple((n,) * zoo.LAYERS for n in counts))
