@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# Each worker begins with a half of the tests, so that what a file shares is made once.
+SPREAD := -n $(WORKERS) --dist worksteal
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
@@ -22,11 +24,11 @@ demo: $(INSTALLED)
 	$(BIN)/autoprune demo
 
 test: $(INSTALLED)
-	$(SETTINGS) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(SETTINGS) $(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 # What depends on transformers, with the oldest release that is supported.
 test-oldest: $(OLDEST)/.installed
-	$(SETTINGS) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
+	$(SETTINGS) $(OLDEST)/bin/python -m pytest $(SPREAD) $(or $(ARGS),$(OLDEST_TESTS))
 
 # The same with any release between: make test-release TRANSFORMERS=5.23.0
 test-release:
@@ -35,7 +37,7 @@ test-release:
 	grep -v '^transformers==' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
 	.venv-$(TRANSFORMERS)/bin/python -m pip install --constraint .venv-$(TRANSFORMERS)/constraints.txt \
 		transformers==$(TRANSFORMERS) --editable '.[dev]'
-	$(SETTINGS) .venv-$(TRANSFORMERS)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(OLDEST_TESTS))
+	$(SETTINGS) .venv-$(TRANSFORMERS)/bin/python -m pytest $(SPREAD) $(or $(ARGS),$(OLDEST_TESTS))
 
 # What `pip install` gives today: no constraints, so the newest releases that pyproject.toml allows.
 test-newest:
@@ -43,7 +45,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers|numpy|peft) '
 	$(NEWEST)/bin/autoprune demo --output $(NEWEST)/demo
-	$(SETTINGS) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(or $(ARGS),$(NEWEST_TESTS))
+	$(SETTINGS) $(NEWEST)/bin/python -m pytest $(SPREAD) $(or $(ARGS),$(NEWEST_TESTS))
 
 # The evaluation harness and Ray, which take 3 GB: an environment of their own.
 test-eval: $(EVAL)/.installed
