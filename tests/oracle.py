@@ -356,6 +356,21 @@ class Conversation:
         return out.logits
 
 
+def beam_search(
+    model: nn.Module, inputs: Inputs, method: Any, beams: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences that a pruned model finds by beams, and those found where dropped tokens are hidden."""
+    options = {"max_new_tokens": tokens, "num_beams": beams, "do_sample": False}
+    batch = inputs["attention_mask"]
+    with method(model) as trace:
+        pruned = model.generate(**inputs, **options)
+    # Older releases repeat the prompts before the prefill.
+    samples = trace.samples[:: len(trace.samples) // len(batch)]
+    columns = columns_from_trace(samples, batch, len(decoder(model).layers))
+    with hiding(model, columns):
+        return pruned, model.generate(**inputs, **options, use_cache=False)
+
+
 def _per_step(actual: torch.Tensor, expected: torch.Tensor) -> list[float]:
     return (actual - expected).abs().amax(dim=(0, 2)).tolist()
 

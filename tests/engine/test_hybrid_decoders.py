@@ -78,14 +78,7 @@ def test_a_batch_without_a_cache_equals_the_oracle(name):
 def test_beams_equal_those_of_the_oracle(name):
     model = model_of(name, "sdpa")
     arguments = zoo.inputs(name, model, "padded3_text")
-    with RANKED_BEFORE(model) as trace:
-        pruned = model.generate(**arguments, max_new_tokens=4, num_beams=2, do_sample=False)
-        samples = trace.samples[::2] if len(trace.samples) == 6 else trace.samples
-    columns = oracle.columns_from_trace(samples, arguments["attention_mask"], zoo.LAYERS)
-    with oracle.hiding(model, columns):
-        slow = model.generate(
-            **arguments, max_new_tokens=4, num_beams=2, do_sample=False, use_cache=False
-        )
+    pruned, slow = oracle.beam_search(model, arguments, RANKED_BEFORE, beams=2, tokens=4)
     assert torch.equal(pruned, slow)
 
 

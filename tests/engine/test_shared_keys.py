@@ -106,14 +106,7 @@ def test_rows_that_are_moved_keep_their_prompts_chunks(name):
 def test_beams_equal_those_of_the_oracle(name):
     model = model_of(name, "sdpa")
     arguments = zoo.inputs(name, model, "padded3_text")
-    with HALF(model) as trace:
-        pruned = model.generate(**arguments, max_new_tokens=6, num_beams=3, do_sample=False)
-        samples = trace.samples[::3] if len(trace.samples) == 9 else trace.samples
-    columns = oracle.columns_from_trace(samples, arguments["attention_mask"], zoo.LAYERS)
-    with oracle.hiding(model, columns):
-        slow = model.generate(
-            **arguments, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False
-        )
+    pruned, slow = oracle.beam_search(model, arguments, HALF, beams=3, tokens=6)
     assert torch.equal(pruned, slow)
 
 
